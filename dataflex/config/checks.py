@@ -1,0 +1,217 @@
+"""What no single field can check: rules between keys (refusals, then notes).
+
+A problem names the key it is reported at first, then the other keys it depends on; it is left out where one
+of them is itself wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dataflex.config import deepspeed_json
+from dataflex.config.components import component_params
+from dataflex.config.paths import resolve
+from dataflex.config.schema import Config
+from dataflex.utils.errors import UserError, nearest
+
+WEEK_S = 7 * 24 * 3600
+
+
+class Problem(NamedTuple):
+    """``keys[0]`` is where it is reported; ``text`` is one line."""
+
+    keys: tuple[str, ...]
+    text: str
+
+
+def problems(cfg: Config, embedded: bool) -> Iterator[Problem]:
+    """Yield every broken rule; ``embedded`` configs get model and data as objects, not by name."""
+    if not embedded:
+        yield from _required(cfg)
+    yield from _data(cfg)
+    yield from _train(cfg)
+    yield from _deepspeed(cfg)
+    yield from _length(cfg)
+    yield from _schedule(cfg)
+    yield from _mixing(cfg)
+    yield from _components(cfg, embedded)
+    yield from _paths(cfg)
+
+
+def _required(cfg: Config) -> Iterator[Problem]:
+    missing = {
+        "model_name_or_path": not cfg.model.model_name_or_path,
+        "dataset": not cfg.data.dataset,
+        "output_dir": not cfg.output.output_dir,
+    }
+    for key, absent in missing.items():
+        if absent:
+            yield Problem((key,), "missing, this key is required")
+    if not cfg.method.do_train:
+        yield Problem(("do_train",), "false is not supported: dataflex-cli train only trains")
+
+
+def _data(cfg: Config) -> Iterator[Problem]:
+    data = cfg.data
+    for key in ("dataset", "eval_dataset"):
+        names: tuple[str, ...] = getattr(data, key)
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            yield Problem((key,), f"'{name}' is listed twice")
+    if data.val_size and data.eval_dataset:
+        text = "cannot be used together with eval_dataset; keep one of them"
+        yield Problem(("val_size", "eval_dataset"), text)
+    if data.train_on_prompt and data.mask_history:
+        yield Problem(("mask_history", "train_on_prompt"), "cannot be used together with train_on_prompt")
+    if data.neat_packing and data.packing is False:
+        yield Problem(("neat_packing", "packing"), "needs packing: true, or drop packing: false")
+    if data.streaming:
+        text = "true is not supported yet; drop the key: data is memory-mapped, not loaded"
+        yield Problem(("streaming",), text)
+    if cfg.output.eval_strategy != "no" and not (data.eval_dataset or data.val_size):
+        text = f"'{cfg.output.eval_strategy}' needs eval_dataset or val_size"
+        yield Problem(("eval_strategy", "eval_dataset", "val_size"), text)
+
+
+def _train(cfg: Config) -> Iterator[Problem]:
+    train = cfg.train
+    if train.bf16 and train.fp16:
+        yield Problem(("fp16", "bf16"), "cannot be used together with bf16; keep one of them")
+    if train.adam_beta2 == 0 and train.optim.startswith("adamw"):
+        yield Problem(("adam_beta2",), "expected a number > 0, got 0")
+
+
+def _deepspeed(cfg: Config) -> Iterator[Problem]:
+    value = cfg.train.deepspeed
+    if value is None:
+        return
+    keys = ("deepspeed", *deepspeed_json.SAME_AS_YAML.values())
+    try:
+        config = cfg.train.deepspeed_config()
+        prefix = f"{resolve(value)}: " if isinstance(value, str) else ""
+    except UserError as e:
+        yield Problem(("deepspeed",), str(e))
+        return
+    for text in deepspeed_json.problems(config, cfg.train.model_dump()):
+        yield Problem(keys, prefix + text)
+
+
+def _length(cfg: Config) -> Iterator[Problem]:
+    flex, max_steps = cfg.flex, cfg.train.max_steps
+    if flex.train_step and max_steps > 0 and flex.train_step != max_steps:
+        text = f"{flex.train_step} contradicts max_steps: {max_steps}; both mean the total number of steps"
+        yield Problem(("train_step", "max_steps"), text)
+    total = cfg.fixed_steps
+    decides = [kind for kind in flex.kinds if not (kind == "mix" and flex.mixes_fixed)]
+    if decides and total is not None and flex.warmup_step >= total:
+        text = f"{flex.warmup_step} leaves no step after the warm-up: the run ends after {total} steps"
+        yield Problem(("warmup_step", "train_step", "max_steps", "train_type"), text)
+
+
+def _schedule(cfg: Config) -> Iterator[Problem]:
+    flex = cfg.flex
+    if "static" in flex.train_type and len(flex.train_type) > 1:
+        yield Problem(("train_type",), "static cannot be combined with a dynamic type")
+    if {"select", "mix"} <= set(flex.kinds):
+        yield Problem(("train_type",), "dynamic_select and dynamic_mix together are not supported")
+    for kind in ("select", "mix"):
+        needs = kind in flex.kinds and not (kind == "mix" and flex.mixes_fixed)
+        if needs and not flex.update_step:
+            got = "got 0" if flex.update_step == 0 else "it is missing"
+            text = f"dynamic_{kind} needs a whole number of steps > 0 between decisions, {got}"
+            yield Problem(("update_step", "train_type"), text)
+            return
+
+
+def _mixing(cfg: Config) -> Iterator[Problem]:
+    flex, names = cfg.flex, cfg.data.dataset
+    shares = flex.init_mixture_proportions
+    if shares is not None and names and len(shares) != len(names):
+        text = f"expected one proportion per dataset ({len(names)}: {', '.join(names)}), got {len(shares)}"
+        yield Problem(("init_mixture_proportions", "dataset"), text)
+    if "mix" not in flex.kinds:
+        return
+    if flex.mixture_sample_rule != "mixture":
+        rule = flex.mixture_sample_rule
+        if flex.component("mix") is not None:
+            text = f"'{rule}' fixes the proportions, so no mixer can act; use mixture, or drop component_name"
+            yield Problem(("mixture_sample_rule", "component_name"), text)
+        if shares is not None:
+            text = f"is not used with mixture_sample_rule: {rule}; use mixture, or drop it"
+            yield Problem(("init_mixture_proportions", "mixture_sample_rule"), text)
+
+
+def _components(cfg: Config, embedded: bool) -> Iterator[Problem]:
+    flex = cfg.flex
+    one_name_for_all = isinstance(flex.component_name, str)
+    if one_name_for_all and len(flex.kinds) > 1:
+        mapping = ", ".join(f"{kind}: ..." for kind in flex.kinds)
+        yield Problem(("component_name", "train_type"), f"expected one name per type: {{{mapping}}}")
+        return
+    for kind in flex.kinds:
+        if flex.component(kind) is None:
+            if not (kind == "mix" and flex.mixes_fixed):
+                yield Problem(("component_name", "train_type"), f"missing, dynamic_{kind} needs a component")
+            continue
+        try:
+            name, _ = component_params(flex, kind)
+        except UserError as e:
+            key = "component_name" if " is not in " in str(e) else "components_cfg_file"
+            for line in str(e).splitlines():
+                yield Problem((key, "component_name", "components_cfg_file", "component_modules"), line)
+            continue
+        if name == "less" and not embedded and not (cfg.data.eval_dataset or cfg.data.val_size):
+            text = "less needs a target to select for: set eval_dataset (or val_size)"
+            yield Problem(("component_name", "eval_dataset", "val_size"), text)
+
+
+def _paths(cfg: Config) -> Iterator[Problem]:
+    paths: dict[str, Any] = {
+        "model_name_or_path": cfg.model.model_name_or_path,
+        "adapter_name_or_path": cfg.model.adapter_name_or_path,
+        "resume_from_checkpoint": cfg.output.resume_from_checkpoint,
+    }
+    for key, value in paths.items():
+        if not isinstance(value, str) or not value.startswith(("/", "./", "../", "~")):
+            continue
+        path = Path(value).expanduser()
+        if not path.exists():
+            beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            yield Problem((key,), f"the path '{value}' does not exist{nearest(path.name, beside)}")
+
+
+def notes(cfg: Config, embedded: bool) -> Iterator[Problem]:
+    """Yield what is allowed but should be said."""
+    if cfg.train.ddp_timeout > WEEK_S:
+        days = cfg.train.ddp_timeout / 86400
+        text = f"{cfg.train.ddp_timeout} s are {days:,.0f} days: a hang would not end by itself"
+        yield Problem(("ddp_timeout",), text)
+    if cfg.output.save_only_model:
+        text = "true: checkpoints lack the optimizer, so an exact resume is not possible"
+        yield Problem(("save_only_model",), text)
+    if cfg.output.eval_strategy == "no" and cfg.output.eval_steps is not None:
+        yield Problem(("eval_steps",), "not used: eval_strategy is 'no'")
+    if "mix" in cfg.flex.kinds and len(cfg.data.dataset) == 1 and not embedded:
+        yield Problem(("dataset",), "dynamic_mix has one dataset, so there is nothing to mix")
+    unused = _unused(cfg)
+    if unused:
+        types = ", ".join(cfg.flex.train_type)
+        yield Problem((unused[0],), f"not used by train_type {types}: {', '.join(unused)}")
+
+
+def _unused(cfg: Config) -> list[str]:
+    kinds = set(cfg.flex.kinds)
+    used_by = {
+        "component_name": {"select", "mix", "weight"},
+        "warmup_step": {"select", "mix", "weight"},
+        "update_step": {"select", "mix"},
+        "update_times": {"select", "mix"},
+        "mixture_sample_rule": {"mix"},
+        "init_mixture_proportions": {"mix"},
+        "static_mix": {"mix"},
+        "mixer_eval_dataset": {"mix"},
+    }
+    fields = type(cfg.flex).model_fields
+    idle = [key for key, users in used_by.items() if not users & kinds]
+    return [key for key in idle if getattr(cfg.flex, key) != fields[key].default]

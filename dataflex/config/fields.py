@@ -1,0 +1,209 @@
+"""Field types of the config: each validator accepts what YAML files really hold and says what it expected.
+
+A validator gets the YAML value (a null never reaches it) and raises ValueError("expected ..., got ...").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from dataflex.config.yaml_reader import kind_of
+from dataflex.utils.errors import nearest
+
+Validator = Callable[[Any], Any]
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def _shown(value: object) -> str:
+    return kind_of(value) if isinstance(value, Mapping | list | tuple) else repr(value)
+
+
+def _check(convert: Validator) -> BeforeValidator:
+    return BeforeValidator(lambda value: value if value is None else convert(value))
+
+
+def to_flag(value: Any) -> bool:
+    """true/false, or the words yes, no, on, off."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in _WORDS:
+        return _WORDS[value.strip().lower()]
+    raise ValueError(f"expected true or false, got {_shown(value)}")
+
+
+def _to_number(value: Any, expected: str) -> float:
+    if not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    raise ValueError(f"expected {expected}, got {_shown(value)}")
+
+
+def whole(low: int, also: int | None = None) -> BeforeValidator:
+    """A whole number >= low, or the special value ``also``."""
+    expected = f"a whole number >= {low}" + (f" or {also}" if also is not None else "")
+
+    def convert(value: Any) -> int:
+        number = _to_number(value, expected)
+        if number != int(number) or (number < low and number != also):
+            raise ValueError(f"expected {expected}, got {_shown(value)}")
+        return value if isinstance(value, int) else int(number)
+
+    return _check(convert)
+
+
+def real(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> BeforeValidator:
+    """A finite number in [low, high]; ``above`` and ``below`` leave the bound itself out."""
+    expected = f"a number {'>' if above else '>='} {low:g}"
+    if high < math.inf:
+        expected += f" and {'<' if below else '<='} {high:g}"
+
+    def convert(value: Any) -> float:
+        number = _to_number(value, expected)
+        if number < low or number > high or (above and number == low) or (below and number == high):
+            raise ValueError(f"expected {expected}, got {_shown(value)}")
+        return number
+
+    return _check(convert)
+
+
+def to_text(value: Any) -> str:
+    """Text; a whole number is taken as its digits."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, got {_shown(value)} (put it in quotes)")
+    if not value.strip():
+        raise ValueError("expected text, got an empty string")
+    return value.strip()
+
+
+def to_names(value: Any) -> tuple[str, ...]:
+    """A comma list ("a,b") or a YAML list of names."""
+    items = value.split(",") if isinstance(value, str) else value
+    if isinstance(items, int) and not isinstance(items, bool):
+        items = [items]
+    if not isinstance(items, list | tuple):
+        raise ValueError(f"expected names (a list, or text with commas), got {_shown(value)}")
+    names = tuple(to_text(item) if not isinstance(item, str) else item.strip() for item in items)
+    if any(not name for name in names):
+        raise ValueError("expected names, got an empty one (a comma too many?)")
+    return names
+
+
+def _to_choice(valid: tuple[str, ...], same: Mapping[str, str]) -> Validator:
+    def convert(value: Any) -> str:
+        word = "no" if value is False and "no" in valid else value
+        word = same.get(word, word) if isinstance(word, str) else word
+        if word not in valid:
+            hint = nearest(str(value), valid)
+            raise ValueError(f"expected one of {', '.join(valid)}, got {_shown(value)}{hint}")
+        return str(word)
+
+    return convert
+
+
+def choice(*valid: str, **same: str) -> BeforeValidator:
+    """One of ``valid``; ``same`` maps other spellings to them; false means "no" where that is valid."""
+    return _check(_to_choice(valid, same))
+
+
+def choices(*valid: str, **same: str) -> BeforeValidator:
+    """A comma list or YAML list of distinct words out of ``valid``."""
+    one = _to_choice(valid, same)
+
+    def convert(value: Any) -> tuple[str, ...]:
+        words = tuple(one(name) for name in to_names(value))
+        for i, word in enumerate(words):
+            if word in words[:i]:
+                raise ValueError(f"'{word}' is listed twice")
+        return words
+
+    return _check(convert)
+
+
+def _to_report(value: Any) -> tuple[str, ...]:
+    names = () if value is False else to_names(value)
+    if names in ((), ("none",), ("no",), ("off",)):
+        return ()
+    one = _to_choice(("none", "tensorboard", "wandb", "csv", "comet"), {})
+    return tuple(name for name in map(one, names) if name != "none")
+
+
+def _to_proportions(value: Any) -> tuple[float, ...]:
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not items:
+        raise ValueError(f"expected a list of proportions, one per dataset, got {_shown(value)}")
+    shares = tuple(_to_number(item, "finite proportions") for item in items)
+    if any(share < 0 for share in shares):
+        raise ValueError(f"expected proportions >= 0, got {min(shares):g}")
+    if sum(shares) == 0:
+        raise ValueError("expected at least one proportion > 0, got all zero")
+    return shares
+
+
+def _to_val_size(value: Any) -> float:
+    expected = "a fraction >= 0 and < 1, or a whole number of samples >= 2"
+    number = _to_number(value, expected)
+    if number < 0 or number == 1 or (number > 1 and number != int(number)):
+        raise ValueError(f"expected {expected}, got {_shown(value)}")
+    return number
+
+
+def _to_layers(value: Any) -> int:
+    expected = "a whole number of layers, > 0 counted from the end, < 0 from the start"
+    number = _to_number(value, expected)
+    if number != int(number) or number == 0:
+        raise ValueError(f"expected {expected}, got {_shown(value)}")
+    return int(number)
+
+
+def _to_components(value: Any) -> str | dict[str, str]:
+    if isinstance(value, Mapping):
+        kinds = ("select", "mix", "weight")
+        for key in value:
+            if key not in kinds:
+                hint = nearest(str(key), kinds)
+                raise ValueError(f"unknown kind '{key}', expected select, mix or weight{hint}")
+        return {key: to_text(name) for key, name in value.items()}
+    return to_text(value)
+
+
+def _to_deepspeed(value: Any) -> str | dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else to_text(value)
+
+
+def _to_resume(value: Any) -> str | bool:
+    if isinstance(value, str) and value.strip().lower() not in _WORDS:
+        return to_text(value)
+    return to_flag(value)
+
+
+Flag = Annotated[bool, _check(to_flag)]
+OptionalFlag = Annotated[bool | None, _check(to_flag)]
+Text = Annotated[str, _check(to_text)]
+OptionalText = Annotated[str | None, _check(to_text)]
+Names = Annotated[tuple[str, ...], _check(to_names)]
+Report = Annotated[tuple[str, ...], _check(_to_report)]
+Proportions = Annotated[tuple[float, ...] | None, _check(_to_proportions)]
+ValSize = Annotated[float, _check(_to_val_size)]
+Layers = Annotated[int, _check(_to_layers)]
+Components = Annotated[str | dict[str, str] | None, _check(_to_components)]
+DeepSpeedConfig = Annotated[str | dict[str, Any] | None, _check(_to_deepspeed)]
+Resume = Annotated[str | bool | None, _check(_to_resume)]
+Count = Annotated[int, whole(0)]
+Positive = Annotated[int, whole(1)]
+OptionalCount = Annotated[int | None, whole(0)]
+OptionalPositive = Annotated[int | None, whole(1)]
+PositiveOrOff = Annotated[int, whole(1, also=-1)]
+NotNegative = Annotated[float, real(0)]
+AboveZero = Annotated[float, real(0, above=True)]
+Share = Annotated[float, real(0, 1)]
+ShareBelowOne = Annotated[float, real(0, 1, below=True)]

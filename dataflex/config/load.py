@@ -1,0 +1,163 @@
+"""Load a run's config: flat YAML (or a mapping) plus key=value overrides -> a checked, frozen Config.
+
+Every problem is found before the one UserError is raised: one line each, "file:key: what, what is valid".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dataflex.config import checks, foreign
+from dataflex.config.paths import settle
+from dataflex.config.schema import SECTION_OF, SECTIONS, Config
+from dataflex.config.yaml_reader import parse_yaml, read_mapping
+from dataflex.utils.errors import UserError, nearest
+from dataflex.utils.logging import logger
+
+COMMAND_LINE = "command line"
+
+
+class _Flat:
+    """The flat keys after spelling, refusals and overrides, and where each came from."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.where: dict[str, str] = {}
+        self.errors: list[str] = []
+        self.wrong: set[str] = set()
+        self.notes: list[str] = []
+
+    def add(self, given: Mapping[str, Any], source: str) -> None:
+        """Take the keys of one source; they replace those of an earlier source."""
+        spelled: dict[str, str] = {}
+        for word, value in given.items():
+            key, place = foreign.ALIASES.get(word, word), f"{source}:{word}"
+            if key in spelled:
+                self.errors.append(f"{place}: another spelling of '{spelled[key]}', which is set too; keep one")
+                self.wrong.add(key)
+            elif key not in SECTION_OF:
+                self._foreign(word, value, place)
+            else:
+                spelled[key] = word
+                self.where[key] = place
+                self._own(key, value, place)
+
+    def _own(self, key: str, value: Any, place: str) -> None:
+        self.values.pop(key, None)
+        reason = foreign.value_refused(key, value)
+        if reason is not None:
+            self.errors.append(f"{place}: {reason}")
+            self.wrong.add(key)
+        elif value is not None:
+            self.values[key] = value
+
+    def _foreign(self, key: str, value: Any, place: str) -> None:
+        ignored, refused, hint = foreign.ignored(key), foreign.refused(key), nearest(key, SECTION_OF)
+        if ignored is not None:
+            self.notes.append(f"{place}: ignored: {ignored}")
+        elif foreign.asks_nothing(key, value) and (refused is not None or not hint):
+            shown = json.dumps(value).strip('"')
+            self.notes.append(f"{place}: ignored: the key is not supported, and {shown} asks for nothing")
+        elif refused is not None:
+            self.errors.append(f"{place}: not supported: {refused}")
+        else:
+            self.errors.append(f"{place}: unknown key{hint}")
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    embedded: bool = False,
+    quiet: bool = False,
+) -> Config:
+    """Return the checked config of a YAML file (or mapping) with ``key=value`` overrides; the last one wins.
+
+    ``embedded``: model and data come as objects (`dataflex.initialize`), so their keys are not required.
+    ``quiet``: keep the notes in ``Config.notes`` without logging them.
+    Raises UserError with one line per problem.
+    """
+    flat = _Flat()
+    path = None if isinstance(source, Mapping) else Path(source)
+    name = "config" if path is None else str(path)
+    flat.add(source if isinstance(source, Mapping) else read_mapping(Path(source), "config file"), name)
+    flat.add(_parse_overrides(overrides, flat.errors), COMMAND_LINE)
+    _settle_paths(flat, path.parent if path is not None else None)
+    cfg = _build(flat, path)
+    for problem in checks.problems(cfg, embedded):
+        if not flat.wrong & set(problem.keys):
+            flat.errors.append(f"{_where(flat, problem.keys[0], name)}: {problem.text}")
+    if flat.errors:
+        raise UserError("\n".join(dict.fromkeys(flat.errors)))
+    notes = [f"{_where(flat, p.keys[0], name)}: {p.text}" for p in checks.notes(cfg, embedded)]
+    cfg = cfg.model_copy(update={"notes": (*flat.notes, *notes)})
+    if not quiet:
+        for note in cfg.notes:
+            logger.warning("dataflex: note: %s", note)
+    return cfg
+
+
+def _where(flat: _Flat, key: str, name: str) -> str:
+    return flat.where.get(key, f"{name}:{key}")
+
+
+def _parse_overrides(overrides: Sequence[str], errors: list[str]) -> dict[str, Any]:
+    parsed: dict[str, Any] = {}
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            hint = f" (write {key}=VALUE)" if key in SECTION_OF else nearest(key, SECTION_OF)
+            errors.append(f"{COMMAND_LINE}: '{item}' is not of the form key=value{hint}")
+            continue
+        try:
+            parsed[key] = parse_yaml(text, f"{COMMAND_LINE}:{key}")
+        except UserError as e:
+            errors.append(str(e))
+    return parsed
+
+
+def _settle_paths(flat: _Flat, base: Path | None) -> None:
+    """Make paths that are relative to the YAML's folder independent of it; report those that do not exist."""
+    flat.values.setdefault("components_cfg_file", "components.yaml")
+    for key in ("deepspeed", "components_cfg_file"):
+        if isinstance(flat.values.get(key), str):
+            flat.values[key] = _settled(flat, key, flat.values[key], base)
+    modules = flat.values.get("component_modules")
+    if isinstance(modules, str):
+        modules = [name.strip() for name in modules.split(",")]
+    if isinstance(modules, list):
+        flat.values["component_modules"] = [
+            _settled(flat, "component_modules", m, base) if isinstance(m, str) and m.endswith(".py") else m
+            for m in modules
+        ]
+
+
+def _settled(flat: _Flat, key: str, value: str, base: Path | None) -> str:
+    try:
+        return settle(value, base)
+    except UserError as e:
+        flat.errors.append(f"{flat.where.get(key, key)}: {e}")
+        flat.wrong.add(key)
+        return value
+
+
+def _build(flat: _Flat, path: Path | None) -> Config:
+    """Validate every section; wrong keys keep their defaults, so that rules between keys can be checked."""
+    sections: dict[str, Any] = {}
+    for name, section in SECTIONS.items():
+        given = {key: value for key, value in flat.values.items() if SECTION_OF[key] == name}
+        try:
+            sections[name] = section.model_validate(given)
+        except ValidationError as failure:
+            for error in failure.errors():
+                key = str(error["loc"][0])
+                flat.wrong.add(key)
+                flat.errors.append(f"{flat.where[key]}: {error['msg'].removeprefix('Value error, ')}")
+            sections[name] = section.model_validate({k: v for k, v in given.items() if k not in flat.wrong})
+    return Config(**sections, source=path)

@@ -1,0 +1,262 @@
+"""The config: frozen sections, one per room of the package. A flat YAML key belongs to exactly one section.
+
+Units: *_steps, *_step count optimizer steps; batch sizes count samples per process; cutoff_len counts tokens.
+Keys and defaults follow LLaMA-Factory and transformers where they have the key.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from dataflex.config import deepspeed_json
+from dataflex.config.fields import (
+    AboveZero,
+    Components,
+    Count,
+    DeepSpeedConfig,
+    Flag,
+    Layers,
+    Names,
+    NotNegative,
+    OptionalCount,
+    OptionalFlag,
+    OptionalPositive,
+    OptionalText,
+    Positive,
+    PositiveOrOff,
+    Proportions,
+    Report,
+    Resume,
+    Share,
+    ShareBelowOne,
+    Text,
+    ValSize,
+    choice,
+    choices,
+)
+
+Kind = Literal["select", "mix", "weight"]
+KINDS: tuple[Kind, ...] = ("select", "mix", "weight")
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+
+
+class Section(BaseModel):
+    """Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """Which weights to start from."""
+
+    model_name_or_path: Text = ""
+    adapter_name_or_path: OptionalText = None
+    trust_remote_code: Flag = False
+    train_from_scratch: Flag = False
+    flash_attn: Annotated[
+        Literal["auto", "disabled", "sdpa", "fa2"],
+        choice("auto", "disabled", "sdpa", "fa2", flash_attention_2="fa2", eager="disabled"),
+    ] = "auto"
+    new_special_tokens: Names = ()
+
+
+class MethodSection(Section):
+    """What is trained."""
+
+    stage: Annotated[Literal["sft", "pt"], choice("sft", "pt")] = "sft"
+    do_train: Flag = True
+    finetuning_type: Annotated[Literal["lora", "full", "freeze"], choice("lora", "full", "freeze")] = "lora"
+    lora_rank: Positive = 8
+    lora_alpha: OptionalPositive = None
+    lora_dropout: ShareBelowOne = 0.0
+    lora_target: Names = ("all",)
+    additional_target: Names = ()
+    freeze_trainable_layers: Layers = 2
+    freeze_trainable_modules: Names = ("all",)
+    gradient_checkpointing: Flag = True
+    disable_gradient_checkpointing: Flag = False
+    use_reentrant_gc: Flag = True
+
+    @property
+    def lora_scale_alpha(self) -> int:
+        """lora_alpha, by default twice the rank."""
+        return self.lora_alpha if self.lora_alpha is not None else 2 * self.lora_rank
+
+    @property
+    def checkpoint_activations(self) -> bool:
+        """Whether activations are recomputed; ``disable_gradient_checkpointing`` wins."""
+        return self.gradient_checkpointing and not self.disable_gradient_checkpointing
+
+
+class DataSection(Section):
+    """What it is trained on. Dataset names are entries of ``dataset_dir``/dataset_info.json."""
+
+    dataset: Names = ()
+    eval_dataset: Names = ()
+    dataset_dir: Text = "data"
+    template: OptionalText = None
+    cutoff_len: Positive = 2048
+    max_samples: OptionalPositive = None
+    train_on_prompt: Flag = False
+    mask_history: Flag = False
+    val_size: ValSize = 0.0
+    packing: OptionalFlag = None
+    neat_packing: Flag = False
+    streaming: Flag = False
+    buffer_size: Positive = 16384
+    tokenized_path: OptionalText = None
+    overwrite_cache: Flag = False
+    preprocessing_num_workers: OptionalPositive = None
+    dataloader_num_workers: Count = 0
+    sample_weight: OptionalText = None
+
+
+class TrainSection(Section):
+    """How it is trained. ``learning_rate`` etc. fill the "auto" values of the DeepSpeed config."""
+
+    per_device_train_batch_size: Positive = 1
+    gradient_accumulation_steps: Positive = 1
+    per_device_eval_batch_size: Positive = 8
+    learning_rate: NotNegative = 5e-5
+    lr_scheduler_type: Annotated[str, choice(*SCHEDULERS)] = "cosine"
+    warmup_ratio: Share = 0.0
+    warmup_steps: Count = 0
+    num_train_epochs: AboveZero = 3.0
+    max_steps: PositiveOrOff = -1
+    bf16: Flag = False
+    fp16: Flag = False
+    seed: Count = 42
+    optim: Annotated[str, choice(*OPTIMIZERS, adamw_hf="adamw_torch", adamw="adamw_torch")] = "adamw_torch"
+    adam_beta1: ShareBelowOne = 0.9
+    adam_beta2: ShareBelowOne = 0.999
+    adam_epsilon: AboveZero = 1e-8
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: NotNegative = 1.0
+    deepspeed: DeepSpeedConfig = None
+    ddp_timeout: Positive = 1800
+    group_by_length: Flag = False
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        """The DeepSpeed config as a new dict ("auto" values as they are); empty where none is named."""
+        return deepspeed_json.read(self.deepspeed)
+
+
+class OutputSection(Section):
+    """What is written, where and how often."""
+
+    output_dir: Text = ""
+    overwrite_output_dir: Flag = False
+    resume_from_checkpoint: Resume = None
+    logging_steps: Positive = 10
+    save_steps: Positive = 500
+    save_total_limit: OptionalPositive = None
+    save_strategy: Annotated[Literal["steps", "epoch", "no"], choice("steps", "epoch", "no")] = "steps"
+    save_only_model: Flag = False
+    plot_loss: Flag = False
+    report_to: Report = ()
+    run_name: OptionalText = None
+    eval_strategy: Annotated[Literal["no", "steps", "epoch"], choice("no", "steps", "epoch")] = "no"
+    eval_steps: OptionalPositive = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _eval_as_often_as_logged(cls, data: Any) -> Any:
+        if data.get("eval_strategy") == "steps" and data.get("eval_steps") is None:
+            return {**data, "eval_steps": data.get("logging_steps", 10)}
+        return data
+
+
+class FlexSection(Section):
+    """Selection, mixing and weighting: which component decides, and when."""
+
+    train_type: Annotated[
+        tuple[Literal["static", "dynamic_select", "dynamic_mix", "dynamic_weight"], ...],
+        choices("static", "dynamic_select", "dynamic_mix", "dynamic_weight", static_full="static"),
+    ] = ("static",)
+    components_cfg_file: Text = "components.yaml"
+    component_name: Components = None
+    component_modules: Names = ()
+    warmup_step: Count = 0
+    update_step: OptionalCount = None
+    update_times: PositiveOrOff = -1
+    train_step: OptionalPositive = None
+    mixture_sample_rule: Annotated[
+        Literal["mixture", "stratified", "uniform"], choice("mixture", "stratified", "uniform")
+    ] = "mixture"
+    init_mixture_proportions: Proportions = None
+    static_mix: Flag = False
+    mixer_eval_dataset: Names = ()
+    freeze_gate: Flag = False
+    weight_normalization: Annotated[
+        Literal["mean", "sum_weights", "tokens"], choice("mean", "sum_weights", "tokens")
+    ] = "mean"
+    scoring_batch_tokens: OptionalPositive = None
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The dynamic kinds in use, in the order select, mix, weight."""
+        return tuple(kind for kind in KINDS if f"dynamic_{kind}" in self.train_type)
+
+    @property
+    def mixes_fixed(self) -> bool:
+        """Whether proportions never change: ``static_mix``, or a sampling rule other than mixture."""
+        return self.static_mix or self.mixture_sample_rule != "mixture"
+
+    def component(self, kind: Kind) -> str | None:
+        """The component named for ``kind``; None where the kind is not in use or has none."""
+        if kind not in self.kinds:
+            return None
+        if isinstance(self.component_name, dict):
+            return self.component_name.get(kind)
+        return self.component_name
+
+
+class Config(Section):
+    """All sections of one run. Built by `dataflex.config.load_config`, which checks what one field cannot."""
+
+    model: ModelSection = ModelSection()
+    method: MethodSection = MethodSection()
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+    output: OutputSection = OutputSection()
+    flex: FlexSection = FlexSection()
+    source: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fixed_steps(self) -> int | None:
+        """Total optimizer steps where ``train_step`` or ``max_steps`` fixes them, else None."""
+        return self.flex.train_step or (self.train.max_steps if self.train.max_steps > 0 else None)
+
+    @property
+    def packs(self) -> bool:
+        """Whether samples share rows: ``packing`` where given, else neat_packing or stage pt."""
+        if self.data.packing is not None:
+            return self.data.packing
+        return self.data.neat_packing or self.method.stage == "pt"
+
+    def dump_flat(self) -> dict[str, Any]:
+        """The effective config as flat YAML keys and plain values; loading it again gives an equal config."""
+        flat: dict[str, Any] = {}
+        for name in SECTIONS:
+            for key, value in getattr(self, name).model_dump().items():
+                if value is not None and value != ():
+                    flat[key] = list(value) if isinstance(value, tuple) else value
+        if len(flat["train_type"]) == 1:
+            flat["train_type"] = flat["train_type"][0]
+        return flat
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSection,
+    "method": MethodSection,
+    "data": DataSection,
+    "train": TrainSection,
+    "output": OutputSection,
+    "flex": FlexSection,
+}
+SECTION_OF: dict[str, str] = {key: name for name, section in SECTIONS.items() for key in section.model_fields}

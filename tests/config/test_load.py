@@ -1,0 +1,162 @@
+# ruff: noqa: E501 - whole lines of text are easier to search for
+"""Every wrong config gets its line: a table of YAML text -> expected line, and how lines are gathered."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from dataflex.config import Config, load_config
+from dataflex.utils.errors import UserError
+from tests.config.wrong_configs import FOREIGN, MIX, RULES, SELECT, TYPES, WEIGHT
+
+GOOD = {"model_name_or_path": "org/model", "dataset": "a,b", "output_dir": "out"}
+
+
+def load(folder: Path, text: str, overrides: Sequence[str] = ()) -> Config:
+    """Load ``text`` as run.yaml, completed by the required keys that it lacks."""
+    given = {line.partition(":")[0] for line in text.splitlines()}
+    rest = "".join(f"{key}: {value}\n" for key, value in GOOD.items() if key not in given)
+    (folder / "run.yaml").write_text(f"{text}\n{rest}", encoding="utf-8")
+    return load_config(folder / "run.yaml", overrides)
+
+
+def lines_of(folder: Path, text: str, overrides: Sequence[str] = ()) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load(folder, text, overrides)
+    return str(caught.value).replace(f"{folder}/", "").splitlines()
+
+
+@pytest.mark.parametrize(("text", "line"), TYPES + RULES + FOREIGN)
+def test_wrong_config_gets_one_clear_line(tmp_path: Path, text: str, line: str) -> None:
+    assert lines_of(tmp_path, text) == [f"run.yaml:{line}"]
+
+
+def test_all_problems_are_reported_at_once_and_wrong_keys_do_not_cause_others(tmp_path: Path) -> None:
+    text = "learning_rat: 1\nbf16: maybe\nfp16: true\ntrain_type: dynamic_weight\nval_size: x\neval_dataset: c"
+    assert lines_of(tmp_path, text, ["cutoff_len=0"]) == [
+        "run.yaml:learning_rat: unknown key (did you mean 'learning_rate'?)",
+        "command line:cutoff_len: expected a whole number >= 1, got 0",
+        "run.yaml:val_size: expected a fraction >= 0 and < 1, or a whole number of samples >= 2, got 'x'",
+        "run.yaml:bf16: expected true or false, got 'maybe'",
+        "run.yaml:component_name: missing, dynamic_weight needs a component",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("seed", "command line: 'seed' is not of the form key=value (write seed=VALUE)"),
+        ("sed", "command line: 'sed' is not of the form key=value (did you mean 'seed'?)"),
+        ("=3", "command line: '=3' is not of the form key=value"),
+        ("lora_rnk=3", "command line:lora_rnk: unknown key (did you mean 'lora_rank'?)"),
+        ("dataset=[a", "command line:dataset:1: not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("evaluation_strategy=x", "command line:evaluation_strategy: expected one of no, steps, epoch, got 'x'"),
+    ],
+)  # fmt: skip
+def test_wrong_override(tmp_path: Path, override: str, line: str) -> None:
+    assert lines_of(tmp_path, "", [override]) == [line]
+
+
+def test_overrides_replace_yaml_values_and_the_last_one_wins(tmp_path: Path) -> None:
+    overrides = ["learning_rate=1e-4", "eval_strategy=no", "dataset=x,y", "seed=1", "seed=2", "template="]
+    cfg = load(tmp_path, "learning_rate: 3.0\nevaluation_strategy: steps\ntemplate: qwen\n", overrides)
+    assert cfg.train.learning_rate == 1e-4
+    assert (cfg.output.eval_strategy, cfg.data.dataset, cfg.train.seed) == ("no", ("x", "y"), 2)
+    assert cfg.data.template is None
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (b"", "run.yaml: the config file is empty"),
+        (b"# nothing\n", "run.yaml: the config file is empty"),
+        (b"- a\n", "run.yaml: expected 'key: value' lines at the top level, got a list"),
+        (b"just text\n", "run.yaml: expected 'key: value' lines at the top level, got a text"),
+        (b"3: x\n", "run.yaml: key 3 is a number, expected text"),
+        (b"seed: 1\ndataset: \xff\n", "run.yaml:2: not UTF-8 text (byte 0xff)"),
+        (b"seed: 1\nstage: pt\nseed: 2\n", "run.yaml:3: key 'seed' is given twice (first in line 1)"),
+        (b"deepspeed:\n  a: 1\n  a: 2\n", "run.yaml:3: key 'a' is given twice (first in line 2)"),
+        (b"seed: 1\n\tdataset: a\n", "run.yaml:2: not valid YAML: found character '\\t' that cannot start any token"),
+        (b"seed: !!python/name:os.system x\n", "run.yaml:1: not valid YAML: could not determine a constructor "
+         "for the tag 'tag:yaml.org,2002:python/name:os.system'"),
+    ],
+)  # fmt: skip
+def test_unreadable_file(tmp_path: Path, data: bytes, line: str) -> None:
+    (tmp_path / "run.yaml").write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path / "run.yaml")
+    assert str(caught.value).replace(f"{tmp_path}/", "") == line
+
+
+def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "less.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match=r"les\.yaml: the config file does not exist \(did you mean 'less.yaml'\?\)"):
+        load_config(tmp_path / "les.yaml")
+    with pytest.raises(UserError, match=r"does not exist \(nor the folder '.*/no'\)"):
+        load_config(tmp_path / "no" / "less.yaml")
+    with pytest.raises(UserError, match="the config file is a folder, expected a file"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("image_max_pixels: 262144", "image_max_pixels: ignored: only text is trained on"),
+        ("freeze_vision_tower: true", "freeze_vision_tower: ignored: only text is trained on"),
+        ("use_swanlab: true", "use_swanlab: ignored: use report_to: tensorboard, wandb, csv or comet"),
+        ("push_to_hub: true", "push_to_hub: ignored: nothing is uploaded"),
+        ("pure_bf16: false", "pure_bf16: ignored: the key is not supported, and false asks for nothing"),
+        ("quantization_bit: null", "quantization_bit: ignored: the key is not supported, and null asks for nothing"),
+        ("some_other_tool: false", "some_other_tool: ignored: the key is not supported, and false asks for nothing"),
+        ("mix_strategy: concat", "mix_strategy: ignored: the key is not supported, and concat asks for nothing"),
+        ("ddp_timeout: 180000000", "ddp_timeout: 180000000 s are 2,083 days: a hang would not end by itself"),
+        ("save_only_model: yes", "save_only_model: true: checkpoints lack the optimizer, so an exact resume is not "
+         "possible"),
+        ("eval_steps: 5", "eval_steps: not used: eval_strategy is 'no'"),
+        ("component_name: less\nupdate_step: 5", "component_name: not used by train_type static: component_name, "
+         "update_step"),
+        (WEIGHT + "update_times: 5", "update_times: not used by train_type dynamic_weight: update_times"),
+        (MIX + "dataset: a", "dataset: dynamic_mix has one dataset, so there is nothing to mix"),
+    ],
+)  # fmt: skip
+def test_what_is_allowed_but_ignored_is_said_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str, note: str
+) -> None:
+    cfg = load(tmp_path, textwrap.dedent(text) + "\n")
+    assert [n.replace(f"{tmp_path}/", "") for n in cfg.notes] == [f"run.yaml:{note}"]
+    assert capfd.readouterr().err.count(note) == 1
+    assert load_config(tmp_path / "run.yaml", quiet=True).notes == cfg.notes
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train_type: dynamic_mix\nstatic_mix: true\ninit_mixture_proportions: [0.7, 0.3]\ntrain_step: 3",
+        "train_type: dynamic_mix\nmixture_sample_rule: uniform",
+        MIX + "static_mix: true",
+        SELECT + "update_times: 3",
+        SELECT.replace("random", "less") + "val_size: 0.1",
+        SELECT.replace("random", "mine") + "component_modules: my_pkg.my_selector",
+        "train_type: [dynamic_mix, dynamic_weight]\nupdate_step: 1\ncomponent_name: {mix: random, weight: loss}",
+        "train_type: [dynamic_select, dynamic_weight]\nupdate_step: 1\ncomponent_name: {select: loss, weight: loss}",
+        "max_steps: 5\ntrain_step: 5",
+        "train_type: static_full",
+        "neat_packing: true",
+        "ddp_timeout: 604800",
+    ],
+)
+def test_good_combinations_load_without_a_note(tmp_path: Path, text: str) -> None:
+    assert load(tmp_path, text + "\n").notes == ()
+
+
+def test_embedded_configs_need_no_model_data_or_output(tmp_path: Path) -> None:
+    cfg = load_config({"train_type": "dynamic_select", "component_name": "less", "update_step": 3}, embedded=True)
+    assert cfg.flex.component("select") == "less"
+    assert cfg.source is None
+    with pytest.raises(UserError, match="config:update_step: dynamic_select needs"):
+        load_config({"train_type": "dynamic_select", "component_name": "less"}, embedded=True)

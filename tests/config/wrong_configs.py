@@ -1,0 +1,168 @@
+# ruff: noqa: E501 - whole lines of text are easier to search for
+"""Wrong configs for test_load.py: YAML text -> the one line that it gets."""
+
+SELECT = "train_type: dynamic_select\ncomponent_name: random\nupdate_step: 2\n"
+MIX = "train_type: dynamic_mix\ncomponent_name: random\nupdate_step: 2\n"
+WEIGHT = "train_type: dynamic_weight\ncomponent_name: loss\n"
+
+TYPES = [
+    ("learning_rat: 1", "learning_rat: unknown key (did you mean 'learning_rate'?)"),
+    ("banana: 1", "banana: unknown key"),
+    ("learning_rate: fast", "learning_rate: expected a number >= 0, got 'fast'"),
+    ("learning_rate: -1", "learning_rate: expected a number >= 0, got -1"),
+    ("learning_rate: .nan", "learning_rate: expected a number >= 0, got nan"),
+    ("learning_rate: .inf", "learning_rate: expected a number >= 0, got inf"),
+    ("learning_rate: true", "learning_rate: expected a number >= 0, got True"),
+    ("per_device_train_batch_size: 0", "per_device_train_batch_size: expected a whole number >= 1, got 0"),
+    ("gradient_accumulation_steps: 1.5", "gradient_accumulation_steps: expected a whole number >= 1, got 1.5"),
+    ("cutoff_len: [1]", "cutoff_len: expected a whole number >= 1, got list"),
+    ("max_steps: 0", "max_steps: expected a whole number >= 1 or -1, got 0"),
+    ("update_times: 0", "update_times: expected a whole number >= 1 or -1, got 0"),
+    ("warmup_step: -1", "warmup_step: expected a whole number >= 0, got -1"),
+    ("train_step: 0", "train_step: expected a whole number >= 1, got 0"),
+    ("num_train_epochs: 0", "num_train_epochs: expected a number > 0, got 0"),
+    ("warmup_ratio: 1.5", "warmup_ratio: expected a number >= 0 and <= 1, got 1.5"),
+    ("adam_beta1: 1", "adam_beta1: expected a number >= 0 and < 1, got 1"),
+    ("lora_dropout: 1.0", "lora_dropout: expected a number >= 0 and < 1, got 1.0"),
+    ("freeze_trainable_layers: 0", "freeze_trainable_layers: expected a whole number of layers, > 0 counted "
+     "from the end, < 0 from the start, got 0"),
+    ("bf16: maybe", "bf16: expected true or false, got 'maybe'"),
+    ("bf16: 1", "bf16: expected true or false, got 1"),
+    ("run_name: 1.10", "run_name: expected text, got 1.1 (put it in quotes)"),
+    ("template: ''", "template: expected text, got an empty string"),
+    ("dataset: a,,b", "dataset: expected names, got an empty one (a comma too many?)"),
+    ("dataset: {a: 1}", "dataset: expected names (a list, or text with commas), got mapping"),
+    ("dataset: a,b,a", "dataset: 'a' is listed twice"),
+    ("stage: stf", "stage: expected one of sft, pt, got 'stf' (did you mean 'sft'?)"),
+    ("flash_attn: fa9", "flash_attn: expected one of auto, disabled, sdpa, fa2, got 'fa9' (did you mean 'fa2'?)"),
+    ("eval_strategy: step", "eval_strategy: expected one of no, steps, epoch, got 'step' (did you mean 'steps'?)"),
+    ("lr_scheduler_type: cosin", "lr_scheduler_type: expected one of linear, cosine, cosine_with_restarts, "
+     "polynomial, constant, constant_with_warmup, got 'cosin' (did you mean 'cosine'?)"),
+    ("report_to: wandbb", "report_to: expected one of none, tensorboard, wandb, csv, comet, got 'wandbb' "
+     "(did you mean 'wandb'?)"),
+    ("train_type: dynamic_selct", "train_type: expected one of static, dynamic_select, dynamic_mix, "
+     "dynamic_weight, got 'dynamic_selct' (did you mean 'dynamic_select'?)"),
+    ("train_type: [dynamic_weight, dynamic_weight]", "train_type: 'dynamic_weight' is listed twice"),
+    ("component_name: {selct: less}", "component_name: unknown kind 'selct', expected select, mix or weight "
+     "(did you mean 'select'?)"),
+    ("init_mixture_proportions: [0.7, -0.3]", "init_mixture_proportions: expected proportions >= 0, got -0.3"),
+    ("init_mixture_proportions: [0, 0]", "init_mixture_proportions: expected at least one proportion > 0, "
+     "got all zero"),
+    ("init_mixture_proportions: [.inf, 1]", "init_mixture_proportions: expected finite proportions, got inf"),
+    ("init_mixture_proportions: 0.5", "init_mixture_proportions: expected a list of proportions, one per "
+     "dataset, got 0.5"),
+    ("val_size: 1", "val_size: expected a fraction >= 0 and < 1, or a whole number of samples >= 2, got 1"),
+    ("val_size: 2.5", "val_size: expected a fraction >= 0 and < 1, or a whole number of samples >= 2, got 2.5"),
+    ("val_size: -0.1", "val_size: expected a fraction >= 0 and < 1, or a whole number of samples >= 2, got -0.1"),
+]  # fmt: skip
+
+RULES = [
+    ("output_dir: null", "output_dir: missing, this key is required"),
+    ("do_train: false", "do_train: false is not supported: dataflex-cli train only trains"),
+    (
+        "val_size: 0.1\neval_dataset: c",
+        "val_size: cannot be used together with eval_dataset; keep one of them",
+    ),
+    (
+        "mask_history: true\ntrain_on_prompt: true",
+        "mask_history: cannot be used together with train_on_prompt",
+    ),
+    (
+        "neat_packing: true\npacking: false",
+        "neat_packing: needs packing: true, or drop packing: false",
+    ),
+    (
+        "streaming: true",
+        "streaming: true is not supported yet; drop the key: data is memory-mapped, not loaded",
+    ),
+    ("eval_strategy: steps", "eval_strategy: 'steps' needs eval_dataset or val_size"),
+    ("bf16: true\nfp16: true", "fp16: cannot be used together with bf16; keep one of them"),
+    ("adam_beta2: 0", "adam_beta2: expected a number > 0, got 0"),
+    (
+        "max_steps: 5\ntrain_step: 6",
+        "train_step: 6 contradicts max_steps: 5; both mean the total number of steps",
+    ),
+    (
+        SELECT + "warmup_step: 5\nmax_steps: 5",
+        "warmup_step: 5 leaves no step after the warm-up: the run ends after 5 steps",
+    ),
+    (
+        SELECT.replace("update_step: 2", "update_step: 0"),
+        "update_step: dynamic_select needs a whole number of steps > 0 between decisions, got 0",
+    ),
+    (
+        MIX.replace("update_step: 2\n", ""),
+        "update_step: dynamic_mix needs a whole number of steps > 0 between decisions, it is missing",
+    ),
+    (
+        "train_type: [static, dynamic_weight]\ncomponent_name: loss",
+        "train_type: static cannot be combined with a dynamic type",
+    ),
+    (
+        "train_type: dynamic_select,dynamic_mix\nupdate_step: 1\ncomponent_name: {select: random, mix: random}",
+        "train_type: dynamic_select and dynamic_mix together are not supported",
+    ),
+    (
+        MIX + "init_mixture_proportions: [1, 1, 1]",
+        "init_mixture_proportions: expected one proportion per dataset (2: a, b), got 3",
+    ),
+    (
+        MIX + "mixture_sample_rule: uniform",
+        "mixture_sample_rule: 'uniform' fixes the proportions, so no mixer can act; "
+        "use mixture, or drop component_name",
+    ),
+    (
+        "train_type: dynamic_mix\nmixture_sample_rule: stratified\ninit_mixture_proportions: [1, 1]",
+        "init_mixture_proportions: is not used with mixture_sample_rule: stratified; use mixture, or drop it",
+    ),
+    (
+        "train_type: [dynamic_select, dynamic_weight]\ncomponent_name: random\nupdate_step: 1",
+        "component_name: expected one name per type: {select: ..., weight: ...}",
+    ),
+    (
+        "train_type: dynamic_weight",
+        "component_name: missing, dynamic_weight needs a component",
+    ),
+    (
+        SELECT.replace("random", "less"),
+        "component_name: less needs a target to select for: set eval_dataset (or val_size)",
+    ),
+    (
+        SELECT + "component_modules: ./mine.py",
+        "component_modules: './mine.py' does not exist",
+    ),
+    ("components_cfg_file: q.txt", "components_cfg_file: 'q.txt' does not exist"),
+    ("deepspeed: ds_zero9.json", "deepspeed: 'ds_zero9.json' does not exist (did you mean 'ds_zero3.json'?)"),
+    ("model_name_or_path: /no/such/model", "model_name_or_path: the path '/no/such/model' does not exist"),
+    ("resume_from_checkpoint: ./no", "resume_from_checkpoint: the path './no' does not exist"),
+]
+
+FOREIGN = [
+    *((f"stage: {s}", f"stage: '{s}' is not supported: dataflex trains stages pt and sft only")
+      for s in ("rm", "ppo", "dpo", "kto")),
+    ("finetuning_type: oft", "finetuning_type: 'oft' is not supported: dataflex trains plain LoRA "
+     "(finetuning_type: lora), full and freeze"),
+    *((f"{key}: true", f"{key}: not supported: selection reads the moments of AdamW; use optim: adamw_torch")
+      for key in ("use_galore", "use_apollo", "use_badam")),
+    ("optim: galore_adamw", "optim: 'galore_adamw' is not supported: selection reads the moments of AdamW; "
+     "use optim: adamw_torch"),
+    *((f"{key}: true", f"{key}: not supported: the engine is DeepSpeed; use deepspeed: ds_zero3.json")
+      for key in ("use_unsloth", "use_megatron", "use_mca", "fsdp")),
+    *((f"{key}: 4", f"{key}: not supported: the base model is kept in bf16, fp16 or fp32; use bf16: true "
+       "with LoRA or deepspeed: ds_zero3.json") for key in ("quantization_bit", "quantization_method", "fp8")),
+    ("pissa_init: true", "pissa_init: not supported: dataflex trains plain LoRA (finetuning_type: lora), full "
+     "and freeze"),
+    *((f"use_{key}_loss: true", f"use_{key}_loss: not supported: the loss is next-token cross-entropy per "
+       "sample, which selection and weighting build on") for key in ("dft", "asft", "eaft")),
+    ("predict_with_generate: true", "predict_with_generate: not supported: dataflex-cli train only trains; "
+     "evaluation is by loss (eval_strategy)"),
+    ("template: qwen2_vl", "template: 'qwen2_vl' is not supported: vision and audio models are not supported"),
+    ("script_url: x.py", "script_url: not supported: it is an entry of dataset_info.json, and not supported "
+     "there either"),
+    ("ranking: true", "ranking: not supported: it is an entry of dataset_info.json, and not supported there "
+     "either"),
+    ("evaluation_strategy: no\neval_strategy: no", "eval_strategy: another spelling of "
+     "'evaluation_strategy', which is set too; keep one"),
+    ("packin: false", "packin: unknown key (did you mean 'packing'?)"),
+    ("logging_step: 5", "logging_step: unknown key (did you mean 'logging_steps'?)"),
+]  # fmt: skip
