@@ -1,0 +1,92 @@
+"""What hooks and components may look at while training runs: `Run`, and the small `Accelerator`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataflex.core.plan import Schedule
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Run:
+    """One training run. ``step`` counts finished optimizer steps; ``loss`` is that of the last global batch.
+
+    ``micro_batch`` is per rank; ``global_batch`` is micro-batch x GAS x world size, in samples.
+    """
+
+    schedule: Schedule
+    seed: int
+    micro_batch: int
+    accumulation: int
+    world_size: int
+    rank: int
+    output_dir: Path | None
+    engine: Any
+    pool: Any
+    step: int = 0
+    loss: float = float("nan")
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro_batch * self.accumulation * self.world_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.schedule.total_steps
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def global_step(self) -> int:
+        return self.step
+
+    @property
+    def state(self) -> Run:
+        """So that ``ctx.state.global_step`` of a seed weighter works."""
+        return self
+
+
+class Accelerator:
+    """The members of an accelerator that components use, over this run's process group."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def process_index(self) -> int:
+        from dataflex.utils import dist
+
+        return dist.rank()
+
+    @property
+    def num_processes(self) -> int:
+        from dataflex.utils import dist
+
+        return dist.world_size()
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.process_index == 0
+
+    def wait_for_everyone(self) -> None:
+        from dataflex.utils import dist
+
+        dist.barrier()
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Concatenate the ranks' equal-shaped tensors along the first dimension."""
+        from dataflex.utils import dist
+
+        return dist.all_gather(tensor)
+
+    def print(self, *args: Any) -> None:
+        """Print on rank 0."""
+        if self.is_main_process:
+            print(*args, flush=True)

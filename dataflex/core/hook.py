@@ -1,0 +1,88 @@
+"""Hooks: what may happen around a training step, and when.
+
+The loop (dataflex/engine/loop.py is the only one) in pseudo-code, with every event::
+
+    for hook in hooks: hook.on_train_start(run)
+    while run.step < run.total_steps:
+        phase = schedule.phase_at(run.step)
+        plan = planner.plan(run, phase)              # once per phase: the one hook with `plan`; it may
+                                                     # ask a selector or mixer, which may score samples
+        for hook in hooks: hook.on_phase_start(run, phase, plan)
+        for batch in batches(plan):                  # one global batch: GAS micro-batches on each rank
+            for hook in hooks: hook.on_step_start(run, batch)
+            for micro in batch.micro_batches:
+                outputs = model(micro.inputs)
+                losses = per_sample_loss(outputs.logits, micro.labels)
+                loss = weigher.weigh(run, micro, losses, outputs)   # at most one hook with `weigh`
+                engine.backward(loss); engine.step()
+            run.step += 1
+            for hook in hooks: hook.on_step_end(run, batch)         # logging, evaluation, checkpoints
+    for hook in hooks: hook.on_train_end(run)
+
+Every event is called on every rank at the same point, so hooks may use collectives. Hooks are called in the
+order in which they were added. `state_dict` must be the same on every rank; rank 0's copy is checkpointed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from dataflex.core.context import Run
+from dataflex.core.plan import Phase, Plan
+
+
+class Hook:
+    """Does nothing at every event; subclass and override what you need."""
+
+    @property
+    def identity(self) -> str:
+        """What a checkpoint must have been made with to be resumed with this hook."""
+        return type(self).__name__
+
+    def on_train_start(self, run: Run) -> None:
+        """Before the first step, or before the first step after a resume."""
+
+    def on_phase_start(self, run: Run, phase: Phase, plan: Plan) -> None:
+        """After the phase's plan is made; not called again for a phase that a resume goes on with."""
+
+    def on_step_start(self, run: Run, batch: Any) -> None:
+        """Before the first forward of a step. ``batch`` is a `dataflex.engine.loop.StepBatch`."""
+
+    def on_step_end(self, run: Run, batch: Any) -> None:
+        """After the optimizer step; ``run.step`` already counts it and ``run.loss`` is its loss."""
+
+    def on_train_end(self, run: Run) -> None:
+        """After the last step of the schedule."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs: numbers, strings, lists, dicts, numpy arrays and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+
+
+class Planner(Hook, ABC):
+    """The hook that says which samples a phase trains on; a run has exactly one.
+
+    ``decides``: a plan depends on a decision, so that a resume inside a phase needs the saved one.
+    """
+
+    decides: bool = True
+
+    @abstractmethod
+    def plan(self, run: Run, phase: Phase) -> Plan:
+        """Return ``phase.steps * run.global_batch`` sample ids in training order, the same on every rank."""
+
+
+class Weigher(Hook, ABC):
+    """The hook that says how much each sample counts; a run has at most one."""
+
+    @abstractmethod
+    def weigh(self, run: Run, micro: Any, losses: Any, outputs: Any) -> Any:
+        """Return weights, float [samples of the micro-batch], or the micro-batch's scalar loss, or None.
+
+        ``losses``: float32 [samples], each the mean over the sample's counted tokens, with gradient.
+        None: unweighted.
+        """

@@ -1,0 +1,121 @@
+"""Names to component classes, and how a class gets its arguments.
+
+A component is built from its ``params`` in components.yaml, by name, plus the runtime objects that its
+``__init__`` names (dataset, eval_dataset, tokenizer, scorer, output_dir, ...). Anything unknown or missing is
+an error with the nearest match; nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from dataflex.utils.errors import UserError, nearest
+from dataflex.utils.logging import logger
+
+C = TypeVar("C", bound=type)
+KINDS = ("selector", "mixer", "weighter")
+
+
+class Registry:
+    """One table of classes per kind (`selector`, `mixer`, `weighter`)."""
+
+    def __init__(self) -> None:
+        self._classes: dict[str, dict[str, type]] = {kind: {} for kind in KINDS}
+
+    def register(self, kind: str, name: str) -> Callable[[C], C]:
+        """Class decorator. ValueError for a name that is taken or not made of ``a-z 0-9 _``.
+
+        The user's own code may take the name of a component that comes with dataflex; the log says so.
+        """
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise UserError(f"{kind} name {name!r}: use lower-case letters, digits and '_'")
+
+        def decorate(cls: C) -> C:
+            known = self._classes[kind].get(name)
+            if known is not None and _path(known) != _path(cls):
+                if not _is_packaged(known) or _is_packaged(cls):
+                    raise UserError(f"{kind} '{name}' is already registered by {_path(known)}")
+                logger.warning(f"{kind} '{name}': {_path(cls)} replaces {_path(known)}")
+            self._classes[kind][name] = cls
+            return cls
+
+        return decorate
+
+    def names(self, kind: str) -> list[str]:
+        return sorted(self._classes[kind])
+
+    def get(self, kind: str, name: str) -> type:
+        """Return the class; ValueError that lists the valid names if there is none."""
+        if name not in self._classes[kind]:
+            valid = self.names(kind)
+            raise UserError(f"component_name: no {kind} '{name}'{nearest(name, valid)}; registered: {', '.join(valid)}")
+        return self._classes[kind][name]
+
+    def build(self, kind: str, name: str, *, runtime: Mapping[str, Any], cfg: Mapping[str, Any] | None = None) -> Any:
+        """Instantiate ``kind``/``name``.
+
+        ``cfg`` holds the user's params: each must be an argument of ``__init__``. ``runtime`` holds what the
+        caller offers: only what ``__init__`` names is passed; a param of that name wins unless it is null.
+        """
+        cls = self.get(kind, name)
+        accepted, required = _init_arguments(cls)
+        given = {k: v for k, v in (cfg or {}).items() if not (v is None and k in runtime)}
+        own = [a for a in accepted if a not in runtime]
+        for key in given:
+            if key not in accepted and not _takes_any_keyword(cls):
+                raise UserError(
+                    f"components: {kind} '{name}': unknown param '{key}'{nearest(key, own)}; "
+                    f"valid: {', '.join(own) or 'none'}"
+                )
+        arguments = {k: v for k, v in runtime.items() if k in accepted} | given
+        missing = [a for a in required if a not in arguments]
+        if missing:
+            raise UserError(f"components: {kind} '{name}': missing param '{missing[0]}'; set it under params")
+        return cls(**arguments)
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_packaged(cls: type) -> bool:
+    return cls.__module__.startswith("dataflex.")
+
+
+def _parameters(cls: type) -> list[inspect.Parameter]:
+    return list(inspect.signature(cls).parameters.values())
+
+
+def _takes_any_keyword(cls: type) -> bool:
+    """Whether ``__init__`` has ``**kwargs``; the base classes refuse what reaches them unclaimed."""
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _parameters(cls))
+
+
+def _init_arguments(cls: type) -> tuple[list[str], list[str]]:
+    named = [
+        p
+        for p in _parameters(cls)
+        if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    ]
+    return [p.name for p in named], [p.name for p in named if p.default is inspect.Parameter.empty]
+
+
+REGISTRY = Registry()
+
+
+def register_selector(name: str) -> Callable[[C], C]:
+    """Register a `Selector` subclass under ``name``."""
+    return REGISTRY.register("selector", name)
+
+
+def register_mixer(name: str) -> Callable[[C], C]:
+    """Register a `Mixer` subclass under ``name``."""
+    return REGISTRY.register("mixer", name)
+
+
+def register_weighter(name: str) -> Callable[[C], C]:
+    """Register a `Weighter` subclass under ``name``."""
+    return REGISTRY.register("weighter", name)
