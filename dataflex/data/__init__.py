@@ -1,0 +1,1 @@
+"""Datasets to pools of tokenised samples: info -> source (read, convert) -> tokenize -> load -> collate."""

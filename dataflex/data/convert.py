@@ -1,0 +1,245 @@
+"""A raw row becomes turns: (role, content) pairs, the role being system, user, assistant or tool.
+
+A value of the wrong type stops with the row's place, since the whole column is then suspect. A row that is
+well-typed but unusable (no answer, roles that do not alternate) gets a reason instead: the loader counts
+these aloud. Function calls are plain assistant turns that are trained, their results plain `tool` turns.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dataflex.data.info import DatasetInfo
+from dataflex.utils.errors import UserError, nearest
+
+Turn = tuple[str, str]
+TEXT_ROLE = "text"
+
+
+class BadRow(Exception):
+    """A well-typed row that cannot be trained on; the message is the reason that is counted."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    turns: tuple[Turn, ...]
+    problem: str = ""
+    weight: float = 1.0
+
+
+class Converter:
+    """Converts the rows of one dataset.
+
+    Args:
+        info: the dataset's entry.
+        stage: `sft` (turns) or `pt` (one turn of the role `text`).
+        weight_column: a column of sample weights (finite, not negative), or None.
+    """
+
+    def __init__(self, info: DatasetInfo, stage: str, weight_column: str | None = None) -> None:
+        if stage == "pt" and info.formatting != "alpaca":
+            raise UserError(
+                f"{info.where}.formatting: '{info.formatting}' has no plain text for stage pt; "
+                'use "formatting": "alpaca" with "columns": {"prompt": "text"}'
+            )
+        self.info = info
+        self.stage = stage
+        self.weight_column = weight_column
+        self.required, self.optional = self._needed_columns()
+
+    def _needed_columns(self) -> tuple[dict[str, str], dict[str, str]]:
+        columns = self.info.columns
+        if self.stage == "pt":
+            keys: tuple[str, ...] = ("prompt",)
+            extra: tuple[str, ...] = ()
+        elif self.info.formatting == "alpaca":
+            keys, extra = ("prompt", "response"), ("query", "history", "system")
+        else:
+            keys, extra = ("messages",), ("system",)
+        required: dict[str, str] = {}
+        optional: dict[str, str] = {}
+        for key in keys + extra:
+            name = getattr(columns, key)
+            if name is None and key in keys:
+                raise UserError(f"{self.info.where}.columns.{key}: stage {self.stage} cannot do without it")
+            if name is not None:
+                (required if key in keys or key in columns.given else optional)[key] = name
+        if self.weight_column is not None:
+            required["sample_weight"] = self.weight_column
+        return required, optional
+
+    @property
+    def wanted(self) -> set[str]:
+        """Every column that is read."""
+        return {*self.required.values(), *self.optional.values()}
+
+    def check_columns(self, found: Collection[str], where: str) -> None:
+        """Raise UserError where a needed column is not among those found."""
+        missing = {key: name for key, name in self.required.items() if name not in found}
+        if not missing:
+            return
+        name = next(iter(missing.values()))
+        hint = nearest(name, found)
+        if self.stage == "sft" and "text" in found and self.info.formatting == "alpaca":
+            hint = ' (plain text is for stage: pt with "columns": {"prompt": "text"})'
+        needed = ", ".join(f"{name} ({key})" for key, name in self.required.items())
+        raise UserError(
+            f"{where}: no column '{name}'{hint}; it has {', '.join(found)}; "
+            f"stage {self.stage} needs {needed}: name them in {self.info.where}.columns"
+        )
+
+    def __call__(self, row: Mapping[str, Any], where: str) -> Converted:
+        """Convert one row; ``where`` (file:row) goes into the text of a UserError."""
+        weight = self._weight(row, where)
+        try:
+            if self.stage == "pt":
+                turns = self._plain_text(row, where)
+            elif self.info.formatting == "alpaca":
+                turns = self._alpaca(row, where)
+            else:
+                turns = self._messages(row, where)
+            for _, content in turns:
+                if not content.isascii():
+                    content.encode("utf-8")
+        except BadRow as reason:
+            return Converted((), str(reason), weight)
+        except UnicodeEncodeError:
+            return Converted((), "text with half a surrogate pair", weight)
+        return Converted(tuple(turns), "", weight)
+
+    def _weight(self, row: Mapping[str, Any], where: str) -> float:
+        if self.weight_column is None:
+            return 1.0
+        if self.weight_column not in row:
+            raise UserError(
+                f"{where}: no column '{self.weight_column}' (sample_weight)"
+                f"{nearest(self.weight_column, row)}; it has {', '.join(row)}"
+            )
+        value = row[self.weight_column]
+        try:
+            weight = math.nan if isinstance(value, bool) or value is None else float(value)
+        except (TypeError, ValueError):
+            weight = math.nan
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"{where}: {self.weight_column}: expected a number >= 0, got {value!r}")
+        return weight
+
+    def _text(self, row: Mapping[str, Any], key: str, where: str) -> str | None:
+        name = self.required.get(key) or self.optional.get(key)
+        value = row.get(name) if name is not None else None
+        if value is not None and not isinstance(value, str):
+            raise _wrong_type(where, str(name), "text", value)
+        return value
+
+    def _plain_text(self, row: Mapping[str, Any], where: str) -> list[Turn]:
+        text = self._text(row, "prompt", where)
+        if not text:
+            raise BadRow("no text")
+        return [(TEXT_ROLE, text)]
+
+    def _alpaca(self, row: Mapping[str, Any], where: str) -> list[Turn]:
+        prompt, query = self._text(row, "prompt", where), self._text(row, "query", where)
+        answer, system = self._text(row, "response", where), self._text(row, "system", where)
+        turns: list[Turn] = [("system", system)] if system else []
+        for question, reply in self._history(row, where):
+            turns += [("user", question), ("assistant", reply)]
+        if not answer:
+            raise BadRow("no answer")
+        return [*turns, ("user", "\n".join(part for part in (prompt, query) if part)), ("assistant", answer)]
+
+    def _history(self, row: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
+        name = self.required.get("history")
+        value = row.get(name) if name is not None else None
+        if value is None or value == "":
+            return []
+        pairs: list[Any] = value if isinstance(value, list) else [None]
+        for pair in pairs:
+            if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)):
+                raise _wrong_type(where, str(name), "a list of [question, answer] pairs of text", value)
+        return [(question, answer) for question, answer in pairs]
+
+    def _messages(self, row: Mapping[str, Any], where: str) -> list[Turn]:
+        name = self.required["messages"]
+        messages = row.get(name)
+        if messages is None:
+            raise BadRow("no messages")
+        if not isinstance(messages, list):
+            raise _wrong_type(where, name, "a list of messages", messages)
+        turns = [self._message(message, f"{where}: {name}[{i}]") for i, message in enumerate(messages)]
+        turns = _join_tool_results(turns)
+        system = self._text(row, "system", where)
+        if turns and turns[0][0] == "system":
+            system, turns = turns[0][1], turns[1:]
+        _check_order([role for role, _ in turns])
+        return ([("system", system)] if system else []) + turns
+
+    def _message(self, message: Any, where: str) -> Turn:
+        tags = self.info.tags
+        if not isinstance(message, dict):
+            raise UserError(f"{where}: expected an object, got {message!r:.60}")
+        for tag in (tags.role_tag, tags.content_tag):
+            if tag not in message:
+                raise UserError(
+                    f"{where}: no key '{tag}'{nearest(tag, message)}; it has {', '.join(map(str, message))}; "
+                    f"name the keys in {self.info.where}.tags"
+                )
+        roles = {
+            tags.user_tag: "user",
+            tags.assistant_tag: "assistant",
+            tags.function_tag: "assistant",
+            tags.observation_tag: "tool",
+            tags.system_tag: "system",
+        }
+        given = message[tags.role_tag]
+        role = roles.get(given) if isinstance(given, str) else None
+        if role is None:
+            raise BadRow(f"unknown role {given!r}{nearest(given, roles)}")
+        content = _content(message[tags.content_tag], message.get("tool_calls"), where)
+        if not content and role in ("assistant", "user"):
+            raise BadRow("no answer" if role == "assistant" else "an empty question")
+        return role, content
+
+
+def _content(content: Any, tool_calls: Any, where: str) -> str:
+    """The text of a message; OpenAI's tool calls become JSON, its list of text parts one text."""
+    if tool_calls:
+        calls = [call.get("function", call) if isinstance(call, dict) else call for call in tool_calls]
+        return (content or "") + json.dumps(calls, ensure_ascii=False)
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        if not all(isinstance(part, str) for part in parts):
+            raise UserError(f"{where}: only text parts are trained on, got {content!r:.60}")
+        return "".join(str(part) for part in parts)
+    if content is not None and not isinstance(content, str):
+        raise _wrong_type(where, "content", "text", content)
+    return content or ""
+
+
+def _join_tool_results(turns: list[Turn]) -> list[Turn]:
+    joined: list[Turn] = []
+    for role, content in turns:
+        if role == "tool" and joined and joined[-1][0] == "tool":
+            joined[-1] = (role, f"{joined[-1][1]}\n{content}")
+        else:
+            joined.append((role, content))
+    return joined
+
+
+def _check_order(roles: list[str]) -> None:
+    if not roles:
+        raise BadRow("no messages")
+    if "system" in roles:
+        raise BadRow("a system message that is not the first")
+    for i, role in enumerate(roles):
+        if (role == "assistant") != (i % 2 == 1):
+            raise BadRow("roles do not alternate")
+    if roles[-1] != "assistant":
+        raise BadRow("does not end with an answer")
+
+
+def _wrong_type(where: str, name: str, expected: str, value: Any) -> UserError:
+    return UserError(f"{where}: {name}: expected {expected}, got {type(value).__name__} {value!r:.60}")

@@ -1,0 +1,85 @@
+"""Token ids and labels of one conversation, and the identity of a tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+IGNORE_INDEX = -100
+
+IdPair = tuple[list[int], list[int]]
+
+
+def share_room(prompt: int, answer: int, room: int) -> tuple[int, int]:
+    """How many tokens of a prompt and of its answer are kept where ``room`` tokens are left.
+
+    As LLaMA-Factory shares them: the side below half the room is kept whole and the other one cut; where
+    both are longer, in proportion to their lengths.
+    """
+    if answer * 2 < room:
+        answer_room = room
+    elif prompt * 2 < room:
+        answer_room = room - prompt
+    else:
+        answer_room = int(room * (answer / (prompt + answer)))
+    kept_answer = min(answer_room, answer)
+    return min(max(room - kept_answer, 0), prompt), kept_answer
+
+
+def encode_pairs(
+    pairs: Sequence[IdPair], cutoff_len: int, train_on_prompt: bool = False, mask_history: bool = False
+) -> tuple[list[int], list[int], bool]:
+    """Join (prompt ids, answer ids) turn by turn into input_ids, labels (unshifted) and "was it cut?".
+
+    Labels: -100 on prompts, the ids on answers; everywhere the ids with ``train_on_prompt``; only the last
+    answer's with ``mask_history``, where the last turns also keep their tokens first. Turns beyond
+    ``cutoff_len`` tokens are left out.
+    """
+    assert not (train_on_prompt and mask_history), "the configuration refuses both at once"
+    kept: list[tuple[list[int], list[int]]] = []
+    room = cutoff_len
+    for prompt, answer in reversed(pairs) if mask_history else pairs:
+        if room <= 0:
+            break
+        prompt_len, answer_len = share_room(len(prompt), len(answer), room)
+        trained = not (mask_history and kept)
+        ids = prompt[:prompt_len] + answer[:answer_len]
+        prompt_labels = prompt[:prompt_len] if train_on_prompt else [IGNORE_INDEX] * prompt_len
+        answer_labels = answer[:answer_len] if trained else [IGNORE_INDEX] * answer_len
+        kept.append((ids, prompt_labels + answer_labels))
+        room -= prompt_len + answer_len
+    if mask_history:
+        kept.reverse()
+    input_ids = [token for ids, _ in kept for token in ids]
+    labels = [label for _, labels in kept for label in labels]
+    return input_ids, labels, len(input_ids) < sum(len(p) + len(a) for p, a in pairs)
+
+
+def trained_count(labels: Sequence[int]) -> int:
+    """How many tokens count in the loss: the first has no context, so its label never counts."""
+    return sum(label != IGNORE_INDEX for label in labels[1:])
+
+
+def digest_of(input_ids: Sequence[int] | np.ndarray, labels: Sequence[int] | np.ndarray) -> int:
+    """A signed 64-bit hash by which identical samples are found."""
+    digest = hashlib.blake2b(np.asarray(input_ids, dtype=np.int64).tobytes(), digest_size=8)
+    digest.update(np.asarray(labels, dtype=np.int64).tobytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """A hash of everything that decides how text becomes ids; the same in every process."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state = json.loads(backend.to_str())
+        for passing in ("truncation", "padding"):
+            state.pop(passing, None)
+    else:
+        state = sorted(tokenizer.get_vocab().items())
+    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    text = json.dumps([type(tokenizer).__name__, state, special], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

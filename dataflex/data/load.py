@@ -1,0 +1,268 @@
+"""From the configuration to the pool: read, check, tokenise, choose, split, and count everything."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dataflex.data.convert import Converter
+from dataflex.data.encode import tokenizer_identity
+from dataflex.data.info import DatasetInfo, find_dataset_dir, read_dataset_infos
+from dataflex.data.pool import Pool
+from dataflex.data.report import DataReport, DomainReport
+from dataflex.data.saved import load_or_make
+from dataflex.data.source import fingerprint_of, read_source
+from dataflex.data.template import get_template
+from dataflex.data.tokenize import Encoder, Settings, pack_blocks, tokenise
+from dataflex.utils.dist import main_first
+from dataflex.utils.errors import UserError
+from dataflex.utils.logging import logger
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from dataflex.config import Config
+
+FIRST_PLACES = 3
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """The pools. ``eval``'s domains are the evaluation datasets, or with val_size the training domains."""
+
+    train: Pool
+    eval: Pool | None
+    report: DataReport
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One tokenised dataset without its unusable rows; ``digests`` (int64 [N]) find equal samples."""
+
+    name: str
+    dataset: Dataset
+    lengths: np.ndarray
+    digests: np.ndarray
+    fingerprint: str
+    report: DomainReport
+
+
+def load_data(cfg: Config, tokenizer: Any) -> LoadedData:
+    """Read and tokenise everything that ``cfg.data`` names; rank 0 first, the others from its cache.
+
+    Raises UserError naming file and row for data that cannot be used as it is.
+    """
+    data = cfg.data
+    if data.val_size and data.eval_dataset:
+        raise UserError("val_size: cannot be used together with eval_dataset")
+    if data.streaming:
+        logger.warning(
+            "streaming: the pool stays on disk and is read sample by sample anyway; streaming and "
+            "buffer_size are ignored, since selection needs every sample to have an id"
+        )
+    with main_first(), _bars_on_terminals_only():
+        loader = _Loader(cfg, tokenizer)
+        train = loader.domains(data.dataset, "dataset")
+        evaluation = loader.domains(data.eval_dataset, "eval_dataset") if data.eval_dataset else []
+    report = DataReport([d.report for d in train], [d.report for d in evaluation])
+    if evaluation:
+        seen = np.unique(np.concatenate([d.digests for d in train]))
+        report.shared_rows = int(sum(np.isin(d.digests, seen).sum() for d in evaluation))
+        return LoadedData(_pool(train), _pool(evaluation), report)
+    if not data.val_size:
+        return LoadedData(_pool(train), None, report)
+    whole = _pool(train)
+    held_out = _held_out(whole, data.val_size, cfg.train.seed)
+    report.held_out = len(held_out)
+    rest = np.setdiff1d(np.arange(len(whole)), held_out)
+    tag = [data.val_size, cfg.train.seed]
+    return LoadedData(_part(whole, rest, ["train", *tag]), _part(whole, held_out, ["eval", *tag]), report)
+
+
+def load_pool(cfg: Config, tokenizer: Any, names: Sequence[str], key: str) -> Pool:
+    """A pool of other datasets of dataset_info.json (for instance mixer_eval_dataset); ``key`` names it."""
+    with main_first(), _bars_on_terminals_only():
+        return _pool(_Loader(cfg, tokenizer).domains(names, key))
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    import datasets
+
+    silence = datasets.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if silence:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if silence:
+            datasets.enable_progress_bars()
+
+
+class _Loader:
+    def __init__(self, cfg: Config, tokenizer: Any) -> None:
+        self.cfg = cfg
+        stage, data = cfg.method.stage, cfg.data
+        packed = stage == "pt" and cfg.packs
+        if packed and data.sample_weight is not None:
+            raise UserError("sample_weight: a packed block of stage pt has no one weight; set packing: false")
+        template = None if stage == "pt" else get_template(data.template, tokenizer)
+        settings = Settings(stage, data.cutoff_len, data.train_on_prompt, data.mask_history, packed)
+        self.encoder = Encoder(tokenizer, template, settings)
+        self.dataset_dir = find_dataset_dir(data.dataset_dir, cfg.source)
+
+    def domains(self, names: Sequence[str], key: str) -> list[Domain]:
+        if not names:
+            raise UserError(f"{key}: names no dataset; valid are the entries of {self.dataset_dir}")
+        return [self._domain(info) for info in read_dataset_infos(names, self.dataset_dir)]
+
+    def _domain(self, info: DatasetInfo) -> Domain:
+        data = self.cfg.data
+        report = DomainReport(info.name)
+        source = read_source(info, Converter(info, self.encoder.settings.stage, data.sample_weight))
+        report.read = len(source)
+        rows, choice = self._choose(source, info, report)
+        fingerprint = fingerprint_of("tokens", source._fingerprint, choice, self.encoder.identity())
+        tokens = self._tokens(source.select(rows), info.name, fingerprint, [source._fingerprint, *choice])
+        digests = _column(tokens, "digest")
+        report.truncated = int(_column(tokens, "truncated").sum())
+        report.duplicates = len(digests) - len(np.unique(digests))
+        if self.encoder.settings.packed_blocks:
+            tokens = pack_blocks(tokens, data.cutoff_len, fingerprint)
+        return self._finish(tokens, info, fingerprint, report)
+
+    def _choose(self, source: Dataset, info: DatasetInfo, report: DomainReport) -> tuple[np.ndarray, list[Any]]:
+        """The rows to tokenise, and what decided on them."""
+        usable = _usable_rows(source, info, report)
+        choice: list[Any] = []
+        rows = usable
+        if info.num_samples is not None:
+            seed = self.cfg.train.seed
+            rows = _draw(usable, info.num_samples, seed, info.name)
+            choice += ["num_samples", info.num_samples, seed, info.name]
+        if self.cfg.data.max_samples is not None:
+            rows = rows[: self.cfg.data.max_samples]
+            choice += ["max_samples", self.cfg.data.max_samples]
+        report.not_chosen = len(usable) - len(np.unique(rows))
+        return rows, choice
+
+    def _tokens(self, rows: Dataset, name: str, fingerprint: str, content: list[Any]) -> Dataset:
+        data, encoder = self.cfg.data, self.encoder
+
+        def make() -> Dataset:
+            workers = data.preprocessing_num_workers
+            return tokenise(rows, encoder, fingerprint, name, workers, data.overwrite_cache)
+
+        if data.tokenized_path is None:
+            return make()
+        settings = encoder.settings
+        made_from = {
+            "the data": fingerprint_of(content),
+            "the tokenizer": tokenizer_identity(encoder.tokenizer),
+            "template": encoder.template.identity if encoder.template is not None else "",
+            "stage": settings.stage,
+            "cutoff_len": str(settings.cutoff_len),
+            "train_on_prompt": str(settings.train_on_prompt),
+            "mask_history": str(settings.mask_history),
+            "packing": str(settings.packed_blocks),
+        }
+        return load_or_make(Path(data.tokenized_path), name, fingerprint, made_from, make, data.overwrite_cache)
+
+    def _finish(self, tokens: Dataset, info: DatasetInfo, fingerprint: str, report: DomainReport) -> Domain:
+        trained = _column(tokens, "trained")
+        kept = np.flatnonzero(trained > 0)
+        report.all_masked = len(trained) - len(kept)
+        if not len(kept):
+            raise UserError(
+                f"{info.where}: all {len(trained)} samples are masked: nothing to train on is left within "
+                f"cutoff_len {self.cfg.data.cutoff_len}"
+            )
+        lengths = _column(tokens, "length")[kept]
+        report.measure(lengths, trained[kept])
+        digests = _column(tokens, "digest")[kept]
+        if report.all_masked:
+            tokens = tokens.select(kept)
+        weight = ["sample_weight"] if self.cfg.data.sample_weight is not None else []
+        dataset = tokens.select_columns(["input_ids", "labels", *weight])
+        return Domain(info.name, dataset, lengths, digests, fingerprint, report)
+
+
+def _usable_rows(source: Dataset, info: DatasetInfo, report: DomainReport) -> np.ndarray:
+    import pyarrow.compute as pc
+
+    is_bad = pc.not_equal(source.data.column("problem"), "").to_numpy()
+    for row in source.select_columns(["problem", "where"]).select(np.flatnonzero(is_bad)):
+        count, places = report.dropped.get(row["problem"], (0, []))
+        report.dropped[row["problem"]] = (count + 1, (places + [row["where"]])[:FIRST_PLACES])
+    reasons = [f"{count} {reason} ({', '.join(at)})" for reason, (count, at) in report.dropped.items()]
+    if is_bad.all():
+        raise UserError(f"{info.where}: none of its {len(source)} rows can be used: {'; '.join(reasons)}")
+    if reasons:
+        logger.warning(f"{info.name}: {int(is_bad.sum())} of {len(source)} rows dropped: {'; '.join(reasons)}")
+    usable: np.ndarray = np.flatnonzero(~is_bad)
+    return usable
+
+
+def _draw(rows: np.ndarray, count: int, seed: int, name: str) -> np.ndarray:
+    """``count`` random rows in the order of the file; above their number, rows repeat."""
+    rng = np.random.default_rng([seed, *hashlib.sha256(name.encode()).digest()[:8]])
+    picks = rng.permutation(len(rows))[:count]
+    more = rng.integers(len(rows), size=count - len(picks))
+    drawn: np.ndarray = rows[np.sort(np.concatenate([picks, more]))]
+    return drawn
+
+
+def _column(dataset: Dataset, name: str) -> np.ndarray:
+    assert dataset._indices is None, "columns are read from the table itself"
+    values: np.ndarray = dataset.data.column(name).to_numpy()
+    return values
+
+
+def _pool(domains: list[Domain]) -> Pool:
+    from datasets import concatenate_datasets
+
+    return Pool(
+        dataset=concatenate_datasets([d.dataset for d in domains]) if len(domains) > 1 else domains[0].dataset,
+        domain_ids=np.repeat(np.arange(len(domains), dtype=np.int32), [len(d.lengths) for d in domains]),
+        domain_names=[d.name for d in domains],
+        lengths=np.concatenate([d.lengths for d in domains]),
+        fingerprint=fingerprint_of("pool", [[d.name, d.fingerprint] for d in domains]),
+    )
+
+
+def _held_out(pool: Pool, val_size: float, seed: int) -> np.ndarray:
+    """Sample ids for evaluation: ``val_size`` (<= 1: a fraction, else a count), each domain in proportion."""
+    total = round(len(pool) * val_size) if val_size <= 1 else int(val_size)
+    if not 0 < total < len(pool):
+        raise UserError(
+            f"val_size: {val_size:g} holds {total} of {len(pool)} samples out; both sides need at least one"
+        )
+    exact = pool.domain_sizes() * (total / len(pool))
+    counts = np.floor(exact).astype(np.int64)
+    order = np.argsort(counts - exact, kind="stable")
+    counts[order[: total - counts.sum()]] += 1
+    emptied = np.flatnonzero(counts == pool.domain_sizes())
+    if len(emptied):
+        raise UserError(f"val_size: {val_size:g} leaves no sample of '{pool.domain_names[emptied[0]]}' to train on")
+    rng = np.random.default_rng([seed, 0x76616C])
+    picks = [rng.permutation(np.flatnonzero(pool.domain_ids == domain))[:count] for domain, count in enumerate(counts)]
+    return np.sort(np.concatenate(picks))
+
+
+def _part(pool: Pool, ids: np.ndarray, tag: list[Any]) -> Pool:
+    """The samples ``ids`` with the domains that they are from."""
+    domains, domain_ids = np.unique(pool.domain_ids[ids], return_inverse=True)
+    return Pool(
+        dataset=pool.dataset.select(ids),
+        domain_ids=domain_ids,
+        domain_names=[pool.domain_names[d] for d in domains],
+        lengths=pool.lengths[ids],
+        fingerprint=fingerprint_of("part", pool.fingerprint, tag),
+    )

@@ -1,0 +1,162 @@
+"""The training pool: all samples of all domains, concatenated and unshuffled; positions are sample ids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from dataflex.data.encode import IGNORE_INDEX
+from dataflex.utils.errors import UserError
+from dataflex.utils.logging import logger
+
+DEFAULT_DOMAIN = "train"
+
+
+class Pool:
+    """A map-style dataset with the domain and the length of every sample.
+
+    Attributes:
+        dataset: map-style; items are dicts with `input_ids` and `labels` (-100: not trained on; unshifted)
+            and, where asked for, `sample_weight`. Kept on disk; nothing here holds the samples in memory.
+        domain_ids: int32 [N], indices into domain_names.
+        domain_names: the datasets' names.
+        lengths: int32 [N], tokens per sample.
+        fingerprint: changes with the content or the tokenisation; the same in every process.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        domain_ids: np.ndarray,
+        domain_names: list[str],
+        lengths: np.ndarray,
+        fingerprint: str,
+    ) -> None:
+        assert len(dataset) == len(domain_ids) == len(lengths), "one domain and one length per sample"
+        self.dataset = dataset
+        self.domain_ids = np.asarray(domain_ids, dtype=np.int32)
+        self.domain_names = list(domain_names)
+        self.lengths = np.asarray(lengths, dtype=np.int32)
+        self.fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        return len(self.domain_ids)
+
+    def __getitem__(self, index: int | np.integer[Any]) -> dict[str, Any]:
+        sample: dict[str, Any] = self.dataset[int(index)]
+        return sample
+
+    def domain_sizes(self) -> np.ndarray:
+        """Samples per domain, int64 [domains]."""
+        return np.bincount(self.domain_ids, minlength=len(self.domain_names))
+
+    @classmethod
+    def from_datasets(cls, datasets: Any) -> Pool:
+        """A pool over tokenised map-style datasets: one, or {domain name: dataset} for several domains.
+
+        Items must be dicts with `input_ids` and `labels` of the same length (lists, arrays or 1-D tensors).
+        Every item is read once, for its length and the fingerprint. Raises UserError naming the sample.
+        """
+        if isinstance(datasets, Pool):
+            return datasets
+        named = dict(datasets) if isinstance(datasets, Mapping) else {DEFAULT_DOMAIN: datasets}
+        if not named:
+            raise UserError("train_dataset: there is no dataset in the mapping")
+        digest = hashlib.sha256()
+        lengths = []
+        for name, dataset in named.items():
+            scan = _scan(name, dataset)
+            lengths.append(scan[0])
+            digest.update(repr((str(name), len(scan[0]), scan[1])).encode())
+        from torch.utils.data import ConcatDataset
+
+        parts = list(named.values())
+        return cls(
+            dataset=parts[0] if len(parts) == 1 else ConcatDataset(parts),
+            domain_ids=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in lengths]),
+            domain_names=[str(name) for name in named],
+            lengths=np.concatenate(lengths),
+            fingerprint=digest.hexdigest()[:32],
+        )
+
+
+def describe_sample(pool: Pool, index: int, tokenizer: Any, max_chars: int = 2000) -> str:
+    """One decoded sample for the log: what is trained on stands between ⟦ and ⟧."""
+    sample = pool[index]
+    ids, labels = _to_array(sample["input_ids"]), _to_array(sample["labels"])
+    text = mark_trained(ids.tolist(), labels.tolist(), tokenizer)
+    if len(text) > max_chars:
+        half = max_chars // 2
+        text = f"{text[:half]} ... {len(text) - 2 * half:,} characters left out ... {text[-half:]}"
+    trained = int((labels != IGNORE_INDEX).sum())
+    domain = pool.domain_names[pool.domain_ids[index]]
+    return f"sample {index} of {domain}: {len(ids)} tokens, {trained} trained on (between ⟦ and ⟧)\n{text}"
+
+
+def mark_trained(input_ids: list[int], labels: list[int], tokenizer: Any) -> str:
+    """The decoded text with ⟦…⟧ around what is trained on."""
+    text, start = [], 0
+    for end in range(1, len(input_ids) + 1):
+        trained = labels[start] != IGNORE_INDEX
+        if end == len(input_ids) or (labels[end] != IGNORE_INDEX) != trained:
+            part = tokenizer.decode(input_ids[start:end], skip_special_tokens=False)
+            text.append(f"⟦{part}⟧" if trained else part)
+            start = end
+    return "".join(text)
+
+
+def _to_array(values: Any) -> np.ndarray:
+    return np.asarray(values, dtype=np.int64)
+
+
+def _scan(name: str, dataset: Any) -> tuple[np.ndarray, str]:
+    """Lengths (int32 [N]) and a content hash that does not depend on how the dataset is stored."""
+    where = f"train_dataset '{name}'"
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise UserError(f"{where}: a {type(dataset).__name__} has no length; sample ids need a map-style dataset")
+    if len(dataset) == 0:
+        raise UserError(f"{where}: is empty")
+    hashes = {"input_ids": hashlib.sha256(), "labels": hashlib.sha256()}
+    lengths = np.zeros(len(dataset), dtype=np.int32)
+    untrained = 0
+    for index, ids, labels in _items(dataset, where):
+        if len(ids) != len(labels):
+            raise UserError(f"{where}: sample {index} has {len(ids)} input_ids but {len(labels)} labels")
+        lengths[index] = len(ids)
+        untrained += not (labels[1:] != IGNORE_INDEX).any()
+        hashes["input_ids"].update(ids.tobytes())
+        hashes["labels"].update(labels.tobytes())
+    if untrained == len(dataset):
+        raise UserError(f"{where}: all {untrained} samples are masked: no label counts in the loss")
+    if untrained:
+        logger.warning(f"{where}: {untrained} of {len(dataset)} samples have no label that counts in the loss")
+    sizes = hashlib.sha256(lengths.tobytes()).hexdigest()
+    return lengths, ":".join([sizes, *(h.hexdigest() for h in hashes.values())])
+
+
+def _items(dataset: Any, where: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(index, input_ids, labels) as int64 arrays; in large batches where the dataset is an Arrow one."""
+    columns = getattr(dataset, "column_names", None)
+    if hasattr(dataset, "with_format") and isinstance(columns, list):
+        _check_keys(columns, where)
+        plain = dataset.with_format(None).select_columns(["input_ids", "labels"])
+        batches = plain.iter(batch_size=1000)
+        rows = (row for b in batches for row in zip(b["input_ids"], b["labels"], strict=True))
+        for index, (ids, labels) in enumerate(rows):
+            yield index, _to_array(ids), _to_array(labels)
+        return
+    for index in range(len(dataset)):
+        item = dataset[index]
+        if not isinstance(item, Mapping):
+            raise UserError(f"{where}: sample {index} is a {type(item).__name__}, not a dict")
+        _check_keys(list(item), f"{where}: sample {index}")
+        yield index, _to_array(item["input_ids"]), _to_array(item["labels"])
+
+
+def _check_keys(keys: list[str], where: str) -> None:
+    missing = [key for key in ("input_ids", "labels") if key not in keys]
+    if missing:
+        raise UserError(f"{where}: has no {' and no '.join(missing)}; it has {', '.join(map(str, keys))}")

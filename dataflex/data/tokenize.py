@@ -1,0 +1,176 @@
+"""Turns become token ids and labels, once: `datasets` caches the result under our own fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dataflex.data.encode import digest_of, encode_pairs, tokenizer_identity, trained_count
+from dataflex.data.source import cached_dataset, fingerprint_of
+from dataflex.data.template import Template
+from dataflex.utils.dist import is_main
+from dataflex.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+Batch = dict[str, list[Any]]
+ROWS_PER_PROCESS = 500
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the ids and labels of a row, besides the tokenizer and the template."""
+
+    stage: str
+    cutoff_len: int
+    train_on_prompt: bool = False
+    mask_history: bool = False
+    packed_blocks: bool = False
+
+    def parts(self) -> list[Any]:
+        return [self.stage, self.cutoff_len, self.train_on_prompt, self.mask_history, self.packed_blocks]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer with a template (None in stage pt) and settings: rows in, columns out."""
+
+    tokenizer: Any
+    template: Template | None
+    settings: Settings
+
+    def identity(self) -> list[Any]:
+        """What the fingerprint of a tokenised dataset covers besides its rows."""
+        template = self.template.identity if self.template is not None else ""
+        return [tokenizer_identity(self.tokenizer), template, *self.settings.parts()]
+
+    def batch(self, rows: Batch) -> Batch:
+        """Tokenise a batch of the rows of `read_source` (all without a problem)."""
+        if self.settings.stage == "pt":
+            samples = self._documents([turns[0]["content"] for turns in rows["turns"]])
+        else:
+            samples = self._conversations(rows)
+        return _columns(samples, rows["weight"])
+
+    def _conversations(self, rows: Batch) -> list[tuple[list[int], list[int], bool]]:
+        assert self.template is not None
+        settings = self.settings
+        pairs = [
+            self.template.pairs([(t["role"], t["content"]) for t in turns], where, settings.mask_history)
+            for turns, where in zip(rows["turns"], rows["where"], strict=True)
+        ]
+        ids = iter(self._tokenise([text for row in pairs for pair in row for text in pair]))
+        id_pairs = [[(next(ids), next(ids)) for _ in row] for row in pairs]
+        return [
+            encode_pairs(row, settings.cutoff_len, settings.train_on_prompt, settings.mask_history) for row in id_pairs
+        ]
+
+    def _documents(self, texts: list[str]) -> list[tuple[list[int], list[int], bool]]:
+        """Each document with the end token after it, and the start token where the tokenizer adds one."""
+        tokenizer, cutoff = self.tokenizer, self.settings.cutoff_len
+        if tokenizer.eos_token_id is None:
+            raise UserError("stage pt ends each document with the tokenizer's eos token, but it has none")
+        starts = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        start = [tokenizer.bos_token_id] if starts and tokenizer.bos_token_id is not None else []
+        samples = []
+        for ids in self._tokenise(texts):
+            ids = start + ids + [tokenizer.eos_token_id]
+            cut = not self.settings.packed_blocks and len(ids) > cutoff
+            ids = ids[:cutoff] if cut else ids
+            samples.append((ids, ids, cut))
+        return samples
+
+    def _tokenise(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+        return [list(ids) for ids in encoded]
+
+
+def tokenise(
+    source: Dataset, encoder: Encoder, fingerprint: str, name: str, workers: int | None, overwrite: bool
+) -> Dataset:
+    """The tokenised rows of ``source``: see `sample_features`. Cached under ``fingerprint``.
+
+    ``workers`` processes share the rows (fewer where there are few rows); ``overwrite`` makes rank 0
+    tokenise again.
+    """
+    processes = min(workers or 1, max(1, len(source) // ROWS_PER_PROCESS))
+    return source.map(
+        encoder.batch,
+        batched=True,
+        num_proc=processes if processes > 1 else None,
+        remove_columns=source.column_names,
+        features=sample_features(),
+        new_fingerprint=fingerprint,
+        load_from_cache_file=not (overwrite and is_main()),
+        desc=f"Tokenising {name}",
+    )
+
+
+def sample_features() -> Features:
+    """input_ids and labels (int32), length, trained (tokens that count), truncated, digest, weight."""
+    from datasets import Features, List, Value
+
+    return Features(
+        {
+            "input_ids": List(Value("int32")),
+            "labels": List(Value("int32")),
+            "length": Value("int32"),
+            "trained": Value("int32"),
+            "truncated": Value("bool"),
+            "digest": Value("int64"),
+            "sample_weight": Value("float32"),
+        }
+    )
+
+
+def pack_blocks(documents: Dataset, cutoff_len: int, fingerprint: str) -> Dataset:
+    """The documents one after another, cut into blocks of ``cutoff_len``; the last one may be shorter."""
+    return cached_dataset(
+        partial(_blocks, documents, cutoff_len), sample_features(), fingerprint_of("blocks", fingerprint)
+    )
+
+
+def _blocks(documents: Dataset, cutoff_len: int) -> Iterator[dict[str, Any]]:
+    rest = np.empty(0, dtype=np.int32)
+    for table in documents.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=256):
+        ids = table["input_ids"].combine_chunks().flatten().to_numpy()
+        rest = np.concatenate([rest, ids])
+        whole = len(rest) // cutoff_len * cutoff_len
+        for start in range(0, whole, cutoff_len):
+            yield _block(rest[start : start + cutoff_len])
+        rest = rest[whole:]
+    if len(rest):
+        yield _block(rest)
+
+
+def _block(ids: np.ndarray) -> dict[str, Any]:
+    return {
+        "input_ids": ids,
+        "labels": ids,
+        "length": len(ids),
+        "trained": len(ids) - 1,
+        "truncated": False,
+        "digest": digest_of(ids, ids),
+        "sample_weight": 1.0,
+    }
+
+
+def _columns(samples: list[tuple[list[int], list[int], bool]], weights: list[float]) -> Batch:
+    return {
+        "input_ids": [ids for ids, _, _ in samples],
+        "labels": [labels for _, labels, _ in samples],
+        "length": [len(ids) for ids, _, _ in samples],
+        "trained": [trained_count(labels) for _, labels, _ in samples],
+        "truncated": [cut for _, _, cut in samples],
+        "digest": [digest_of(ids, labels) for ids, labels, _ in samples],
+        "sample_weight": weights,
+    }

@@ -1,0 +1,197 @@
+"""Golden renderings: the exact text of one two-turn conversation, with what is trained in ⟦ ⟧."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dataflex.data.builtin_templates import FORMATS
+from dataflex.data.encode import IGNORE_INDEX, tokenizer_identity
+from dataflex.data.pool import mark_trained
+from dataflex.data.template import get_template
+from dataflex.data.tokenize import Encoder, Settings
+from dataflex.utils.errors import UserError
+from tests.tiny import byte_tokenizer
+
+TURNS = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+SYSTEM = [("system", "s")]
+
+GOLDEN = {
+    "llama2": "<s>[INST] a [/INST]⟦b</s>⟧<s>[INST] c [/INST]⟦d</s>⟧",
+    "llama3": (
+        "<s><|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦b<|eot_id|>⟧"
+        "<|start_header_id|>user<|end_header_id|>\n\nc<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦d<|eot_id|>⟧"
+    ),
+    "qwen": (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦b<|im_end|>⟧\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n⟦d<|im_end|>⟧"
+    ),
+    "qwen3": (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nb<|im_end|>⟧\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nd<|im_end|>⟧"
+    ),
+    "qwen3_nothink": (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦b<|im_end|>⟧\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n⟦d<|im_end|>⟧"
+    ),
+    "gemma": (
+        "<s><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\n⟦b<end_of_turn>⟧\n"
+        "<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n⟦d<end_of_turn>⟧"
+    ),
+    "mistral": "<s>[INST] a[/INST]⟦ b</s>⟧[INST] c[/INST]⟦ d</s>⟧",
+    "phi": "<|user|>\na<|end|>\n<|assistant|>\n⟦b<|end|>⟧\n<|user|>\nc<|end|>\n<|assistant|>\n⟦d<|end|>⟧",
+    "deepseek": "<s>User: a\n\nAssistant:⟦b</s>⟧User: c\n\nAssistant:⟦d</s>⟧",
+    "alpaca": (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request.\n\n### Instruction:\na\n\n### Response:\n⟦b</s>⟧\n\n"
+        "### Instruction:\nc\n\n### Response:\n⟦d</s>⟧"
+    ),
+    "default": "Human: a</s>\nAssistant:⟦b</s>⟧\nHuman: c</s>\nAssistant:⟦d</s>⟧",
+    "empty": "a⟦b⟧c⟦d⟧",
+}
+
+WITH_SYSTEM = {
+    "llama2": "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST]",
+    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\ns<|eot_id|><|start_header_id|>user",
+    "qwen": "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na",
+    "qwen3": "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na",
+    "qwen3_nothink": "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na",
+    "gemma": "<s><start_of_turn>user\ns\n\na<end_of_turn>\n",
+    "mistral": "<s>[INST] s\n\na[/INST]",
+    "phi": "<|system|>\ns<|end|>\n<|user|>\na",
+    "deepseek": "<s>s\n\nUser: a",
+    "alpaca": "s\n\n### Instruction:\na",
+    "default": "System: s</s>\nHuman: a</s>",
+    "empty": "sa",
+}
+
+
+def rendered(name: str | None, turns: list[tuple[str, str]], tokenizer: Any = None, **settings: Any) -> str:
+    tokenizer = tokenizer or byte_tokenizer()
+    encoder = Encoder(tokenizer, get_template(name, tokenizer), Settings("sft", 4096, **settings))
+    row = [{"role": role, "content": content} for role, content in turns]
+    out = encoder.batch({"turns": [row], "where": ["x:1"], "weight": [1.0]})
+    assert len(out["input_ids"][0]) == len(out["labels"][0]) == out["length"][0]
+    return mark_trained(out["input_ids"][0], out["labels"][0], tokenizer)
+
+
+def test_every_built_in_has_its_golden_text() -> None:
+    assert set(GOLDEN) == set(WITH_SYSTEM) == set(FORMATS)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_golden(name: str) -> None:
+    assert rendered(name, TURNS) == GOLDEN[name]
+    assert rendered(name, SYSTEM + TURNS).startswith(WITH_SYSTEM[name])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_golden_masks(name: str) -> None:
+    plain = GOLDEN[name].replace("⟦", "").replace("⟧", "")
+    assert rendered(name, TURNS, train_on_prompt=True) == f"⟦{plain}⟧"
+    masked = rendered(name, TURNS, mask_history=True)
+    assert masked.count("⟦") == 1 and masked.endswith(GOLDEN[name][GOLDEN[name].rindex("⟦") :])
+
+
+def test_tool_results_have_their_place() -> None:
+    turns = [("user", "a"), ("assistant", "f()"), ("tool", "4"), ("assistant", "b")]
+    assert "<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n" in rendered("qwen", turns)
+    assert "<|start_header_id|>ipython<|end_header_id|>\n\n4<|eot_id|>" in rendered("llama3", turns)
+    assert "\nHuman: 4</s>\nAssistant:⟦b</s>⟧" in rendered("default", turns)
+
+
+def test_thoughts_of_qwen3() -> None:
+    turns = [("user", "a"), ("assistant", "<think>\nx\n</think>\n\nb"), *TURNS[2:]]
+    assert "⟦<think>\nx\n</think>\n\nb<|im_end|>⟧" in rendered("qwen3", turns)
+    assert rendered("qwen3", turns, mask_history=True) == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nd<|im_end|>⟧"
+    )
+
+
+def test_braces_in_the_data_stay() -> None:
+    assert rendered("default", [("user", "{eos}{content}"), ("assistant", "{bos}")]) == (
+        "Human: {eos}{content}</s>\nAssistant:⟦{bos}</s>⟧"
+    )
+
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+FORGETFUL = (
+    "{% for m in messages %}<s>{{ m.role }}:{% if m.role == 'assistant' and loop.last %}(new){% endif %}"
+    "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+STRICT = "{{ raise_exception('no system here') if messages[0].role == 'system' }}" + CHATML
+SILENT = (
+    "{% for m in messages if m.role == 'user' %}{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}{% endif %}"
+)
+
+
+def test_chat_template() -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    assert rendered(None, SYSTEM + TURNS, tokenizer) == (
+        "<s>system\ns</s>\n<s>user\na</s>\n<s>assistant\n⟦b</s>⟧\n<s>user\nc</s>\n<s>assistant\n⟦d</s>⟧"
+    )
+    assert get_template(None, tokenizer).end_of_turn == "</s>"
+
+
+def test_chat_template_equals_what_generation_sees() -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}], add_generation_prompt=True, tokenize=False
+    )
+    encoder = Encoder(tokenizer, get_template(None, tokenizer), Settings("sft", 4096))
+    row = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    out = encoder.batch({"turns": [row], "where": ["x:1"], "weight": [1.0]})
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert out["input_ids"][0][: len(prompt_ids)] == prompt_ids
+    assert out["labels"][0][: len(prompt_ids)] == [IGNORE_INDEX] * len(prompt_ids)
+    assert IGNORE_INDEX not in out["labels"][0][len(prompt_ids) :]
+
+
+def test_chat_template_that_rewrites_earlier_turns() -> None:
+    tokenizer = byte_tokenizer(FORGETFUL)
+    assert rendered(None, TURNS[:2], tokenizer) == "<s>user:a</s><s>assistant:⟦(new)b</s>⟧"
+    with pytest.raises(UserError, match=r"x:1: .* renders earlier turns differently from turn 4 on"):
+        rendered(None, TURNS, tokenizer)
+    assert rendered(None, TURNS, tokenizer, mask_history=True) == (
+        "<s>user:a</s><s>assistant:b</s><s>user:c</s><s>assistant:⟦(new)d</s>⟧"
+    )
+
+
+def test_chat_template_that_leaves_the_answer_out_is_refused() -> None:
+    with pytest.raises(UserError, match="x:1: the tokenizer's chat template renders nothing for turn 2"):
+        rendered(None, TURNS, byte_tokenizer(SILENT))
+
+
+def test_chat_template_that_raises() -> None:
+    tokenizer = byte_tokenizer(STRICT)
+    assert "⟦b</s>⟧" in rendered(None, TURNS, tokenizer)
+    with pytest.raises(UserError, match="x:1: .* refuses this conversation: no system here"):
+        rendered(None, SYSTEM + TURNS, tokenizer)
+
+
+def test_errors_and_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"template: 'lama3' is not known \(did you mean 'llama3'\?\)"):
+        get_template("lama3", byte_tokenizer())
+    with pytest.raises(UserError, match="the tokenizer has no chat template of its own; name one of"):
+        get_template(None, byte_tokenizer())
+    with pytest.raises(UserError, match="'default' ends an answer with the tokenizer's eos token"):
+        get_template("default", byte_tokenizer(eos=False))
+    assert get_template("qwen", byte_tokenizer()).end_of_turn == "<|im_end|>"
+    assert "'qwen' uses <|im_start|>, <|im_end|>, which the tokenizer" in capsys.readouterr().err
+
+
+def test_identities_differ() -> None:
+    tokenizers = [byte_tokenizer(CHATML), byte_tokenizer(FORGETFUL)]
+    identities = {get_template(name, tokenizers[0]).identity for name in FORMATS}
+    identities |= {get_template(None, tokenizer).identity for tokenizer in tokenizers}
+    assert len(identities) == len(FORMATS) + 2
+    assert tokenizer_identity(tokenizers[0]) == tokenizer_identity(tokenizers[1])
