@@ -1,0 +1,3 @@
+// Compiled for one instruction set: see dataflex/cpu.h.
+#include "dataflex/cpu.h"
+#include "project_kernel.h"

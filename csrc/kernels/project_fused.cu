@@ -1,0 +1,148 @@
+// The fused form: per-sample gradients g_s = sum_t row[t] col[t]^T by tensor cores, 64 x 128 at a time, and transform,
+// norms, inner products, signs and xor-fold while the tile is in registers. The gradient is never written.
+//
+// A block takes up to four samples (three on an A100) and a range of tiles. For each tile it reads the moments and
+// makes the hashes once, keeps them in registers and shared memory, and goes through the samples' tokens, 32 at a
+// time, in a pipeline of three stages that runs on across samples. The outputs of its samples lie in shared memory
+// for the whole range: the elements of one xor-fold tile go to distinct buckets, and where a 64 x 128 tile holds
+// several xor-fold tiles each has a copy of the outputs, so nothing is added by two threads at once: no atomics, same
+// input same bits.
+//
+// Floor for S samples of T tokens: 2 S T m k flops on the tensor cores; bytes 2 S T (m k / 128 + k m / 64) through L2
+// (2 S T (m + k) from memory where L2 holds them), 8 m k of moments once (blocks of the other samples run at the same
+// time), and 8 groups S dim of partial sums. The epilogue is about 40 instructions for two elements of a sample.
+#include "project_fused.cuh"
+
+#include "project.h"
+
+namespace dataflex {
+namespace {
+// Grid: (samples / samples_at_once, groups). features [groups, samples, dim]; exact [groups, samples, 1 + queries].
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    project_fused(ProjectCall call, Grid grid, float* features, double* exact) {
+  DATAFLEX_DYNAMIC_SHARED(unsigned char, memory);
+  Shared<T>& shared = *reinterpret_cast<Shared<T>*>(memory);
+  auto* outputs = reinterpret_cast<float*>(memory + sizeof(Shared<T>));
+  const int warp = threadIdx.x / 32, warp_row = warp & 1, warp_column = warp >> 1;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * grid.samples_at_once;
+  const int64_t last = min(first + grid.samples_at_once, call.samples);
+  const TileShape shape = tile_shape(call.dim ? call.dim : kTileSize);
+  for (int64_t b = threadIdx.x; b < (last - first) * grid.outputs; b += kThreads) outputs[b] = 0.0f;
+  for (int b = threadIdx.x; b < kMostSamples * (1 + kMostQueries) * kWarps; b += kThreads)
+    (&shared.exact[0][0][0])[b] = 0.0f;
+  const int64_t begin = grid.tiles * blockIdx.y / gridDim.y, end = grid.tiles * (blockIdx.y + 1) / gridDim.y;
+  for (int64_t tile = begin; tile < end; tile++) {
+    const int64_t row = (grid.first_down + tile / grid.across) * kTileRows;
+    const int64_t column = (grid.first_across + tile % grid.across) * kTileColumns;
+    const Place place = {row - call.row_offset, column - call.col_offset, static_cast<uint32_t>(row),
+                         static_cast<uint32_t>(column)};
+    const int64_t top = place.i + warp_row * 32, left = place.j + warp_column * 32;
+    const bool active = top + 31 >= 0 && top < call.m && left + 31 >= 0 && left < call.k;
+    __syncthreads();  // the tile before is folded, its hashes are no longer needed
+    if (call.dim) hash_tile(call, place, shape, shared);
+    Part moment, square, sum = {};
+    read_moments(call, place, warp_row, warp_column, moment, square);
+    Cursor at = start_of(call, first, last), ahead = at;
+    for (int stage = 0; stage < kStages - 1; stage++) {
+      fetch(call, place, ahead, last, shared, stage);
+      if (ahead.sample < last) ahead = next_of(call, ahead, last);
+    }
+    for (int stage = 0; at.sample < last; stage = stage + 1 == kStages ? 0 : stage + 1) {
+      cp_async_wait<kStages - 2>();
+      __syncthreads();  // this stage has landed for all; the one before is free
+      fetch(call, place, ahead, last, shared, stage == 0 ? kStages - 1 : stage - 1);
+      if (ahead.sample < last) ahead = next_of(call, ahead, last);
+      if (active) multiply(shared, stage, warp_row, warp_column, sum);
+      if (active && ends_sample(at)) {
+        const auto mine = static_cast<int>(at.sample - first);
+        const float scale = __ldg(call.scale + at.sample);
+        finish(call, place, warp_row, warp_column, scale, moment, square, sum, shared.exact[mine]);
+        if (call.dim) fold(call, place, shape, warp_row, warp_column, sum, shared, outputs + mine * grid.outputs);
+#pragma unroll
+        for (int e = 0; e < 32; e++) (&sum[0][0][0])[e] = 0.0f;
+      }
+      at = next_of(call, at, last);
+    }
+    cp_async_wait<0>();
+  }
+  __syncthreads();
+  for (int64_t s = first; s < last; s++) {
+    const float* mine = outputs + (s - first) * grid.outputs;
+    const int64_t place = blockIdx.y * call.samples + s;
+    for (auto b = static_cast<uint32_t>(threadIdx.x); b < call.dim; b += kThreads) {
+      float sum = 0.0f;
+      for (int64_t copy = 0; copy < grid.outputs; copy += call.dim) sum += mine[copy + spread(b, shape.column_bits)];
+      features[place * call.dim + b] = sum;
+    }
+    if (static_cast<int>(threadIdx.x) <= call.queries) {
+      double sum = 0.0;
+      for (int w = 0; w < kWarps; w++) sum += shared.exact[s - first][threadIdx.x][w];
+      exact[place * (1 + call.queries) + threadIdx.x] = sum;
+    }
+  }
+}
+
+// Bytes that a block can have: 163 KiB on an A100, 227 on H100 and B200.
+int64_t largest_shared() {
+#ifdef DATAFLEX_EMU
+  return 227 << 10;
+#else
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+    return 48 << 10;
+  return bytes;
+#endif
+}
+
+Grid grid_of(const ProjectCall& call) {
+  const int64_t down = call.row_offset / kTileRows, across = call.col_offset / kTileColumns;
+  const int64_t last_down = (call.row_offset + call.m - 1) / kTileRows;
+  const int64_t last_across = (call.col_offset + call.k - 1) / kTileColumns;
+  const int64_t wide = last_across - across + 1;
+  const int outputs = call.dim == 0 ? 0 : call.dim < kTileSize ? kTileSize : static_cast<int>(call.dim);
+  const int64_t room = (largest_shared() - static_cast<int64_t>(sizeof(Shared<__half>))) / (4 * max(outputs, 1));
+  const auto at_once = static_cast<int>(room < 1 ? 1 : room < kMostSamples ? room : kMostSamples);
+  return {down, across, wide, (last_down - down + 1) * wide, at_once, outputs};
+}
+
+int64_t groups_of(const ProjectCall& call, const Grid& grid) {
+  const int64_t others = (call.samples + grid.samples_at_once - 1) / grid.samples_at_once;
+  return clamp_groups((kBlocks + others - 1) / others, grid.tiles);
+}
+
+template <typename T>
+int launch(const ProjectCall& call, const Grid& grid, int64_t groups, float* features, double* exact,
+           cudaStream_t stream) {
+  const size_t bytes = sizeof(Shared<T>) + sizeof(float) * grid.outputs * grid.samples_at_once;
+  const int code = DATAFLEX_ALLOW_SHARED(project_fused<T>, bytes);
+  if (code != cudaSuccess) return code;
+  const dim3 blocks(static_cast<unsigned>((call.samples + grid.samples_at_once - 1) / grid.samples_at_once),
+                    static_cast<unsigned>(groups));
+  return DATAFLEX_LAUNCH(project_fused<T>, blocks, dim3(kThreads), bytes, stream, call, grid, features, exact);
+}
+bool nothing(const ProjectCall& call) { return call.samples == 0 || call.m == 0 || call.k == 0; }
+}  // namespace
+}  // namespace dataflex
+
+DataflexProjectScratch dataflex_project_outer_scratch(const dataflex::ProjectCall* call) {
+  using namespace dataflex;
+  if (nothing(*call)) return {0, 0};
+  const int64_t groups = groups_of(*call, grid_of(*call));
+  return {groups * call->samples * call->dim, groups * call->samples * (1 + call->queries)};
+}
+
+int dataflex_project_outer(const dataflex::ProjectCall* call, float* features, double* exact, void* stream) {
+  using namespace dataflex;
+  const bool wrong_dim = call->dim && (call->dim < 512 || call->dim > 16384 || call->kind != kXorfold);
+  const int64_t sizes = call->m | call->k | call->row_offset | call->col_offset | call->row_stride | call->col_stride;
+  if (wrong_dim || sizes % 8 || call->queries > kMostQueries || call->dtype == 0) return cudaErrorInvalidValue;
+  if (nothing(*call)) return cudaSuccess;
+  const auto on = static_cast<cudaStream_t>(stream);
+  const Grid grid = grid_of(*call);
+  const int64_t groups = groups_of(*call, grid);
+  const int code = call->dtype == DATAFLEX_F16 ? launch<__half>(*call, grid, groups, features, exact, on)
+                                               : launch<__nv_bfloat16>(*call, grid, groups, features, exact, on);
+  return code == cudaSuccess ? launch_reduce(*call, features, groups, exact, groups, on) : code;
+}

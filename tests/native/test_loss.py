@@ -1,0 +1,197 @@
+"""The loss ops of csrc: opcheck, bits, instruction sets, and the CUDA kernels under emulation against float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataflex.ops import _ext, loss_and_head_sketch, per_sample_loss
+from dataflex.ops import loss_native as native
+from dataflex.ops.loss_options import LossOptions
+from tests.native.emulation import ORDERS, emulated
+from tests.ops.loss_cases import DTYPES, Case, by_hand, cases, within_budget
+
+
+def needs_native() -> Any:
+    ops = native.native_ops(torch.empty(0))
+    if ops is None:
+        pytest.skip("no native CPU ops here")
+    return ops
+
+
+def arguments(dtype: torch.dtype, tokens: int = 6, vocabulary: int = 70) -> tuple[Any, ...]:
+    draw = torch.Generator().manual_seed(3)
+    logits = torch.randn(tokens, vocabulary, generator=draw).to(dtype)
+    labels = torch.randint(0, vocabulary, (tokens,), generator=draw)
+    labels[1] = -100
+    weights = torch.rand(tokens, generator=draw), torch.rand(vocabulary, generator=draw)
+    scalars = LossOptions(label_smoothing=0.1, z_loss=0.01).scalars()
+    return logits, labels, torch.tensor([0, 2, 2, tokens]), *weights, *scalars
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck_of_the_forward_and_the_sketch(dtype: torch.dtype) -> None:
+    ops = needs_native()
+    logits, *rest = arguments(dtype)
+    logits = logits.requires_grad_()
+    torch.library.opcheck(ops.loss_forward.default, (logits, *rest, False))
+    keys, signs = native.sketch_tables(70, 64, 5, 1, torch.device("cpu"))
+    even = native.uniform_sketch(70, 64, 5, 1, rest[3], torch.device("cpu"))
+    torch.library.opcheck(ops.loss_sketch.default, (logits, *rest, keys, signs, even, 64, False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck_of_the_backward(dtype: torch.dtype) -> None:
+    ops = needs_native()
+    logits, labels, cu, token_weight, class_weight, *scalars = arguments(dtype)
+    _, count, _, lse, low = ops.loss_forward(logits, labels, cu, token_weight, class_weight, *scalars, False)
+    grads = torch.ones(3), None, torch.ones(6)
+    inputs = labels, cu, token_weight, class_weight, lse, low, count, *grads, *scalars
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.loss_backward.default, (logits, *inputs), test_utils=checks)
+    torch.library.opcheck(ops.loss_backward_.default, (logits, *inputs), test_utils=checks[:2])
+    want = ops.loss_backward(logits, *inputs)
+    ops.loss_backward_(logits, *inputs)
+    assert torch.equal(logits, want)
+
+
+def test_the_same_bits_again_and_for_any_number_of_threads_and_any_batch() -> None:
+    needs_native()
+    draw = torch.Generator().manual_seed(1)
+    before = torch.get_num_threads()
+    try:
+        for tokens, vocabulary in ((70, 3001), (3, 70_001)):
+            logits = torch.randn(tokens, vocabulary, generator=draw).requires_grad_()
+            labels = torch.randint(0, vocabulary, (tokens,), generator=draw)
+            seen = []
+            for threads in (1, 2, 1, 3):
+                torch.set_num_threads(threads)
+                result = loss_and_head_sketch(logits, labels, torch.tensor([0, 1, tokens]), k1=256, seed=1, tensor_id=2)
+                (gradient,) = torch.autograd.grad(result.loss.sum(), logits)
+                seen.append((*result, gradient))
+            for other in seen[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+SUITE = """
+import sys, torch
+from tests.native.test_loss import sweep
+sweep()
+"""
+
+
+def sweep() -> None:
+    """One pass over dtypes, sizes and options against float64."""
+    ops = needs_native()
+    draw = torch.Generator().manual_seed(0)
+    assert ops is torch.ops.dataflex
+    for dtype in DTYPES:
+        for vocabulary in (2, 17, 64, 65, 2051, 4096):
+            for options in ({}, {"softcap": 20.0, "z_loss": 1e-3}, {"label_smoothing": 0.1}):
+                logits = (5 * torch.randn(9, vocabulary, generator=draw)).to(dtype)
+                labels = torch.randint(0, vocabulary, (9,), generator=draw)
+                case = Case(logits, labels, torch.tensor([0, 4, 9]), options)
+                (loss, gradient), plain = by_hand(case), by_hand(case, dtype)
+                leaf = logits.clone().requires_grad_()
+                result = per_sample_loss(leaf, labels, case.cu_seqlens, **options)
+                result.loss.sum().backward()
+                within_budget(result.loss, loss, plain[0])
+                within_budget(leaf.grad, gradient, plain[1])
+                got = loss_and_head_sketch(logits, labels, case.cu_seqlens, k1=64, seed=1, tensor_id=2, **options)
+                exact = logits.double()
+                want = loss_and_head_sketch(exact, labels, case.cu_seqlens, k1=64, seed=1, tensor_id=2, **options)
+                torch.testing.assert_close(got.sketch.double(), want.sketch, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    needs_native()
+    env = os.environ | {"DATAFLEX_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", SUITE], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def check_emulated(case: Case, k1: int) -> None:
+    """Loss, gradient and sketch of the CUDA kernels, inside `emulated`."""
+    (loss, gradient), plain = by_hand(case), by_hand(case, case.logits.dtype)
+    leaf = case.logits.detach().requires_grad_()
+    result = per_sample_loss(leaf, case.labels, case.cu_seqlens, **case.options)
+    result.loss.sum().backward()
+    within_budget(result.loss, loss, plain[0])
+    within_budget(leaf.grad, gradient, plain[1])
+    kept = case.labels != -100
+    assert (leaf.grad[~kept] == 0).all() and (result.token_loss[~kept] == 0).all()
+    folded = {"k1": k1, "seed": 1, "tensor_id": 2}
+    got = loss_and_head_sketch(case.logits, case.labels, case.cu_seqlens, **folded, **case.options)
+    want = loss_and_head_sketch(case.logits.double(), case.labels, case.cu_seqlens, **folded, **case.options)
+    torch.testing.assert_close(got.sketch.double(), want.sketch, rtol=2e-5, atol=3e-5)
+    torch.testing.assert_close(got.loss, result.loss, rtol=2e-6, atol=2e-6)
+
+
+@settings(deadline=None, max_examples=25)
+@given(cases(largest=300), st.sampled_from(ORDERS), st.sampled_from([64, 256]))
+def test_emulated_kernels_over_drawn_cases(case: Case, order: tuple[str, int], k1: int) -> None:
+    with emulated(*order):
+        check_emulated(case, k1)
+
+
+@pytest.mark.parametrize(("order", "seed"), ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_emulated_kernels_over_split_rows_and_large_sketches(order: str, seed: int, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    vocabulary = 20_011
+    logits = torch.randn(3, vocabulary, generator=draw).to(dtype)
+    labels = torch.tensor([0, -100, vocabulary - 1])
+    with emulated(order, seed):
+        for k1 in (2048, 4096, 8192):
+            check_emulated(Case(logits, labels, torch.tensor([0, 1, 3]), {}), k1)
+
+
+def test_emulated_kernels_leave_a_label_out_of_range_to_its_own_sample() -> None:
+    logits = torch.randn(4, 40)
+    with emulated():
+        ops = torch.ops.dataflex_emu
+        labels, cu = torch.tensor([3, 40, -5, 2]), torch.tensor([0, 1, 2, 3, 4])
+        scalars = LossOptions().scalars()
+        loss, count, _, lse, low = ops.loss_forward(logits, labels, cu, None, None, *scalars, False)
+        assert loss.isnan().tolist() == [False, True, True, False]
+        grads = torch.ones(4), None, None
+        gradient = ops.loss_backward(logits, labels, cu, None, None, lse, low, count, *grads, *scalars)
+        assert gradient.isnan().any(1).tolist() == [False, True, True, False]
+
+
+def test_the_native_op_refuses_what_would_read_out_of_bounds() -> None:
+    ops = needs_native()
+    logits, labels, cu, _, _, *scalars = arguments(torch.float32)
+    for bad in (
+        (logits, labels[:-1], cu, None, None),
+        (logits, labels.int(), cu, None, None),
+        (logits, labels, torch.tensor([0, 7]), None, None),
+        (logits, labels, torch.tensor([-1, 6]), None, None),
+        (logits, labels, cu, torch.ones(5), None),
+        (logits, labels, cu, None, torch.ones(69)),
+        (logits.double(), labels, cu, None, None),
+        (logits.T, labels, cu, None, None),
+    ):
+        with pytest.raises(RuntimeError, match="expected"):
+            ops.loss_forward(*bad, *scalars, False)
+
+
+def test_nothing_is_native_when_portable_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATAFLEX_OPS", "portable")
+    assert isinstance(_ext.load("cpu"), _ext.Unavailable)
+    logits, labels, cu, *_ = arguments(torch.float32)
+    portable = per_sample_loss(logits, labels, cu, softcap=10.0)
+    monkeypatch.delenv("DATAFLEX_OPS")
+    needs_native()
+    for a, b in zip(portable, per_sample_loss(logits, labels, cu, softcap=10.0), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
