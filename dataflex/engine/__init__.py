@@ -1,0 +1,1 @@
+"""The DeepSpeed engine with data decisions around it."""

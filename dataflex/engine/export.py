@@ -1,0 +1,62 @@
+"""The trained model as a Hugging Face folder, from any ZeRO stage."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataflex.utils import dist
+
+
+def export(engine: Any, folder: Path, tokenizer: Any = None) -> None:
+    """Write model (or adapter) and tokenizer to ``folder``; a collective.
+
+    Parameters are gathered one at a time to rank 0's memory. `save_pretrained` alone would write empty tensors
+    under ZeRO-3.
+    """
+    import deepspeed
+
+    module = engine.module
+    is_adapter = hasattr(module, "peft_config")
+    partitioned = engine.zero_optimization_stage() == 3
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if is_adapter and not parameter.requires_grad:
+            continue
+        with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
+            if dist.is_main():
+                weights[name] = parameter.detach().cpu().clone()
+    if dist.is_main():
+        weights |= {} if is_adapter else {name: b.detach().cpu() for name, b in _saved_buffers(module)}
+        _save(module, folder, weights, is_adapter)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    dist.barrier()
+
+
+def _save(module: Any, folder: Path, weights: dict[str, torch.Tensor], is_adapter: bool) -> None:
+    """`save_pretrained` with use_cache as generation wants it, and without peft's empty form of a model card."""
+    card = folder / "README.md"
+    kept = card.read_text(encoding="utf-8") if card.exists() else None
+    use_cache, module.config.use_cache = module.config.use_cache, True
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")
+        module.save_pretrained(folder, state_dict=weights)
+    module.config.use_cache = use_cache
+    if is_adapter:
+        card.unlink(missing_ok=True)
+        if kept is not None:
+            card.write_text(kept, encoding="utf-8")
+
+
+def _saved_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Buffers that belong to the state dict."""
+    found = []
+    for prefix, m in module.named_modules():
+        for name, buffer in m.named_buffers(recurse=False):
+            if name not in m._non_persistent_buffers_set:
+                found.append((f"{prefix}.{name}" if prefix else name, buffer))
+    return found

@@ -1,0 +1,277 @@
+"""The one training loop: plans to batches, batches to optimizer steps, with every event of `core.hook`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dataflex.core.context import Run
+from dataflex.core.hook import Hook, Planner, Weigher
+from dataflex.core.plan import Numbers, Plan, group_by_length, rank_slices
+from dataflex.ops import SampleLoss, per_sample_loss
+from dataflex.scoring.scorer import logits_of, split_batch
+from dataflex.utils import dist
+from dataflex.utils.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """One forward's worth of this rank's samples.
+
+    inputs: the model's keyword arguments. labels: [N] int64, shifted; raw_labels: [B, T] as collated.
+    cu_seqlens: [S + 1] int64. counts: [S] int64, counted tokens. sample_ids: [S] int64. probabilities: [S]
+    float64, of the draws. weights: [S] float32 on the device, the samples' own weights, or None.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    raw_labels: Tensor
+    cu_seqlens: Tensor
+    counts: Tensor
+    sample_ids: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+    weights: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class StepBatch:
+    """This rank's GAS micro-batches of one optimizer step, and the step's global batch of ids [n]."""
+
+    micro_batches: list[MicroBatch]
+    sample_ids: NDArray[np.int64]
+
+
+class BatchSource:
+    """Loads the micro-batches of a plan: reads samples, collates them and moves them to the device."""
+
+    def __init__(
+        self,
+        run: Run,
+        collator: Callable[[list[Any]], dict[str, Any]],
+        device: torch.device,
+        workers: int = 0,
+    ) -> None:
+        self.run = run
+        self.collator = collator
+        self.device = device
+        self.workers = workers
+
+    def batches(self, plan: Plan, first: int, steps: int) -> Iterator[StepBatch]:
+        """The phase's global batches from number ``first`` to ``steps``."""
+        wanted = _MicroBatchIds(self.run, plan, first, steps)
+        loader = iter(
+            DataLoader(
+                self.run.pool,
+                batch_sampler=wanted,  # type: ignore[arg-type]
+                collate_fn=_Collate(self.collator),
+                num_workers=self.workers,
+                pin_memory=self.device.type == "cuda",
+                generator=torch.Generator(),
+            )
+        )
+        for index in range(first, steps):
+            ids, probabilities = plan.step(index, self.run.global_batch)
+            parts, draws = wanted.of_rank(ids), wanted.of_rank(probabilities)
+            micro = [
+                self._micro(batch, part, draw)
+                for batch, part, draw in zip(islice(loader, self.run.accumulation), parts, draws, strict=True)
+            ]
+            yield StepBatch(micro, ids)
+
+    def _micro(
+        self, batch: tuple[dict[str, Any], Tensor | None], ids: NDArray[np.int64], draws: NDArray[np.float64]
+    ) -> MicroBatch:
+        collated, weights = batch
+        inputs, labels, raw_labels, cu_seqlens = split_batch(collated, self.device)
+        if len(cu_seqlens) != len(ids) + 1:
+            raise UserError(
+                f"data_collator: got {len(ids)} samples, returned {len(cu_seqlens) - 1}; it must keep one row "
+                "or one cu_seqlens segment per sample, in order"
+            )
+        counted = (labels != -100).to(torch.float32)
+        counts = torch.segment_reduce(counted, "sum", lengths=cu_seqlens.diff(), unsafe=True).to(torch.int64)
+        weights = None if weights is None else weights.to(self.device)
+        return MicroBatch(inputs, labels, raw_labels, cu_seqlens, counts, ids, draws, weights)
+
+
+class _MicroBatchIds:
+    """The ids of this rank's micro-batches, list by list, for a DataLoader; nothing is held at once."""
+
+    def __init__(self, run: Run, plan: Plan, first: int, steps: int) -> None:
+        self.run, self.plan, self.first, self.steps = run, plan, first, steps
+
+    def __len__(self) -> int:
+        return (self.steps - self.first) * self.run.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for index in range(self.first, self.steps):
+            for part in self.of_rank(self.plan.step(index, self.run.global_batch)[0]):
+                yield part.tolist()
+
+    def of_rank(self, values: NDArray[Numbers]) -> list[NDArray[Numbers]]:
+        """This rank's part of each micro-step of a global batch."""
+        run = self.run
+        return rank_slices(values, micro_batch=run.micro_batch, rank=run.rank, world_size=run.world_size)
+
+
+class _Collate:
+    """Collates samples and collects their ``sample_weight``, in a loader worker or not."""
+
+    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, samples: list[Any]) -> tuple[dict[str, Any], Tensor | None]:
+        weights = None
+        if "sample_weight" in samples[0]:
+            weights = torch.tensor([float(s["sample_weight"]) for s in samples])
+        return self.collator(samples), weights
+
+
+def micro_loss(losses: SampleLoss, weights: Tensor | None, normalization: str) -> Tensor:
+    """The numerator of a micro-batch: sum of w_i l_i over samples, or over tokens. Scalar with gradient.
+
+    losses: mean-reduced. normalization: ``tokens``, ``mean`` or ``sum_weights`` (design section 7).
+    """
+    per_sample = losses.loss * losses.count if normalization == "tokens" else losses.loss
+    return (per_sample if weights is None else weights * per_sample).sum()
+
+
+def local_denominator(batch: StepBatch, normalization: str) -> Tensor:
+    """This rank's part of the step's denominator, float64 scalar: tokens, samples or sum of weights."""
+    micro = batch.micro_batches
+    if normalization == "tokens":
+        return torch.stack([m.counts.sum() for m in micro]).sum().to(torch.float64)
+    if normalization == "sum_weights" and micro[0].weights is not None:
+        return torch.stack([m.weights.sum() for m in micro if m.weights is not None]).sum().to(torch.float64)
+    samples = sum(len(m.sample_ids) for m in micro)
+    return torch.tensor(float(samples), dtype=torch.float64, device=micro[0].labels.device)
+
+
+class Stepper:
+    """One optimizer step on a DeepSpeed engine, exact for every split of the global batch.
+
+    The loss is the sum of the samples' contributions over the whole window of GAS micro-batches on all ranks,
+    divided by one denominator of the same window; so it does not matter who computes which part.
+    """
+
+    def __init__(self, engine: Any, run: Run, weigher: Weigher | None, normalization: str) -> None:
+        self.engine = engine
+        self.run = run
+        self.weigher = weigher
+        self.normalization = normalization
+
+    def step(self, batch: StepBatch) -> float:
+        """Train on one global batch and return its loss, the same on every rank.
+
+        UserError naming the step and the samples where that loss is not finite.
+        """
+        denominator = dist.all_reduce(local_denominator(batch, self.normalization)).to(torch.float32)
+        total = torch.zeros((), device=denominator.device)
+        seen: list[Tensor] = []
+        for micro in batch.micro_batches:
+            loss, per_sample = self._micro(micro, denominator)
+            self.engine.backward(loss * self.run.world_size, scale_wrt_gas=False)
+            self.engine.step()
+            total += loss.detach()
+            seen.append(per_sample.detach())
+        value = float(dist.all_reduce(total))
+        if not math.isfinite(value):
+            self._explain(batch, seen, float(denominator))
+        return value
+
+    def _explain(self, batch: StepBatch, losses: list[Tensor], denominator: float) -> NoReturn:
+        """Raise the error for a loss that is not finite."""
+        bad = [
+            int(i)
+            for micro, loss in zip(batch.micro_batches, losses, strict=True)
+            for i in micro.sample_ids[~torch.isfinite(loss).cpu().numpy()]
+        ]
+        everywhere = sorted(i for part in dist.gather_objects(bad) for i in part)
+        what = f"losses of sample ids {everywhere[:16]} are" if everywhere else "weighted loss of the global batch is"
+        if denominator <= 0:
+            what = f"loss of a global batch with {denominator:g} {self.normalization} (no trained token or weight) is"
+        raise UserError(
+            f"step {self.run.step + 1}: the {what} not finite; nothing was saved over the last good checkpoint"
+        )
+
+    def _micro(self, micro: MicroBatch, denominator: Tensor) -> tuple[Tensor, Tensor]:
+        """This micro-batch's part of the step's loss (scalar) and its samples' losses [S], with gradient."""
+        outputs = self.engine(**micro.inputs)
+        losses = per_sample_loss(logits_of(outputs).flatten(0, 1), micro.labels, micro.cu_seqlens)
+        answer = None if self.weigher is None else self.weigher.weigh(self.run, micro, losses.loss, outputs)
+        if answer is not None and answer.dim() == 0:
+            return answer / (self.run.accumulation * self.run.world_size), losses.loss
+        weights = answer if answer is not None else micro.weights
+        if answer is not None and micro.weights is not None:
+            weights = answer * micro.weights
+        return micro_loss(losses, weights, self.normalization) / denominator, losses.loss
+
+
+class Loop:
+    """Ties planner, batches, stepper and hooks together; see `dataflex.core.hook` for the order of events.
+
+    grouped: reorder every plan so that the samples of a global batch are of about the same length.
+    """
+
+    def __init__(
+        self, run: Run, hooks: Sequence[Hook], source: BatchSource, stepper: Stepper, grouped: bool = False
+    ) -> None:
+        planners = [h for h in hooks if isinstance(h, Planner)]
+        assert len(planners) == 1, f"a run has one planner, got {len(planners)}"
+        self.run = run
+        self.hooks = list(hooks)
+        self.planner = planners[0]
+        self.source = source
+        self.stepper = stepper
+        self.grouped = grouped
+        self.plan: Plan | None = None
+        self.planned_phase = -1
+
+    def batches(self) -> Iterator[StepBatch]:
+        """Follow the plan to the end of the schedule. Call `training_step` with each batch before the next."""
+        run = self.run
+        self._each("on_train_start", run)
+        while run.step < run.total_steps:
+            phase = run.schedule.phase_at(run.step)
+            if self.planned_phase != phase.index:
+                self._make_plan()
+            assert self.plan is not None
+            first = run.step - phase.start
+            for offset, batch in enumerate(self.source.batches(self.plan, first, phase.steps), start=first):
+                yield batch
+                if run.step != phase.start + offset + 1:
+                    raise RuntimeError("call engine.training_step(batch) once for each batch of engine.batches()")
+        self._each("on_train_end", run)
+
+    def _make_plan(self) -> None:
+        run = self.run
+        phase = run.schedule.phase_at(run.step)
+        plan = self.planner.plan(run, phase)
+        assert len(plan.sample_ids) == phase.steps * run.global_batch, "the plan does not fit its phase"
+        if self.grouped:
+            plan = group_by_length(plan, run.pool.lengths, run.global_batch, run.seed, phase.index)
+        self.plan, self.planned_phase = plan, phase.index
+        for hook in self.hooks:
+            hook.on_phase_start(run, phase, plan)
+
+    def training_step(self, batch: StepBatch) -> float:
+        """Forward, weighting, backward and optimizer step for one batch; the loss of the global batch."""
+        self._each("on_step_start", self.run, batch)
+        loss = self.stepper.step(batch)
+        self.run.step += 1
+        self.run.loss = loss
+        self._each("on_step_end", self.run, batch)
+        return loss
+
+    def _each(self, event: str, *args: Any) -> None:
+        for hook in self.hooks:
+            getattr(hook, event)(*args)

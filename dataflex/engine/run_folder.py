@@ -1,0 +1,141 @@
+"""A run's folder: one output_dir is one run, so an earlier one is gone on with, cleared, or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from dataflex.engine import checkpoint
+from dataflex.utils import dist
+from dataflex.utils.errors import UserError
+from dataflex.utils.files import write_atomically
+from dataflex.utils.logging import logger
+
+if TYPE_CHECKING:
+    from dataflex.config import Config
+
+RESULTS = "all_results.json"  # written last: a folder that has it holds a finished run
+_WRITTEN = (
+    "trainer_log.jsonl",
+    "trainer_state.json",
+    RESULTS,
+    "training_loss.png",
+    "report.html",
+    "latest",
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "*weights.jsonl",
+    "decisions",
+    "checkpoint-*",
+)
+_SIGNS = ("trainer_log.jsonl", "decisions", RESULTS)
+
+
+def prepare(cfg: Config) -> Path | None:
+    """Make the run folder with the effective config; return the checkpoint to resume from. A collective.
+
+    UserError where the folder holds an earlier run that cannot be gone on with.
+    """
+    answer = dist.broadcast_object(_prepare_or_error(cfg) if dist.is_main() else None)
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+def drop_later(folder: Path, step: int) -> None:
+    """Remove what an interrupted run wrote after ``step``: the resumed run writes it again. A collective."""
+    if dist.is_main():
+        for old in folder.glob("checkpoint-*"):
+            if checkpoint.step_of(old) > step:
+                logger.warning(f"removed {old}, which is later than the checkpoint resumed from")
+                _remove(old)
+        for old in (folder / "decisions").glob("step_*.json"):
+            if checkpoint.step_of(old.with_suffix("")) >= step:
+                _remove(old)
+        for log in folder.glob("*weights.jsonl"):
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+            write_atomically(log, "".join(kept))
+    dist.barrier()
+
+
+def _prepare_or_error(cfg: Config) -> Path | None | UserError:
+    try:
+        return _prepare(cfg, Path(cfg.output.output_dir))
+    except UserError as exc:
+        return exc
+    except OSError as exc:
+        return UserError(f"output_dir: cannot write to '{cfg.output.output_dir}': {exc.strerror or exc}")
+
+
+def _prepare(cfg: Config, folder: Path) -> Path | None:
+    if folder.exists() and folder.resolve() == Path(cfg.model.model_name_or_path).resolve():
+        raise UserError(f"output_dir: {folder} is also model_name_or_path, which the run would write over")
+    if cfg.output.overwrite_output_dir and not cfg.output.resume_from_checkpoint:
+        _clear(folder)
+    start = _checkpoint(cfg, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", yaml.safe_dump(cfg.dump_flat(), sort_keys=False, allow_unicode=True))
+    return start
+
+
+def _checkpoint(cfg: Config, folder: Path) -> Path | None:
+    """Where to go on: the named checkpoint, or the folder's newest whole one unless told otherwise."""
+    named = cfg.output.resume_from_checkpoint
+    if isinstance(named, str):
+        return _named(cfg, Path(named).expanduser(), folder)
+    start = None if named is False else checkpoint.newest_whole_here(folder)
+    if start is not None:
+        return start
+    if named is True:
+        raise UserError(f"resume_from_checkpoint: there is no whole checkpoint in {folder}")
+    sign = next((name for name in _SIGNS if (folder / name).exists()), None)
+    if sign is not None or any(folder.glob("checkpoint-*")):
+        why = "is not to be gone on with" if named is False else "has no whole checkpoint to go on from"
+        raise UserError(
+            f"output_dir: {folder} holds an earlier run ({sign or 'checkpoint-*'}) that {why}; "
+            "name another folder, or start over with overwrite_output_dir: true"
+        )
+    return None
+
+
+def _named(cfg: Config, start: Path, folder: Path) -> Path:
+    """A checkpoint that the user names; what ``folder`` holds after it is only dropped where that is asked for."""
+    problem = "it does not exist" if not start.is_dir() else checkpoint.broken(start)
+    if problem:
+        raise UserError(f"resume_from_checkpoint: {start}: {problem}")
+    same = start.resolve().parent == folder.resolve()
+    later = [p for p in folder.glob("checkpoint-*") if not same or checkpoint.step_of(p) > checkpoint.step_of(start)]
+    if later and not cfg.output.overwrite_output_dir:
+        newest = max(later, key=checkpoint.step_of)
+        raise UserError(
+            f"resume_from_checkpoint: {newest} would be written again; name another output_dir, or drop it with "
+            "overwrite_output_dir: true"
+        )
+    if not same:
+        _clear(folder)
+    return start
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run wrote; other files stay, and so does all in a folder that holds no run."""
+    if not any((folder / name).exists() for name in _SIGNS) and not any(folder.glob("checkpoint-*")):
+        return
+    for pattern in _WRITTEN:
+        for old in folder.glob(pattern):
+            _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Scoring passes: losses and gradient features of samples, leaving the training state bit-identical."""

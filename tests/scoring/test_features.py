@@ -1,0 +1,157 @@
+"""Gradient features against single-sample float64 autograd, and what a scoring pass leaves behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dataflex
+from dataflex.ops import Transform, project_dense_, project_per_sample_grad_, tensor_id
+from tests import tiny_engine as tiny
+from tests.distributed import run_ranks
+
+PROJ_DIM = 256
+SEED = 11
+POOL = 11
+CASES = [
+    (kind, stage, ckpt)
+    for kind in ("lora", "full")
+    for stage in (0, 1, 2, 3)
+    for ckpt in (None, "reentrant", "non-reentrant")
+    if ckpt is None or stage in (0, 3)
+]
+
+
+def autograd_features(net: torch.nn.Module, pool: list[Any], adam: Any = None) -> torch.Tensor:
+    """Features [n, PROJ_DIM] in float64 from one backward per sample."""
+    net = net.double().eval()
+    out = torch.zeros(len(pool), PROJ_DIM, dtype=torch.float64)
+    for row, sample in enumerate(pool):
+        net.zero_grad(set_to_none=True)
+        ids, labels = torch.tensor([sample["input_ids"]]), torch.tensor([sample["labels"]])
+        logits = net(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:]).backward()
+        for name, parameter in net.named_parameters():
+            if parameter.requires_grad:
+                _add(out[row : row + 1], name, parameter.grad, adam)
+    return out
+
+
+def _add(out: torch.Tensor, name: str, grad: torch.Tensor, adam: Any) -> None:
+    """Project one whole gradient: as the product with an identity, so that no tap is involved."""
+    moments = {} if adam is None else {"exp_avg": adam[0][name][0].double(), "exp_avg_sq": adam[0][name][1].double()}
+    how = {
+        "transform": Transform() if adam is None else adam[1],
+        "seed": SEED,
+        "tensor_id": tensor_id(name),
+        **moments,
+    }
+    if grad.dim() == 1:
+        project_dense_(out, grad[None], **how)
+    else:
+        rows = torch.eye(grad.shape[0], dtype=torch.float64)
+        project_per_sample_grad_(out, rows, grad, torch.tensor([0, len(rows)]), **how)
+
+
+def ranks_features(kind: str, stage: int, ckpt: str | None, steps: int) -> list[list[float]]:
+    """On every rank: train ``steps``, score the pool with Adam's moments, compare with autograd."""
+    net = tiny.model(kind)
+    tiny.checkpoint_activations(net, ckpt)
+    world = torch.distributed.get_world_size()
+    engine = dataflex.initialize(
+        model=net,
+        config=tiny.ds_config(stage, micro_batch=4 // world, accumulation=2),
+        dataflex={"train_step": 8, "scoring_batch_tokens": 60},
+        train_dataset=tiny.samples(40, seed=9),
+        tokenizer=tiny.PadZero(),
+    )
+    batches = engine.batches()
+    for _ in range(steps):
+        engine.training_step(next(batches))
+    pool = tiny.samples(POOL, seed=5)
+    how = {"proj_dim": PROJ_DIM, "seed": SEED}
+    plain = engine.scorer.gradient_features(pool, **how)
+    adam = engine.scorer.gradient_features(pool, adam="adam_less", **how)
+    reference, moments = _reference(engine, kind)
+    return [
+        _error(plain, autograd_features(reference, pool)),
+        _error(adam, autograd_features(reference, pool, moments)),
+    ]
+
+
+def _reference(engine: Any, kind: str) -> tuple[torch.nn.Module, Any]:
+    """A fresh model with the engine's present weights, and the moments of its optimizer."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from dataflex.engine.optimizer_state import read_moments
+
+    fresh = tiny.model(kind)
+    trained = [n for n, p in fresh.named_parameters() if p.requires_grad]
+    moments, constants = read_moments(engine.engine, trained)
+    now = dict(engine.module.named_parameters())
+    for name, parameter in fresh.named_parameters():
+        if parameter.requires_grad:
+            full = safe_get_full_fp32_param(now[name])
+            value = now[name] if full is None else full
+            parameter.data.copy_(value.detach().reshape(parameter.shape))
+    form = Transform("adam_less", constants.beta1, constants.beta2, constants.eps, constants.step)
+    return fresh, (moments, form)
+
+
+def _error(features: np.ndarray, exact: torch.Tensor) -> float:
+    """Largest relative error of a sample's feature."""
+    difference = torch.from_numpy(features).double() - exact
+    return float((difference.norm(dim=1) / exact.norm(dim=1)).max())
+
+
+def all_cases(cases: list[Any]) -> dict[str, list[float]]:
+    """Several cases in one process group: starting one costs more than a case."""
+    return {f"{k} zero{s} {c}": ranks_features(k, s, c, steps=2) for k, s, c in cases}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_features_equal_float64_autograd(world_size: int) -> None:
+    for errors in run_ranks("tests.scoring.test_features:all_cases", world_size, cases=CASES):
+        assert len(errors) == len(CASES)
+        for case, (plain, adam) in errors.items():
+            assert plain < 1e-5, (case, plain)
+            assert adam < 1e-5, (case, adam)
+
+
+def train_with_and_without(stage: int, kind: str, ckpt: str | None) -> list[Any]:
+    """Losses and parameter hash of a run, with scoring in the middle of it and without."""
+    results = []
+    for scoring in (False, True):
+        net = tiny.model(kind)
+        tiny.checkpoint_activations(net, ckpt)
+        engine = dataflex.initialize(
+            model=net,
+            config=tiny.ds_config(stage, accumulation=2),
+            dataflex={"train_step": 5},
+            train_dataset=tiny.samples(40, seed=9),
+            tokenizer=tiny.PadZero(),
+        )
+        losses = []
+        for batch in engine.batches():
+            if scoring and engine.run.step in (0, 2, 3):
+                pool = tiny.samples(7, seed=5)
+                engine.scorer.gradient_features(pool, proj_dim=64, seed=1, adam="adam_less")
+                engine.scorer.losses(pool)
+            losses.append(engine.training_step(batch))
+        results.append([losses, tiny.parameter_hash(engine)])
+    return results
+
+
+def both_ways() -> list[Any]:
+    cases = [(s, k, c) for s in (0, 1, 2, 3) for k, c in (("lora", "reentrant"), ("full", None))]
+    return [[*case, *train_with_and_without(*case)] for case in cases]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_scoring_leaves_training_bit_identical(world_size: int) -> None:
+    for rank in run_ranks("tests.scoring.test_features:both_ways", world_size):
+        for stage, kind, ckpt, without, with_scoring in rank:
+            assert without == with_scoring, (stage, kind, ckpt)
