@@ -1,0 +1,8 @@
+"""Selectors; importing this package registers those that come with dataflex."""
+
+from dataflex.train.selector.custom_selector import CustomSelector
+from dataflex.train.selector.less_selector import LessSelector
+from dataflex.train.selector.loss_selector import LossSelector
+from dataflex.train.selector.random_selector import RandomSelector
+
+__all__ = ["CustomSelector", "LessSelector", "LossSelector", "RandomSelector"]

@@ -1,0 +1,63 @@
+"""The base class of selectors: they say which samples the next phase trains on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from dataflex.core.plan import epoch_stream, generator
+from dataflex.utils.errors import UserError
+from dataflex.utils.logging import logger
+
+__all__ = ["Selector", "logger"]
+
+
+class Selector(ABC):
+    """Decides which samples are trained on.
+
+    dataset: the training pool; its positions are the sample ids. accelerator: `core.context.Accelerator`.
+    data_collator: list of samples to a padded batch. cache_dir: a folder for the selector's own files.
+
+    ``replacement``: whether `select` may return an id more than once (else that is an error).
+    ``keep_order``: train in the returned order instead of a shuffled one.
+    ``metric``: after `select`, per returned sample: what the decision was made from; written to decisions/.
+    """
+
+    replacement: bool = False
+    keep_order: bool = False
+
+    def __init__(self, dataset: Any, accelerator: Any, data_collator: Any, cache_dir: Any) -> None:
+        self.dataset = dataset
+        self.accelerator = accelerator
+        self.data_collator = data_collator
+        self.cache_dir = cache_dir
+        self.seed = 42
+        self.metric: dict[str, list[float]] = {}
+
+    def warmup(self, num_samples: int, replacement: bool = False) -> list[int]:
+        """Sample ids for the warm-up, for a selector that overrides it or calls it.
+
+        A run whose selector does not override this draws them from its own seed, as static training does. This
+        one draws from ``self.seed``: UserError for more than the pool holds without replacement.
+        """
+        size = len(self.dataset)
+        if replacement:
+            return generator(self.seed, "warmup").integers(0, size, num_samples).tolist()
+        if num_samples > size:
+            raise UserError(f"warm-up: cannot draw {num_samples} samples without replacement from {size}")
+        return epoch_stream(size, self.seed, "warmup", 0, num_samples).tolist()
+
+    @abstractmethod
+    def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
+        """Return ``num_samples`` sample ids; called on every rank, rank 0's answer counts.
+
+        model: the Hugging Face model (sharded under ZeRO-3: use the injected ``scorer`` to run it).
+        step_id: optimizer steps done. kwargs: current_update_times, update_times, tokenizer.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs, the same on every rank."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (optional to override)
+        """Take back what `state_dict` returned."""

@@ -1,0 +1,247 @@
+"""`initialize`: a DeepSpeed engine with the components that a config names tied to it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dataflex.config import Config, load_config
+from dataflex.config.components import component_params
+from dataflex.core.context import Accelerator, Run
+from dataflex.core.hook import Hook, Planner
+from dataflex.core.plan import (
+    Floats,
+    Schedule,
+    check_proportions,
+    decision_schedule,
+    epoch_schedule,
+    steps_of_epochs,
+)
+from dataflex.core.registry import REGISTRY
+from dataflex.data.collate import Collator
+from dataflex.data.pool import Pool
+from dataflex.engine.loop import BatchSource, Loop, Stepper
+from dataflex.engine.optimizer_state import read_moments
+from dataflex.engine.plugin import DataflexEngine
+from dataflex.scoring.scorer import Scorer
+from dataflex.train.mixer.mixture import MixtureManager
+from dataflex.train.trainer.components import load_components
+from dataflex.train.trainer.mix_trainer import MixPlanner
+from dataflex.train.trainer.select_trainer import SelectPlanner
+from dataflex.train.trainer.static_trainer import StaticPlanner
+from dataflex.train.trainer.weight_trainer import WeightHook
+from dataflex.utils.errors import UserError
+from dataflex.utils.logging import logger
+
+if TYPE_CHECKING:
+    from dataflex.config.schema import FlexSection, Kind
+
+KIND_NAMES: dict[Kind, str] = {"select": "selector", "mix": "mixer", "weight": "weighter"}
+
+
+def initialize(
+    *,
+    model: torch.nn.Module,
+    config: Any,
+    train_dataset: Any,
+    dataflex: str | Path | Mapping[str, Any] | None = None,
+    eval_dataset: Any = None,
+    mixer_eval_dataset: Any = None,
+    data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+    tokenizer: Any = None,
+    model_parameters: Any = None,
+    hooks: Sequence[Hook] = (),
+    **deepspeed_arguments: Any,
+) -> DataflexEngine:
+    """Call `deepspeed.initialize` and tie selection, mixing and weighting to the engine.
+
+    model, config, model_parameters and ``deepspeed_arguments`` (optimizer, lr_scheduler, ...): as
+    `deepspeed.initialize` takes them. dataflex: a YAML file or a mapping with the keys of the schedule
+    (train_type, component_name, update_step, ...), ``seed``, ``num_train_epochs`` and ``output_dir``.
+    train_dataset, eval_dataset, mixer_eval_dataset: map-style datasets of dicts with ``input_ids`` and ``labels``, or
+    {domain name: dataset}. data_collator: list of samples to a batch of tensors, one row per sample; default:
+    right padding with the tokenizer's pad token. hooks: further hooks, called after dataflex's own.
+    """
+    import deepspeed
+
+    cfg = load_config(dataflex if dataflex is not None else {}, embedded=True)
+    load_components(cfg.flex.component_modules)
+    pool = Pool.from_datasets(train_dataset)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        config=config,
+        model_parameters=trained if model_parameters is None else model_parameters,
+        **deepspeed_arguments,
+    )
+    return attach(
+        engine,
+        cfg=cfg,
+        pool=pool,
+        eval_pool=None if eval_dataset is None else Pool.from_datasets(eval_dataset),
+        mixer_eval_pool=None if mixer_eval_dataset is None else Pool.from_datasets(mixer_eval_dataset),
+        collator=data_collator or Collator(_pad_token(tokenizer)),
+        tokenizer=tokenizer,
+        hooks=hooks,
+    )
+
+
+def attach(
+    engine: Any,
+    *,
+    cfg: Config,
+    pool: Pool,
+    eval_pool: Pool | None,
+    mixer_eval_pool: Pool | None = None,
+    collator: Callable[[list[Any]], dict[str, Any]],
+    tokenizer: Any = None,
+    hooks: Sequence[Hook] = (),
+    workers: int = 0,
+) -> DataflexEngine:
+    """Tie the components named in ``cfg.flex`` to an existing DeepSpeed engine; they must be registered."""
+    if getattr(getattr(engine.module, "config", None), "use_cache", False):
+        engine.module.config.use_cache = False
+    run = _make_run(engine, cfg, pool)
+    budget = cfg.flex.scoring_batch_tokens or run.micro_batch * int(pool.lengths.max())
+    scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names))
+    builder = _Builder(run, cfg.flex, collator, tokenizer)
+    builder.runtime |= {"eval_dataset": eval_pool, "mixer_eval_dataset": mixer_eval_pool, "scorer": scorer}
+    own = builder.hooks()
+    weigher = next((h for h in own if isinstance(h, WeightHook)), None)
+    weighted = weigher is not None or "sample_weight" in pool[0]
+    stepper = Stepper(engine, run, weigher, cfg.flex.weight_normalization if weighted else "tokens")
+    source = BatchSource(run, collator, torch.device(engine.device), workers)
+    loop = Loop(run, [*own, *hooks], source, stepper, cfg.train.group_by_length)
+    wrapped = DataflexEngine(engine, run, loop, scorer, eval_pool, cfg.train.per_device_eval_batch_size)
+    run.engine = wrapped
+    return wrapped
+
+
+def make_schedule(
+    flex: FlexSection, *, pool_size: int, global_batch: int, epochs: float, fixed: int | None
+) -> Schedule:
+    """The schedule of a run (design section 4); ``fixed``: total steps where train_step or max_steps sets them.
+
+    UserError where the run would end before anything is decided.
+    """
+    epoch_steps = steps_of_epochs(1.0, pool_size, global_batch)
+    by_epochs = steps_of_epochs(epochs, pool_size, global_batch)
+    mixes_fixed = "mix" in flex.kinds and flex.mixes_fixed
+    if mixes_fixed or not {"select", "mix"} & set(flex.kinds):
+        asked = mixes_fixed and flex.update_step and flex.update_times > 0
+        total = flex.warmup_step + (flex.update_step or 0) * flex.update_times if asked else by_epochs
+        schedule = epoch_schedule(fixed or total, epoch_steps)
+    else:
+        assert flex.update_step is not None, "the config's checks refuse a missing update_step"
+        schedule = decision_schedule(
+            warmup_step=flex.warmup_step,
+            update_step=flex.update_step,
+            update_times=flex.update_times,
+            train_step=fixed,
+            epoch_steps=by_epochs,
+        )
+    decides = set(flex.kinds) - ({"mix"} if mixes_fixed else set())
+    if decides and flex.warmup_step >= schedule.total_steps:
+        raise UserError(
+            f"warmup_step: {flex.warmup_step} leaves no step after the warm-up: the run ends after "
+            f"{schedule.total_steps} steps"
+        )
+    return schedule
+
+
+def _make_run(engine: Any, cfg: Config, pool: Pool) -> Run:
+    micro = engine.train_micro_batch_size_per_gpu()
+    accumulation = engine.gradient_accumulation_steps()
+    world_size = engine.dp_world_size
+    schedule = make_schedule(
+        cfg.flex,
+        pool_size=len(pool),
+        global_batch=micro * accumulation * world_size,
+        epochs=cfg.train.num_train_epochs,
+        fixed=cfg.fixed_steps,
+    )
+    return Run(
+        schedule=schedule,
+        seed=cfg.train.seed,
+        micro_batch=micro,
+        accumulation=accumulation,
+        world_size=world_size,
+        rank=engine.global_rank,
+        output_dir=Path(cfg.output.output_dir) if cfg.output.output_dir else None,
+        engine=engine,
+        pool=pool,
+    )
+
+
+class _Builder:
+    """Builds the hooks that a config names, with the runtime objects that components may ask for."""
+
+    def __init__(self, run: Run, flex: FlexSection, collator: Any, tokenizer: Any) -> None:
+        self.run, self.flex = run, flex
+        self.tokenizer, self.collator = tokenizer, collator
+        self.manager = self._mixture()
+        self.runtime: dict[str, Any] = {
+            "dataset": run.pool,
+            "accelerator": Accelerator(torch.device(run.engine.device)),
+            "data_collator": collator,
+            "cache_dir": str(run.output_dir / "cache") if run.output_dir else "",
+            "output_dir": str(run.output_dir or ""),
+            "tokenizer": tokenizer,
+            "mixture_manager": self.manager,
+        }
+
+    def hooks(self) -> list[Hook]:
+        """Planner first, then the weight hook."""
+        found: list[Hook] = [self._planner()]
+        if "weight" in self.flex.kinds:
+            weighter, name = self._component("weight")
+            found.append(WeightHook(weighter, name, self.flex.warmup_step))
+        return found
+
+    def _planner(self) -> Planner:
+        if "select" in self.flex.kinds:
+            selector, name = self._component("select")
+            return SelectPlanner(selector, name, self.tokenizer)
+        if "mix" in self.flex.kinds:
+            if self.flex.mixes_fixed:
+                return MixPlanner(
+                    self.manager,
+                    None,
+                    self.flex.mixture_sample_rule if not self.flex.static_mix else "static",
+                )
+            mixer, name = self._component("mix")
+            return MixPlanner(self.manager, mixer, name, self.collator)
+        return StaticPlanner()
+
+    def _component(self, kind: Kind) -> tuple[Any, str]:
+        name, params = component_params(self.flex, kind)
+        asked = inspect.signature(REGISTRY.get(KIND_NAMES[kind], name)).parameters
+        if kind == "mix" and self.runtime["mixer_eval_dataset"] is not None and "mixer_eval_dataset" not in asked:
+            logger.warning(f"mixer_eval_dataset: not used, since mixer '{name}' evaluates nothing")
+        return REGISTRY.build(KIND_NAMES[kind], name, runtime=self.runtime, cfg=params), name
+
+    def _mixture(self) -> MixtureManager:
+        pool = self.run.pool
+        return MixtureManager(pool.domain_ids, pool.domain_names, self._initial(pool), self.run.seed)
+
+    def _initial(self, pool: Pool) -> Floats:
+        if self.flex.init_mixture_proportions is not None:
+            return check_proportions(
+                self.flex.init_mixture_proportions, names=pool.domain_names, source="init_mixture_proportions"
+            )
+        k = len(pool.domain_names)
+        if self.flex.mixture_sample_rule == "stratified":
+            return np.bincount(pool.domain_ids, minlength=k) / len(pool)
+        return np.full(k, 1.0 / k)
+
+
+def _pad_token(tokenizer: Any) -> int:
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None:
+        raise UserError("initialize: pass data_collator, or a tokenizer with a pad token")
+    return int(pad)

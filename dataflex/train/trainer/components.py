@@ -1,0 +1,67 @@
+"""Registers components: those of the package, of the user's modules, and of entry points."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import sys
+import traceback
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+from dataflex.core.registry import KINDS
+from dataflex.utils.errors import UserError
+
+
+def load_components(modules: Iterable[str] = ()) -> None:
+    """Import the package's components, then ``modules``, then the entry points ``dataflex.components``.
+
+    A module is a dotted name or the path of a .py file (the config makes it absolute).
+    UserError naming the entry that cannot be imported.
+    """
+    for kind in KINDS:
+        importlib.import_module(f"dataflex.train.{kind}")
+    for name in modules:
+        _import(name)
+    for point in entry_points(group="dataflex.components"):
+        point.load()
+
+
+def _import(name: str) -> ModuleType:
+    path = Path(name).resolve()
+    if name.endswith(".py") and not path.is_file():
+        raise UserError(f"component_modules: no file '{name}'")
+    try:
+        return importlib.import_module(f"{_package_of(path.parent)}.{path.stem}" if name.endswith(".py") else name)
+    except SyntaxError as exc:
+        raise UserError(f"component_modules: {exc.filename}:{exc.lineno}: {exc.msg}") from exc
+    except ImportError as exc:
+        raise UserError(f"component_modules: cannot import '{name}'{_line_of(exc)}: {exc}") from exc
+
+
+def _line_of(exc: ImportError) -> str:
+    """Where the failed import stands: the last line that is not of the import machinery."""
+    frames = traceback.extract_tb(exc.__traceback__)
+    own = [f for f in frames if not f.filename.startswith("<") and Path(f.filename).parent.name != "importlib"]
+    return f" at {own[-1].filename}:{own[-1].lineno}" if len(own) > 1 else ""
+
+
+def _package_of(folder: Path) -> str:
+    """Name of a package made of the files in ``folder``.
+
+    In it ``.base_selector`` and its like are dataflex's own, so that a file written to be dropped into
+    dataflex's folders loads from anywhere.
+    """
+    name = f"dataflex_components_{hashlib.blake2b(str(folder).encode(), digest_size=4).hexdigest()}"
+    if name not in sys.modules:
+        package = ModuleType(name)
+        package.__path__ = [str(folder)]
+        sys.modules[name] = package
+        for kind in KINDS:
+            base = f"base_{kind}"
+            if not (folder / f"{base}.py").exists():
+                sys.modules[f"{name}.{base}"] = importlib.import_module(f"dataflex.train.{kind}.{base}")
+    importlib.invalidate_caches()
+    return name

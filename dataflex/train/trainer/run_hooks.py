@@ -1,0 +1,68 @@
+"""Hooks of a YAML run: evaluation and checkpoints on schedule."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from dataflex.core.context import Run
+from dataflex.core.hook import Hook
+from dataflex.engine import checkpoint
+from dataflex.engine.export import export
+from dataflex.report.trainer_log import LogHook
+from dataflex.utils import dist
+from dataflex.utils.logging import logger
+
+
+def due(run: Run, every: int) -> bool:
+    """Whether the step just finished is a multiple of ``every`` or the last one."""
+    return run.step % every == 0 or run.step == run.total_steps
+
+
+class EvalHook(Hook):
+    """Evaluates before the first step, every ``every`` steps and after the last; results go to ``log``."""
+
+    def __init__(self, every: int, log: LogHook) -> None:
+        self.every = every
+        self.log = log
+
+    def on_train_start(self, run: Run) -> None:
+        if run.step == 0:
+            self._evaluate(run)
+
+    def on_step_end(self, run: Run, batch: Any) -> None:
+        if due(run, self.every):
+            self._evaluate(run)
+
+    def _evaluate(self, run: Run) -> None:
+        result = run.engine.evaluate()
+        self.log.add(run, {"current_steps": run.step, "total_steps": run.total_steps, **result})
+        logger.info(f"step {run.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.items()))
+
+
+class CheckpointHook(Hook):
+    """Saves every ``every`` steps and after the last, and keeps the newest ``keep`` (None: all).
+
+    only_model: write a Hugging Face folder that cannot be resumed from instead.
+    """
+
+    def __init__(self, every: int, keep: int | None, only_model: bool, tokenizer: Any) -> None:
+        self.every, self.keep, self.only_model = every, keep, only_model
+        self.tokenizer = tokenizer
+
+    def on_step_end(self, run: Run, batch: Any) -> None:
+        if not due(run, self.every):
+            return
+        assert run.output_dir is not None
+        folder = run.output_dir / f"checkpoint-{run.step}"
+        if self.only_model:
+            export(run.engine, folder, self.tokenizer)
+        else:
+            run.engine.save_checkpoint()
+        logger.info(f"step {run.step}: saved {folder}")
+        if self.keep is not None and dist.is_main():
+            saved = run.output_dir.glob("checkpoint-*")
+            whole = [p for p in saved if self.only_model or (p / checkpoint.MANIFEST).exists()]
+            for old in sorted(whole, key=checkpoint.step_of)[: -self.keep]:
+                shutil.rmtree(old)
+        dist.barrier()

@@ -1,0 +1,93 @@
+"""The base classes of weighters: they say how much each sample of a batch counts."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dataflex.ops import per_sample_loss, shift_labels
+from dataflex.utils.errors import UserError, nearest
+
+
+class Weighter(ABC):
+    """Turns the losses of a micro-batch into one loss.
+
+    `get_weighted_loss` returns the scalar loss of this rank's micro-batch; the step's loss is the mean of
+    these over micro-batches and ranks. `SampleWeighter` returns weights instead, which is exact for every split
+    of the global batch.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        if kwargs:
+            key, named = next(iter(kwargs)), inspect.signature(type(self)).parameters.values()
+            valid = [p.name for p in named if p.kind is not inspect.Parameter.VAR_KEYWORD]
+            raise UserError(
+                f"{type(self).__name__}: unknown param '{key}'{nearest(key, valid)}; "
+                f"valid: {', '.join(valid) or 'none'}"
+            )
+
+    @abstractmethod
+    def get_weighted_loss(
+        self, losses: Tensor, *, ctx: Any = None, model: nn.Module | None = None, inputs: Any = None
+    ) -> Tensor:
+        """Scalar loss with gradient, from ``losses`` float32 [B] of this rank's micro-batch.
+
+        ctx: the `core.context.Run` (``ctx.state.global_step``). inputs: the model's inputs with ``labels``
+        [B, T], unshifted.
+        """
+
+    def training_step(
+        self,
+        ctx: Any,
+        model: Any,
+        inputs: dict[str, Tensor],
+        num_items_in_batch: Any = None,
+        use_weighter: bool = True,
+    ) -> Tensor:
+        """Forward, weighting and backward of one micro-batch on a DeepSpeed engine, for loops of one's own.
+
+        ``model``: the engine; ``inputs`` with ``labels`` [B, T] unshifted. Returns the detached loss.
+        """
+        labels = inputs["labels"]
+        outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
+        losses = self._per_sample_loss_from_logits(outputs.logits, labels)
+        loss = self.get_weighted_loss(losses, ctx=ctx, model=model, inputs=inputs) if use_weighter else losses.mean()
+        model.backward(loss)
+        return loss.detach()
+
+    def _per_sample_loss_from_logits(self, logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+        """Mean loss of each row's counted tokens, float32 [B]; logits [B, T, V], labels [B, T] unshifted."""
+        rows, tokens = labels.shape
+        cu_seqlens = torch.arange(rows + 1, device=labels.device) * tokens
+        shifted = shift_labels(labels, ignore_index)
+        return per_sample_loss(logits.flatten(0, 1), shifted, cu_seqlens, ignore_index=ignore_index).loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs, the same on every rank."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (optional to override)
+        """Take back what `state_dict` returned."""
+
+
+class SampleWeighter(Weighter):
+    """A weighter that gives each sample a weight: the loss is sum w_i l_i / n over the global batch."""
+
+    @abstractmethod
+    def sample_weights(self, losses: Tensor, *, ctx: Any, model: Any, inputs: Any) -> Tensor:
+        """Weights float32 [B] >= 0 without gradient, of mean 1 over the global micro-batch.
+
+        They are not known before the forward, so ``weight_normalization: sum_weights`` divides by the samples'
+        own weights only.
+
+        losses: detached float32 [B] of this rank's micro-batch; every rank is called at the same point.
+        """
+
+    def get_weighted_loss(
+        self, losses: Tensor, *, ctx: Any = None, model: nn.Module | None = None, inputs: Any = None
+    ) -> Tensor:
+        return (self.sample_weights(losses.detach(), ctx=ctx, model=model, inputs=inputs) * losses).mean()

@@ -1,0 +1,115 @@
+"""One row per registered component; tests/train/test_components.py runs each of them. A component needs a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dataflex.core.hook import Hook
+
+WARMUP, UPDATE, TIMES, BATCH = 2, 3, 2, 4
+SIZES = {"short": 24, "long": 40}
+PICKED = UPDATE * BATCH
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of WARMUP + TIMES * UPDATE steps did.
+
+    losses: of each step. phases: the sample ids of each phase, warm-up first. counts: how many of each phase's
+    ids lie in each domain. decisions: what each decision file in the run's folder holds. hash: of the parameters.
+    """
+
+    losses: list[float]
+    phases: list[list[int]]
+    counts: list[list[int]]
+    decisions: list[dict[str, Any]]
+    hash: str
+
+
+class Recorder(Hook):
+    """Keeps the ids of every phase that starts."""
+
+    def __init__(self) -> None:
+        self.phases: list[list[int]] = []
+
+    def on_phase_start(self, run: Any, phase: Any, plan: Any) -> None:
+        self.phases.append(plan.sample_ids.tolist())
+
+
+def _nothing(outcome: Outcome) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Case:
+    """``kind`` and registered ``name``, the params it is built with, and what must hold of its outcome."""
+
+    kind: str
+    name: str
+    params: dict[str, Any] = field(default_factory=dict)
+    expect: Callable[[Outcome], None] = _nothing
+
+    @property
+    def id(self) -> str:
+        return f"{self.kind}-{self.name}"
+
+    @property
+    def train_type(self) -> str:
+        return {"selector": "dynamic_select", "mixer": "dynamic_mix", "weighter": "dynamic_weight"}[self.kind]
+
+
+def picks_distinct_samples(outcome: Outcome) -> None:
+    for picks in outcome.phases[1:]:
+        assert len(picks) == len(set(picks)) == PICKED
+
+
+def decides_anew(outcome: Outcome) -> None:
+    picks_distinct_samples(outcome)
+    assert set(outcome.phases[1]) != set(outcome.phases[2])
+
+
+def picks_the_first_samples(outcome: Outcome) -> None:
+    for picks in outcome.phases[1:]:
+        assert sorted(picks) == list(range(PICKED))
+
+
+def takes_best_scores(outcome: Outcome) -> None:
+    picks_distinct_samples(outcome)
+    for decision in outcome.decisions:
+        scores = decision["metric"]["score"]
+        assert scores == sorted(scores, reverse=True) and -1 <= scores[-1] < scores[0] <= 1
+
+
+def mixes(*shares: float) -> Callable[[Outcome], None]:
+    def expect(outcome: Outcome) -> None:
+        for counts in outcome.counts[1:]:
+            assert np.abs(np.array(counts) - np.array(shares) * PICKED).max() < 1
+        for decision in outcome.decisions:
+            np.testing.assert_allclose(list(decision["proportions"].values()), shares)
+
+    return expect
+
+
+def mixes_anew(outcome: Outcome) -> None:
+    first, second = (list(d["proportions"].values()) for d in outcome.decisions)
+    assert first != second
+    for counts, shares in zip(outcome.counts[1:], (first, second), strict=True):
+        assert np.abs(np.array(counts) - np.array(shares) * PICKED).max() < 1
+
+
+_LESS = {"gradient_type": "adam", "adam_form": "official", "proj_dim": 64, "seed": 1}
+CASES = [
+    Case("selector", "less", _LESS, takes_best_scores),
+    Case("selector", "loss", {"focus": "high", "focus_weight": 3.0, "temperature": 0.5}, decides_anew),
+    Case("selector", "random", {"seed": 5}, decides_anew),
+    Case("selector", "custom", {}, picks_the_first_samples),
+    Case("mixer", "random", {"seed": 5}, mixes_anew),
+    Case("mixer", "static", {"proportions": [3, 1]}, mixes(0.75, 0.25)),
+    Case("mixer", "stratified", {}, mixes(24 / 64, 40 / 64)),
+    Case("weighter", "loss", {"strategy": "linupper", "r_start": 1.0, "r_end": 0.25}),
+    Case("weighter", "custom", {"strategy": "uniform"}),
+]
