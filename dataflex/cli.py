@@ -1,0 +1,146 @@
+"""dataflex-cli: arguments -> checked config -> launcher, or, in a worker, the driver. No logic of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NoReturn
+
+from dataflex import __version__
+from dataflex.config import Config, load_config
+from dataflex.config.schema import SECTION_OF
+from dataflex.launcher import Request, launch
+from dataflex.utils.errors import UserError, nearest
+from dataflex.worker import LAUNCH_DIR, USER_ERROR, leave, print_error, run_worker
+
+RUNNER_VALUES = {
+    "hostfile": "machines and their GPUs, as DeepSpeed reads it",
+    "include": "GPUs to use, such as localhost:0,1 or worker-0@worker-1:0,2",
+    "exclude": "GPUs not to use",
+    "num_nodes": "use the first N machines of the hostfile",
+    "master_addr": "address of the first machine",
+    "master_port": "port for the workers' first contact (default: a free one)",
+    "launcher": "for several machines: pdsh, openmpi, mvapich, slurm, mpich or impi",
+    "launcher_args": "further arguments for that launcher, as one string",
+    "node_rank": "with --no_ssh: the number of this machine",
+    "ssh_port": "for several machines",
+    "venv_script": "script that activates the environment on each machine",
+    "bind_core_list": "with --bind_cores_to_rank: cores to use, such as 0-7,16-23",
+    "enable_each_rank_log": "folder for one log file per process",
+}
+RUNNER_NUMBERS = ("num_nodes", "master_port", "node_rank", "ssh_port")
+RUNNER_SWITCHES = {
+    "no_ssh": "this command is started on every machine by hand",
+    "no_ssh_check": "do not test ssh first",
+    "force_multi": "use the launcher for several machines even for one",
+    "bind_cores_to_rank": "bind each process to cores of its own",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports bad arguments as one line with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print_error(message)
+        sys.exit(USER_ERROR)
+
+
+def _parser() -> tuple[_Parser, _Parser]:
+    parser = _Parser(prog="dataflex-cli", description="Data-centric training on DeepSpeed.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"dataflex {__version__}")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    train = commands.add_parser(
+        "train",
+        help="train as a YAML file says",
+        description="Train as CFG says: one process per GPU (on CPUs: one), under the DeepSpeed launcher.",
+        usage="dataflex-cli train CFG [key=value ...] [--num_processes N] [launcher flags]",
+        allow_abbrev=False,
+    )
+    train.add_argument("config", metavar="CFG", help="YAML file of the run")
+    train.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="values that replace those of CFG")
+    train.add_argument("--num_processes", "--num_gpus", type=int, metavar="N", help="processes per machine")
+    train.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    runner = train.add_argument_group("flags of the DeepSpeed launcher, passed on")
+    for name, text in RUNNER_VALUES.items():
+        runner.add_argument(f"--{name}", metavar="X", help=text, type=int if name in RUNNER_NUMBERS else str)
+    for name, text in RUNNER_SWITCHES.items():
+        runner.add_argument(f"--{name}", action="store_true", help=text)
+    commands.add_parser("env", help="show versions, the accelerator and which kernels run", allow_abbrev=False)
+    return parser, train
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse with overrides and flags in any order."""
+    parser, train = _parser()
+    args, rest = parser.parse_known_args(argv)
+    for word in rest:
+        if args.command == "train" and not word.startswith("-"):
+            args.overrides = [*args.overrides, word]
+            continue
+        name = word.lstrip("-").partition("=")[0]
+        flags = [option for action in train._actions for option in action.option_strings]
+        if name in SECTION_OF:
+            parser.error(f"{word}: config keys are written without dashes: {name}=VALUE")
+        parser.error(f"unknown argument '{word}'{nearest(word.partition('=')[0], flags)}")
+    return args
+
+
+def _request(args: argparse.Namespace) -> Request:
+    flags = {name: str(getattr(args, name)) for name in RUNNER_VALUES if getattr(args, name) is not None}
+    flags |= {name: "" for name in RUNNER_SWITCHES if getattr(args, name)}
+    return Request(num_processes=args.num_processes, flags=flags)
+
+
+def _train(args: argparse.Namespace) -> int:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return run_worker(lambda: _work(load_config(args.config, args.overrides, quiet=LAUNCH_DIR in os.environ)))
+    load_config(args.config, args.overrides)
+    return launch("dataflex.cli", ["train", args.config, *args.overrides], _request(args))
+
+
+def _work(cfg: Config) -> int:
+    from dataflex import driver
+
+    return int(driver.run(cfg))
+
+
+def _env() -> int:
+    import torch
+
+    from dataflex import ops
+
+    facts: dict[str, Any] = {"dataflex": __version__, "python": sys.version.split()[0]}
+    for package in ("torch", "deepspeed", "transformers", "peft", "datasets"):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "not installed"
+    if torch.cuda.is_available():
+        facts["accelerator"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    else:
+        facts["accelerator"] = f"CPU, {torch.get_num_threads()} threads"
+    facts |= ops.implementations()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code (0 good, 2 bad input, else the launcher's)."""
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return _env() if args.command == "env" else _train(args)
+    except UserError as e:
+        print_error(str(e))
+        return USER_ERROR
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        leave(main())
+    sys.exit(main())

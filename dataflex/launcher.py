@@ -1,0 +1,240 @@
+"""Start the workers of a run under the DeepSpeed launcher, and end them all with it.
+
+The command starts ``deepspeed.launcher.runner`` in a session of its own. Signals go to that whole session,
+since a signal to the runner alone would leave the workers running. A killed ``launch.py`` ends with exit
+code 0, so a run counts as complete only when every worker on this machine has left its mark in the launch
+folder. Bad input that only a worker can see travels through that folder too, and is printed once, here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataflex.utils.errors import UserError
+from dataflex.worker import LAUNCH_DIR, USER_ERROR, prctl, print_error
+
+GRACE_S = 35.0
+_DEFAULT_HOSTFILE = Path("/job/hostfile")
+_PR_SET_CHILD_SUBREAPER = 36
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked of the launcher: a process count, and flags for the DeepSpeed runner.
+
+    ``flags`` are runner flags without the leading dashes; a switch has the value "".
+    """
+
+    num_processes: int | None
+    flags: Mapping[str, str]
+
+    @property
+    def hostfile(self) -> Path | None:
+        """The hostfile in use, if any; DeepSpeed reads /job/hostfile where none is named."""
+        named = self.flags.get("hostfile")
+        if named is not None:
+            return Path(named)
+        return _DEFAULT_HOSTFILE if _DEFAULT_HOSTFILE.is_file() else None
+
+
+def gpu_count() -> int:
+    """CUDA (or ROCm) devices that torch can use here; torch is asked in a process of its own."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return 0
+    devices = (*Path("/dev").glob("nvidia[0-9]*"), Path("/dev/kfd"), Path("/dev/dxg"))
+    if not any(device.exists() for device in devices):
+        return 0
+    ask = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    answer = subprocess.run(ask, capture_output=True, text=True, check=False)
+    return int(answer.stdout.split()[-1]) if answer.returncode == 0 else 0
+
+
+def free_port() -> int:
+    """A TCP port that nothing on this machine listens on."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+def command(module: str, args: Sequence[str], request: Request, gpus: int) -> tuple[list[str], dict[str, str]]:
+    """Return the runner's command line and environment. Raises UserError for a request that cannot be met."""
+    flags, env = dict(request.flags), dict(os.environ)
+    _check_flags(request, gpus)
+    if request.hostfile is None:
+        flags |= _local_flags(request, gpus, env)
+    elif request.num_processes is not None:
+        flags["num_gpus"] = str(request.num_processes)
+    words = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical"]
+    for name, value in flags.items():
+        words.append(f"--{name}={value}" if value else f"--{name}")
+    return [*words, "--module", module, *args], env
+
+
+def launch(module: str, args: Sequence[str], request: Request) -> int:
+    """Run ``python -m module *args`` in every process of the request; return the run's exit code.
+
+    0 means that every local worker completed; 2 that a worker refused the input (its lines are printed).
+    """
+    folder = Path(tempfile.mkdtemp(prefix="dataflex-"))
+    try:
+        words, env = command(module, args, request, gpu_count())
+        env[LAUNCH_DIR] = str(folder)
+        code, stopped_by = _run(words, env)
+        return _outcome(code, stopped_by, folder, ssh=_uses_ssh(request))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _uses_ssh(request: Request) -> bool:
+    several = request.hostfile is not None or "force_multi" in request.flags
+    return several and "no_ssh" not in request.flags
+
+
+def _check_flags(request: Request, gpus: int) -> None:
+    flags = request.flags
+    if request.num_processes is not None and request.num_processes < 1:
+        raise UserError(f"--num_processes: expected a whole number >= 1, got {request.num_processes}")
+    if "include" in flags and "exclude" in flags:
+        raise UserError("--include and --exclude cannot be used together")
+    if ("include" in flags or "exclude" in flags) and request.num_processes is not None:
+        raise UserError("--num_processes cannot be used together with --include or --exclude")
+    if "hostfile" in flags and not Path(flags["hostfile"]).is_file():
+        raise UserError(f"--hostfile: '{flags['hostfile']}' does not exist")
+    if request.hostfile is None:
+        if "num_nodes" in flags and flags["num_nodes"] != "1":
+            raise UserError(f"--num_nodes: {flags['num_nodes']} needs a --hostfile that names the machines")
+        if gpus == 0 and ("include" in flags or "exclude" in flags):
+            raise UserError("--include and --exclude choose GPUs, and there is none here; use --num_processes")
+        for name in ("include", "exclude"):
+            _check_devices(name, flags.get(name, "localhost"), gpus)
+        if gpus and request.num_processes is not None and request.num_processes > gpus:
+            raise UserError(f"--num_processes: {request.num_processes} processes need as many GPUs, there are {gpus}")
+
+
+def _check_devices(name: str, wanted: str, gpus: int) -> None:
+    """Check a device list for this machine; the numbers are physical where CUDA_VISIBLE_DEVICES is set."""
+    match = re.fullmatch(r"localhost(?::(\d+(?:,\d+)*))?", wanted)
+    if match is None:
+        raise UserError(f"--{name}: expected localhost:0,1,... without a --hostfile, got '{wanted}'")
+    numbers = [int(number) for number in (match.group(1) or "0").split(",")]
+    if max(numbers) >= gpus > 0 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        raise UserError(f"--{name}: there is no GPU {max(numbers)}, they are 0 to {gpus - 1}")
+
+
+def _local_flags(request: Request, gpus: int, env: dict[str, str]) -> dict[str, str]:
+    """Flags for workers on this machine only: their number or devices, and a port of their own."""
+    flags: dict[str, str] = {}
+    visible = env.pop("CUDA_VISIBLE_DEVICES", None)
+    count = request.num_processes or max(gpus, 1)
+    if gpus == 0:
+        env.setdefault("DS_ACCELERATOR", "cpu")
+    if "include" not in request.flags and "exclude" not in request.flags:
+        if gpus and visible:
+            flags["include"] = "localhost:" + ",".join(_device_numbers(visible)[:count])
+        else:
+            flags["num_gpus"] = str(count)
+        env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    if "master_port" not in request.flags:
+        flags["master_port"] = str(free_port())
+    return flags
+
+
+def _device_numbers(visible: str) -> list[str]:
+    numbers = [part.strip() for part in visible.split(",")]
+    if not all(number.isdigit() for number in numbers):
+        raise UserError(f"CUDA_VISIBLE_DEVICES: expected device numbers such as 0,1, got '{visible}'")
+    return numbers
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(words: list[str], env: Mapping[str, str]) -> tuple[int, int | None]:
+    """Run the runner, and all that it started, to the end; return its code and the signal that stopped us."""
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    runner = subprocess.Popen(words, env=env, start_new_session=True)
+    with _forwarding(runner.pid) as received:
+        code = runner.wait()
+        _end_group(runner.pid)
+    return code, received[0] if received else None
+
+
+@contextlib.contextmanager
+def _forwarding(group: int) -> Iterator[list[int]]:
+    """Send the signals that we get to ``group``: SIGTERM first (Python dies of it silently), then SIGKILL."""
+    received: list[int] = []
+
+    def forward(number: int, _frame: object) -> None:
+        received.append(number)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+
+    heeded = [number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heeded}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_group(group: int) -> None:
+    """End what the runner left behind: nothing after a good run, orphaned workers after a killed launcher."""
+    start, asked = time.monotonic(), False
+    while _alive(group):
+        with contextlib.suppress(ProcessLookupError):
+            if not asked:
+                os.killpg(group, signal.SIGTERM)
+                asked = True
+            elif time.monotonic() - start > GRACE_S:
+                os.killpg(group, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _alive(group: int) -> bool:
+    """Whether a process of the group still runs; those that have ended are reaped, as we are their reaper."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-group, os.WNOHANG) != (0, 0):
+            pass
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _outcome(code: int, stopped_by: int | None, folder: Path, ssh: bool) -> int:
+    """Turn the runner's exit code and the marks in the launch folder into the run's, with one clear line."""
+    errors = sorted(folder.glob("error.*"), key=lambda path: int(path.suffix[1:]))
+    if errors:
+        print_error(errors[0].read_text(encoding="utf-8"))
+        return USER_ERROR
+    if stopped_by is not None:
+        print_error(f"stopped by {signal.Signals(stopped_by).name}")
+        return 128 + stopped_by
+    if code < 0:
+        print_error(f"the launcher was killed by {signal.Signals(-code).name}")
+        return 128 - code
+    done = list(folder.glob("done.*"))
+    if code == 0 and not ssh and (not done or len(done) != int(done[0].read_text(encoding="utf-8"))):
+        print_error("the launcher ended before the training was complete (was it killed?)")
+        return 1
+    if code > 192 and code - 256 in {-number for number in signal.Signals}:
+        print_error(f"a worker was killed by {signal.Signals(256 - code).name} (out of memory?)")
+    elif code != 0:
+        print_error(f"a worker, or the launcher, ended with exit code {code}; its messages are above")
+    return code

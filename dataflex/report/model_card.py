@@ -1,0 +1,88 @@
+"""README.md of a trained model's folder: what it is made from, with what, and how it went."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dataflex import __version__
+
+if TYPE_CHECKING:
+    from dataflex.config import Config
+    from dataflex.data.pool import Pool
+
+_METHODS = {"lora": "LoRA", "full": "full finetuning", "freeze": "finetuning of some layers"}
+_PACKAGES = ("torch", "deepspeed", "transformers", "peft")
+_SHOWN = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+    "cutoff_len",
+)
+
+
+def model_card(cfg: Config, run: Any, pool: Pool, results: dict[str, float]) -> str:
+    """Markdown with the front matter that model hubs read. ``results``: those of all_results.json."""
+    name, method = cfg.model.model_name_or_path, cfg.method
+    head: dict[str, Any] = {
+        "library_name": "peft" if method.finetuning_type == "lora" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["dataflex", method.finetuning_type, method.stage],
+    }
+    if not cfg.model.train_from_scratch:
+        head = {"base_model": name, **head}
+    origin = "random weights of the architecture" if cfg.model.train_from_scratch else "the weights of"
+    title = cfg.output.run_name or (cfg.output.output_dir.rstrip("/").rsplit("/", 1)[-1])
+    lines = [
+        "---",
+        yaml.safe_dump(head, sort_keys=False).rstrip(),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        f"Trained from {origin} `{name}` by {_METHODS[method.finetuning_type]} (stage {method.stage}).",
+        "",
+        *_table("Data", ("dataset", "samples", "tokens"), _data_rows(pool)),
+        *_table("Training", ("key", "value"), _training_rows(cfg, run)),
+        *_table("Results", ("figure", "value"), [(key, f"{value:.6g}") for key, value in results.items()]),
+        *_table("Versions", ("package", "version"), [("dataflex", __version__), *_versions()]),
+    ]
+    return "\n".join(lines)
+
+
+def _table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    ruled = [head, tuple("---" for _ in head), *rows]
+    return [f"## {title}", "", *("| " + " | ".join(row) + " |" for row in ruled), ""]
+
+
+def _data_rows(pool: Pool) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for number, name in enumerate(pool.domain_names):
+        mine = pool.domain_ids == number
+        rows.append((name, f"{int(mine.sum()):,}", f"{int(pool.lengths[mine].sum()):,}"))
+    return rows
+
+
+def _training_rows(cfg: Config, run: Any) -> list[tuple[str, ...]]:
+    kinds = ", ".join(f"{kind}: {cfg.flex.component(kind) or 'fixed'}" for kind in cfg.flex.kinds)
+    precision = "bf16" if cfg.train.bf16 else "fp16" if cfg.train.fp16 else "fp32"
+    flat = cfg.dump_flat()
+    rows = {
+        "data decisions": kinds or "none (static)",
+        "steps": f"{run.step:,}",
+        "global batch": f"{run.micro_batch} x {run.accumulation} x {run.world_size} = {run.global_batch} samples",
+        "precision": precision,
+        **{key: str(flat[key]) for key in _SHOWN if key in flat},
+    }
+    if cfg.method.finetuning_type == "lora":
+        rows |= {"lora_rank": str(cfg.method.lora_rank), "lora_alpha": str(cfg.method.lora_scale_alpha)}
+    return [(key, value) for key, value in rows.items()]
+
+
+def _versions() -> list[tuple[str, ...]]:
+    return [(package, version(package)) for package in _PACKAGES]

@@ -1,0 +1,82 @@
+"""The first and the last screen of a run: its arithmetic; what was decided, the losses, where to look next."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataflex.core.context import Run
+
+
+def opening_lines(run: Run, deciders: str, zero_stage: int) -> list[str]:
+    """The batch arithmetic of a run that starts; ``deciders``: who decides what, in words."""
+    sizes = [str(phase.steps) for phase in run.schedule.phases]
+    shown = ", ".join(sizes if len(sizes) <= 5 else [*sizes[:3], "...", sizes[-1]])
+    return [
+        "***** Running training *****",
+        f"  Num examples = {len(run.pool):,}",
+        f"  Batch size per device = {run.micro_batch}",
+        f"  Gradient accumulation steps = {run.accumulation}",
+        f"  Total train batch size (x {run.world_size} processes) = {run.global_batch}",
+        f"  Total optimization steps = {run.total_steps:,} (phases of {shown} steps)",
+        f"  Decisions = {run.schedule.decisions} ({deciders})",
+        f"  ZeRO stage = {zero_stage}",
+    ]
+
+
+def closing_lines(folder: Path, pool: Any, history: list[dict[str, Any]]) -> list[str]:
+    """Lines for the screen, from a finished run's folder, its pool and its log."""
+    lines = [*_decision_table(folder, pool), *_losses(history), f"run folder: {folder}"]
+    for name, what in (
+        ("training_loss.png", "loss over steps"),
+        ("trainer_log.jsonl", "every logged step"),
+        ("decisions", "what was chosen at each decision, with scores"),
+        ("config.yaml", "the effective configuration"),
+    ):
+        if (folder / name).exists():
+            lines.append(f"  {name:<20} {what}")
+    return lines
+
+
+def read_decisions(folder: Path) -> list[dict[str, Any]]:
+    """The records in decisions/, in the order of steps."""
+    paths = sorted((folder / "decisions").glob("step_*.json"), key=lambda p: int(p.stem.split("_")[1]))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _decision_table(folder: Path, pool: Any) -> list[str]:
+    """One row per domain: its share of the pool, and of each decision."""
+    decisions = read_decisions(folder)
+    if not decisions:
+        return []
+    names, domains = pool.domain_names, np.asarray(pool.domain_ids)
+    columns = [("pool", np.bincount(domains, minlength=len(names)) / len(domains))]
+    for record in decisions:
+        if "indices" in record:
+            picks = np.bincount(domains[record["indices"]], minlength=len(names))
+            share = picks / max(1, picks.sum())
+        else:
+            share = np.array([record["proportions"][name] for name in names])
+        columns.append((f"step {record['step']}", share))
+    shown = columns if len(columns) <= 7 else [columns[0], *columns[-6:]]
+    width = max(len("domain"), *(len(name) for name in names))
+    kind = "chose" if "indices" in decisions[0] else "mixed"
+    head = f"{'domain':<{width}}" + "".join(f"{title:>10}" for title, _ in shown)
+    rows = [f"{name:<{width}}" + "".join(f"{s[d]:>10.1%}" for _, s in shown) for d, name in enumerate(names)]
+    return [f"what {decisions[0]['component']} {kind}, as shares of each decision:", head, *rows]
+
+
+def _losses(history: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for key, label in (("loss", "training loss"), ("eval_loss", "eval loss")):
+        entries = [e for e in history if key in e]
+        if entries:
+            first, last = entries[0], entries[-1]
+            lines.append(
+                f"{label}: {first[key]:.4f} at step {first['current_steps']}, "
+                f"{last[key]:.4f} at step {last['current_steps']}"
+            )
+    return lines

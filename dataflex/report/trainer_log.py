@@ -1,0 +1,132 @@
+"""What a run says while it trains: trainer_log.jsonl, trainer_state.json, the progress bar, monitors."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dataflex.core.context import Run
+from dataflex.core.hook import Hook
+from dataflex.utils.files import write_atomically
+from dataflex.utils.logging import logger
+
+
+class LogHook(Hook):
+    """Writes one line per ``logging_steps`` steps; ``history`` holds them all and survives a resume."""
+
+    def __init__(self, logging_steps: int) -> None:
+        self.logging_steps = logging_steps
+        self.history: list[dict[str, Any]] = []
+        self._losses: list[float] = []
+        self._started = time.monotonic()
+        self._first_step = 0
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_start(self, run: Run) -> None:
+        self._started, self._first_step = time.monotonic(), run.step
+        if run.is_main and sys.stderr.isatty():
+            self._bar = tqdm(total=run.total_steps, initial=run.step, unit="step", dynamic_ncols=True)
+        self._write(run)
+
+    def on_step_end(self, run: Run, batch: Any) -> None:
+        self._losses.append(run.loss)
+        if self._bar is not None:
+            self._bar.update(1)
+        if run.step % self.logging_steps and run.step != run.total_steps:
+            return
+        entry = self._entry(run)
+        self._losses = []
+        self.add(run, entry)
+        shown = {key: f"{entry[key]:.4g}" for key in ("loss", "grad_norm", "lr", "epoch") if key in entry}
+        if self._bar is not None:
+            self._bar.set_postfix(shown)
+        else:
+            words = " ".join(f"{key} {value}" for key, value in shown.items())
+            logger.info(f"step {run.step}/{run.total_steps} {words} remaining {entry['remaining_time']}")
+
+    def add(self, run: Run, entry: dict[str, Any]) -> None:
+        """Append a line, for instance an evaluation's, to the log and the monitors."""
+        self.history.append(entry)
+        if run.is_main and run.output_dir is not None:
+            with (run.output_dir / "trainer_log.jsonl").open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(entry) + "\n")
+        if run.is_main and run.engine.monitor.enabled:
+            values = {k: v for k, v in entry.items() if isinstance(v, float)}
+            run.engine.monitor.write_events(
+                [(f"Train/dataflex/{key}", value, run.step * run.global_batch) for key, value in values.items()]
+            )
+
+    def on_train_end(self, run: Run) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if run.is_main and run.output_dir is not None:
+            state = {
+                "global_step": run.step,
+                "max_steps": run.total_steps,
+                "epoch": self._epoch(run),
+                "log_history": self.history,
+            }
+            write_atomically(run.output_dir / "trainer_state.json", json.dumps(state, indent=2))
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since training started or was resumed."""
+        return time.monotonic() - self._started
+
+    def summary(self, run: Run) -> dict[str, float]:
+        """train_* figures as all_results.json has them; speeds are those since the start or resume."""
+        steps = run.step - self._first_step
+        losses = [e["loss"] for e in self.history if "loss" in e]
+        return {
+            "epoch": self._epoch(run),
+            "train_loss": sum(losses) / max(1, len(losses)),
+            "train_runtime": round(self.seconds, 2),
+            "train_samples_per_second": round(steps * run.global_batch / self.seconds, 3),
+            "train_steps_per_second": round(steps / self.seconds, 3),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history, "losses": self._losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history, self._losses = state["history"], state["losses"]
+
+    def _entry(self, run: Run) -> dict[str, Any]:
+        elapsed = self.seconds
+        per_step = elapsed / max(1, run.step - self._first_step)
+        entry: dict[str, Any] = {
+            "current_steps": run.step,
+            "total_steps": run.total_steps,
+            "loss": sum(self._losses) / max(1, len(self._losses)),
+            "lr": float(run.engine.get_lr()[0]),
+            "epoch": self._epoch(run),
+            "percentage": round(100 * run.step / run.total_steps, 2),
+            "elapsed_time": str(timedelta(seconds=int(elapsed))),
+            "remaining_time": str(timedelta(seconds=int(per_step * (run.total_steps - run.step)))),
+        }
+        norm = run.engine.get_global_grad_norm()
+        if norm is not None:
+            entry["grad_norm"] = float(norm)
+        return entry
+
+    def _epoch(self, run: Run) -> float:
+        """Samples trained on / samples in the pool."""
+        return round(run.step * run.global_batch / len(run.pool), 4)
+
+    def _write(self, run: Run) -> None:
+        """Make the file hold the history and nothing else: a resume drops what came after the checkpoint."""
+        if run.is_main and run.output_dir is not None:
+            lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+            write_atomically(run.output_dir / "trainer_log.jsonl", lines)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The entries of a run's trainer_log.jsonl."""
+    path = folder / "trainer_log.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,115 @@
+"""One output_dir is one run: gone on with, complete, started over, or refused, but never mixed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import run_ranks
+from tests.driver.workspace import settings
+
+OVER = {"overwrite_output_dir": True}
+
+
+def _cases(workspace: Path, out: Path) -> dict[str, dict[str, Any]]:
+    """In this order, in one folder."""
+    run = {"save_steps": 2, "output_dir": str(out), "lora_dropout": 0.1, "deepspeed": None}
+    mix = {"train_type": "dynamic_mix", "component_name": "random", "update_step": 1}
+    other = {**run, "output_dir": str(out) + "2"}
+    chosen = {**run, **mix}
+    cases = {
+        "first": chosen,
+        "again": chosen,
+        "unfinished": chosen | {"remove": str(out / "all_results.json")},
+        "no more": {**chosen, "resume_from_checkpoint": False},
+        "older": {**chosen, "resume_from_checkpoint": str(out / "checkpoint-2")},
+        "older anew": {**chosen, **OVER, "resume_from_checkpoint": str(out / "checkpoint-2")},
+        "fork": {**chosen, "resume_from_checkpoint": str(out / "checkpoint-2"), "output_dir": str(out) + "3"},
+        "broken newest": chosen | {"damage": str(out / "checkpoint-4/dataflex_state.pt")},
+        "another seed": {**chosen, "seed": 7},
+        "over": {**run, **OVER, "finetuning_type": "full"},
+        "no checkpoint": {**other, "save_strategy": "no"},
+        "mixed": {**other, "save_strategy": "no"},
+        "true": {**other, "resume_from_checkpoint": True, **OVER},
+        "named badly": {**other, "resume_from_checkpoint": str(out / "checkpoint-9x")[1:], **OVER},
+        "over again": {**other, **OVER},
+    }
+    return {name: settings(workspace, **keys) for name, keys in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("folder") / "out"
+
+
+@pytest.fixture(scope="module")
+def runs(workspace: Path, out: Path) -> dict[str, Any]:
+    result: dict[str, Any] = run_ranks(
+        "tests.driver.ranks:sweep", 1, folder=str(workspace), cases=_cases(workspace, out)
+    )[0]
+    return result
+
+
+def test_a_finished_run_is_complete(runs: dict[str, Any]) -> None:
+    assert runs["first"]["trained"] and not runs["again"]["trained"]
+    assert runs["again"]["results"] == runs["first"]["results"]
+    assert runs["again"]["losses"] == runs["first"]["losses"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("no more", "holds an earlier run .trainer_log.jsonl. that is not to be gone on with; .*overwrite_output_dir"),
+        ("older", "checkpoint-4 would be written again; name another output_dir"),
+        ("another seed", "checkpoint-4: the checkpoint has seed 42, this run has 7"),
+        ("mixed", "holds an earlier run .trainer_log.jsonl. that has no whole checkpoint to go on from; name another"),
+        ("true", "resume_from_checkpoint: there is no whole checkpoint in"),
+        ("named badly", "resume_from_checkpoint: .*checkpoint-9x: it does not exist"),
+    ],
+)
+def test_what_would_mix_two_runs_is_refused(runs: dict[str, Any], name: str, text: str) -> None:
+    assert re.search(text, runs[name].get("error", "no error")), runs[name]
+
+
+def test_a_run_that_was_ended_after_its_last_step_is_finished(runs: dict[str, Any]) -> None:
+    assert runs["unfinished"]["trained"] and runs["unfinished"]["losses"] == runs["first"]["losses"]
+    assert runs["unfinished"]["results"]["train_loss"] == runs["first"]["results"]["train_loss"]
+
+
+@pytest.mark.parametrize("name", ["older anew", "fork", "broken newest"])
+def test_a_resumed_run_ends_as_the_whole_one_did(runs: dict[str, Any], name: str) -> None:
+    assert runs[name]["trained"]
+    assert runs[name]["losses"] == runs["first"]["losses"]
+
+
+def test_a_resume_drops_what_came_later(runs: dict[str, Any], workspace: Path, out: Path) -> None:
+    folder = Path(str(out) + "3")
+    steps = [json.loads(line)["step"] for line in (folder / "random_weights.jsonl").read_text().splitlines()]
+    assert steps == [2, 3]
+    assert sorted(p.name for p in folder.glob("decisions/*")) == ["step_2.json", "step_3.json"]
+
+
+def test_starting_over_leaves_nothing_of_the_earlier_run(runs: dict[str, Any]) -> None:
+    files = set(runs["over"]["files"])
+    assert {"model.safetensors", "config.json", "checkpoint-2", "checkpoint-4"} <= files
+    assert not files & {"adapter_model.safetensors", "adapter_config.json", "decisions", "random_weights.jsonl"}
+    assert runs["over again"]["losses"] == runs["no checkpoint"]["losses"]
+
+
+def test_a_folder_without_a_run_is_never_cleared(workspace: Path, tmp_path: Path) -> None:
+    import yaml
+
+    from dataflex.config import load_config
+    from dataflex.engine import run_folder
+
+    (tmp_path / "decisions.txt").write_text("mine")
+    (tmp_path / "config.json").write_text("mine")
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings(workspace, output_dir=str(tmp_path), **OVER)))
+    assert run_folder.prepare(load_config(path, quiet=True)) is None
+    assert (tmp_path / "config.json").read_text() == "mine"
+    assert "output_dir" in (tmp_path / "config.yaml").read_text()

@@ -1,0 +1,31 @@
+"""A worker without torch for tests/test_launcher.py: `python -m launch_worker <what> [folder]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from dataflex.utils.errors import UserError
+from dataflex.worker import run_worker
+
+
+def body() -> int:
+    what, rank = sys.argv[1], os.environ["RANK"]
+    if len(sys.argv) > 2:
+        facts = {k: os.environ.get(k, "") for k in ("WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "DS_ACCELERATOR")}
+        target = Path(sys.argv[2]) / f"rank{rank}"
+        target.with_suffix(".part").write_text(f"{os.getpid()} {os.getppid()} {facts}", encoding="utf-8")
+        target.with_suffix(".part").rename(target)
+    if what == "refuse" and rank == "1":
+        raise UserError("pool.json:3: instruction is missing\npool.json:9: output is missing")
+    if what == "exit3":
+        return 3
+    if what in ("sleep", "refuse"):
+        time.sleep(60)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_worker(body))

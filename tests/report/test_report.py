@@ -1,0 +1,106 @@
+"""What a run leaves to read: the model card, the loss plot, the closing screen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from dataflex.config import Config, load_config
+from dataflex.report.model_card import model_card
+from dataflex.report.plot import plot_loss
+from dataflex.report.summary import closing_lines
+
+POOL = SimpleNamespace(
+    domain_names=["maths", "poems"],
+    domain_ids=np.array([0, 0, 0, 1], dtype=np.int32),
+    lengths=np.array([5, 6, 7, 1000], dtype=np.int32),
+)
+RUN = SimpleNamespace(step=30, micro_batch=2, accumulation=3, world_size=4, global_batch=24)
+HISTORY = [
+    {"current_steps": 0, "eval_loss": 3.0},
+    {"current_steps": 10, "loss": 2.5},
+    {"current_steps": 20, "loss": 1.5},
+    {"current_steps": 20, "eval_loss": 2.0},
+]
+
+
+def _config(tmp_path: Path, **changes: Any) -> Config:
+    keys = {"model_name_or_path": "org/base", "dataset": ["maths", "poems"], "output_dir": "runs/mine"} | changes
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    return load_config(path, quiet=True)
+
+
+def _head(card: str) -> dict[str, Any]:
+    head: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+    return head
+
+
+def test_the_model_card_says_what_it_is_made_from_and_how_it_went(tmp_path: Path) -> None:
+    card = model_card(_config(tmp_path, lora_rank=4, bf16=True), RUN, POOL, {"train_loss": 1.5, "eval_loss": 2.0})
+    assert _head(card)["base_model"] == "org/base"
+    assert _head(card)["library_name"] == "peft"
+    for line in (
+        "# mine",
+        "Trained from the weights of `org/base` by LoRA (stage sft).",
+        "| maths | 3 | 18 |",
+        "| poems | 1 | 1,000 |",
+        "| global batch | 2 x 3 x 4 = 24 samples |",
+        "| precision | bf16 |",
+        "| lora_rank | 4 |",
+        "| lora_alpha | 8 |",
+        "| eval_loss | 2 |",
+    ):
+        assert line in card.splitlines()
+    assert "| deepspeed | " in card and "More Information" not in card
+
+
+def test_the_model_card_of_a_model_from_scratch_names_no_base(tmp_path: Path) -> None:
+    changes = {"train_from_scratch": True, "finetuning_type": "full", "stage": "pt", "run_name": "first try"}
+    card = model_card(_config(tmp_path, **changes), RUN, POOL, {})
+    assert "base_model" not in _head(card)
+    assert "# first try" in card
+    assert "Trained from random weights of the architecture `org/base` by full finetuning (stage pt)." in card
+    assert "lora_rank" not in card
+
+
+def test_the_plot_is_a_picture_with_as_many_marks_as_decisions(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figures: list[Figure] = []
+    save = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+        plot_loss(HISTORY, [10, 20], tmp_path / "loss.png", "sample")
+    axes = figures[0].axes[0]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["training", "evaluation", "decision"]
+    assert axes.get_ylabel() == "loss per sample (nats)"
+    assert [list(line.get_xdata()) for line in axes.lines] == [[10, 20], [0, 20], [10, 10], [20, 20]]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_closing_screen_sets_choices_against_the_pool(tmp_path: Path) -> None:
+    (tmp_path / "decisions").mkdir()
+    for step, indices in ((10, [0, 1]), (2, [3, 3, 3, 0])):
+        record = {"step": step, "component": "less", "indices": indices}
+        (tmp_path / f"decisions/step_{step}.json").write_text(json.dumps(record))
+    (tmp_path / "config.yaml").write_text("")
+    lines = closing_lines(tmp_path, POOL, HISTORY)
+    assert lines[0] == "what less chose, as shares of each decision:"
+    assert lines[1].split() == ["domain", "pool", "step", "2", "step", "10"]
+    assert lines[2].split() == ["maths", "75.0%", "25.0%", "100.0%"]
+    assert lines[3].split() == ["poems", "25.0%", "75.0%", "0.0%"]
+    assert "training loss: 2.5000 at step 10, 1.5000 at step 20" in lines
+    assert "eval loss: 3.0000 at step 0, 2.0000 at step 20" in lines
+    assert lines[-1].split()[0] == "config.yaml"
+
+
+def test_the_closing_screen_of_a_run_without_decisions_or_logs_is_short(tmp_path: Path) -> None:
+    assert closing_lines(tmp_path, POOL, []) == [f"run folder: {tmp_path}"]

@@ -1,0 +1,168 @@
+# ruff: noqa: E501 - whole lines of text are easier to search for
+"""The command line: quick and lean, one line per wrong argument, and the way to launcher or driver."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dataflex
+from dataflex import cli
+from dataflex.config import Config
+from dataflex.launcher import Request
+from dataflex.utils.errors import UserError
+from dataflex.worker import LAUNCH_DIR
+
+ROOT = Path(__file__).resolve().parent.parent
+YAML = "model_name_or_path: org/m\ndataset: a\noutput_dir: out\nimage_max_pixels: 3\n"
+
+
+@pytest.fixture
+def run_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_SIZE", LAUNCH_DIR):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "run.yaml").write_text(YAML)
+    return tmp_path / "run.yaml"
+
+
+def program(*args: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "dataflex.cli", *args]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_help_is_quick_and_names_the_commands() -> None:
+    start = time.monotonic()
+    done = program("--help")
+    assert time.monotonic() - start < 5
+    assert done.returncode == 0
+    assert "train" in done.stdout and "env" in done.stdout
+    shown = program("train", "--help").stdout
+    for flag in (
+        "--num_processes",
+        "--num_gpus",
+        "--hostfile",
+        "--include",
+        "--exclude",
+        "--master_port",
+        "--launcher",
+    ):
+        assert flag in shown
+    assert "--local_rank" not in shown
+
+
+def test_version() -> None:
+    assert program("--version").stdout == f"dataflex {dataflex.__version__}\n"
+
+
+def test_config_and_command_line_load_no_heavy_module(run_yaml: Path) -> None:
+    code = (
+        "import sys, dataflex, dataflex.cli, dataflex.launcher, dataflex.config.components\n"
+        f"dataflex.config.load_config({str(run_yaml)!r}, quiet=True)\n"
+        "print({'torch', 'transformers', 'deepspeed', 'datasets', 'numpy', 'peft'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_bad_config_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(YAML + "learning_rat: 1\nseed: x\n")
+    done = program("train", str(tmp_path / "run.yaml"), "bf16=maybe")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        f"dataflex: error: {tmp_path}/run.yaml:learning_rat: unknown key (did you mean 'learning_rate'?)",
+        "dataflex: error: command line:bf16: expected true or false, got 'maybe'",
+        f"dataflex: error: {tmp_path}/run.yaml:seed: expected a whole number >= 0, got 'x'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["train"], "the following arguments are required: CFG"),
+        (["train", "x.yaml", "--banana", "3"], "unknown argument '--banana'"),
+        (["train", "x.yaml", "--num_procs=3"], "unknown argument '--num_procs=3' (did you mean '--num_processes'?)"),
+        (["train", "x.yaml", "--seed", "3"], "--seed: config keys are written without dashes: seed=VALUE"),
+        (["train", "x.yaml", "--num_processes", "two"], "argument --num_processes/--num_gpus: invalid int value: 'two'"),
+        (["env", "more"], "unknown argument 'more'"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(args: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(args)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"dataflex: error: {line}\n"
+
+
+def test_train_launches_itself_with_overrides_and_launcher_flags(
+    run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(cli, "launch", lambda *args: calls.append(args) or 7)
+    flags = ["--num_gpus", "2", "--master_port=5000", "seed=3", "--no_ssh"]
+    assert cli.main(["train", str(run_yaml), "bf16=true", *flags]) == 7
+    worker = ["train", str(run_yaml), "bf16=true", "seed=3"]
+    assert calls == [("dataflex.cli", worker, Request(2, {"master_port": "5000", "no_ssh": ""}))]
+    assert capfd.readouterr().err.count("image_max_pixels: ignored") == 1
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """A stand-in for the driver that collects the configs it is given."""
+    seen: list[Config] = []
+
+    def run(cfg: Config) -> int:
+        seen.append(cfg)
+        if cfg.train.seed == 13:
+            raise UserError("pool.json:1: bad row")
+        return 0
+
+    module = types.ModuleType("dataflex.driver")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dataflex.driver", module)
+    monkeypatch.setattr(dataflex, "driver", module, raising=False)
+    monkeypatch.setattr("dataflex.worker.end_with_parent", lambda: None)
+    return seen
+
+
+def test_a_worker_runs_the_driver_and_is_quiet_about_what_the_parent_said(
+    run_yaml: Path, tmp_path: Path, driver: list[Config], monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert cli.main(["--local_rank=0", "train", str(run_yaml), "seed=3"]) == 0
+    assert driver[0].train.seed == 3
+    assert capfd.readouterr().err.count("image_max_pixels") == 1
+    monkeypatch.setenv(LAUNCH_DIR, str(tmp_path))
+    assert cli.main(["train", str(run_yaml), "--local_rank", "0"]) == 0
+    assert capfd.readouterr().err == ""
+    assert (tmp_path / "done.0").exists()
+
+
+def test_a_workers_bad_input_is_one_line_and_code_2(
+    run_yaml: Path, driver: list[Config], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert cli.main(["train", str(run_yaml), "seed=13"]) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == "dataflex: error: pool.json:1: bad row"
+
+
+def test_env_shows_versions_and_implementations(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dataflex import ops
+
+    monkeypatch.setattr(ops, "implementations", lambda: {"some_op": "portable PyTorch"}, raising=False)
+    assert cli.main(["env"]) == 0
+    facts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert facts["dataflex"] == dataflex.__version__
+    assert facts["some_op"] == "portable PyTorch"
+    assert {"python", "torch", "deepspeed", "transformers", "peft", "datasets", "accelerator"} <= set(facts)

@@ -1,0 +1,282 @@
+# ruff: noqa: E501 - whole lines of text are easier to search for
+"""The launcher: its command, and real launches of two workers (no torch in them) that end in every way."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dataflex import launcher, worker
+from dataflex.launcher import Request, command, free_port, gpu_count
+from dataflex.utils.errors import UserError
+from dataflex.worker import LAUNCH_DIR, run_worker
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = """
+import sys
+from dataflex.launcher import Request, launch
+sys.exit(launch("tests.launch_worker", sys.argv[1:], Request(2, {})))
+"""
+ORPHAN = """
+import subprocess, sys
+child = "import time; from dataflex.worker import end_with_parent; end_with_parent(); print('up', flush=True); time.sleep(60)"
+print(subprocess.Popen([sys.executable, "-c", child], stdout=sys.stdout).pid, flush=True)
+sys.stdin.read()
+"""
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells of a parent's death")
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "CUDA_VISIBLE_DEVICES",
+        "DS_ACCELERATOR",
+        "OMP_NUM_THREADS",
+        "RANK",
+        "WORLD_SIZE",
+        LAUNCH_DIR,
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launcher, "_DEFAULT_HOSTFILE", Path("/no/hostfile"))
+
+
+def start(what: str, folder: Path) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "TMPDIR": str(folder)}
+    words = [sys.executable, "-c", LAUNCH, what, str(folder)]
+    return subprocess.Popen(words, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> str:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{path.name} did not appear"
+        time.sleep(0.05)
+    return path.read_text()
+
+
+def pids(folder: Path, process: subprocess.Popen[str]) -> list[int]:
+    return [int(wait_for(folder / f"rank{rank}", process).split()[0]) for rank in (0, 1)]
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture
+def killed_at_the_end() -> Iterator[list[subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_two_ranks_complete_in_silence(tmp_path: Path) -> None:
+    process = start("ok", tmp_path)
+    out, _ = process.communicate(timeout=120)
+    assert (process.returncode, out) == (0, "")
+    for rank in (0, 1):
+        facts = (tmp_path / f"rank{rank}").read_text()
+        assert f"'WORLD_SIZE': '2', 'LOCAL_RANK': '{rank}'" in facts
+        assert re.search(r"'OMP_NUM_THREADS': '\d+', 'DS_ACCELERATOR': 'cpu'", facts)
+    assert not list(tmp_path.glob("dataflex-*"))
+
+
+def test_bad_input_seen_by_one_worker_is_printed_once_and_ends_all(tmp_path: Path) -> None:
+    process = start("refuse", tmp_path)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert out.splitlines() == [
+        "dataflex: error: pool.json:3: instruction is missing",
+        "dataflex: error: pool.json:9: output is missing",
+    ]
+    assert not any(runs(pid) for pid in pids(tmp_path, process))
+
+
+def test_the_workers_exit_code_comes_out(tmp_path: Path) -> None:
+    process = start("exit3", tmp_path)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert "ended with exit code 3" in out
+    assert "Traceback" not in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_every_rank_within_seconds(
+    tmp_path: Path, number: signal.Signals, killed_at_the_end: list[subprocess.Popen[str]]
+) -> None:
+    process = start("sleep", tmp_path)
+    killed_at_the_end.append(process)
+    workers = pids(tmp_path, process)
+    assert all(runs(pid) for pid in workers)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=10)
+    assert process.returncode == 128 + number
+    assert out == f"dataflex: error: stopped by {number.name}\n"
+    assert not any(runs(pid) for pid in workers)
+
+
+@LINUX
+def test_a_killed_launcher_is_not_a_complete_run(
+    tmp_path: Path, killed_at_the_end: list[subprocess.Popen[str]]
+) -> None:
+    process = start("sleep", tmp_path)
+    killed_at_the_end.append(process)
+    workers = pids(tmp_path, process)
+    parent = int((tmp_path / "rank0").read_text().split()[1])
+    os.kill(parent, signal.SIGKILL)
+    out, _ = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert out == "dataflex: error: the launcher ended before the training was complete (was it killed?)\n"
+    assert not any(runs(pid) for pid in workers)
+
+
+@LINUX
+def test_a_worker_ends_when_its_parent_is_killed() -> None:
+    words = [sys.executable, "-c", ORPHAN]
+    with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        said = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}
+        child = int((said - {"up"}).pop())
+        assert runs(child)
+        parent.kill()
+        deadline = time.monotonic() + 5
+        while runs(child):
+            assert time.monotonic() < deadline, "the worker outlived its parent"
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("code", "stopped_by", "marks", "ssh", "expected", "line"),
+    [
+        (0, None, {"done.0": "2", "done.1": "2"}, False, 0, ""),
+        (0, None, {"done.0": "2"}, False, 1, "the launcher ended before the training was complete (was it killed?)"),
+        (0, None, {}, True, 0, ""),
+        (1, None, {"error.10": "late", "error.2": "early"}, False, 2, "early"),
+        (-9, None, {}, False, 137, "the launcher was killed by SIGKILL"),
+        (247, None, {"done.0": "1"}, False, 247, "a worker was killed by SIGKILL (out of memory?)"),
+        (1, 15, {}, False, 143, "stopped by SIGTERM"),
+    ],
+)  # fmt: skip
+def test_outcome(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    code: int, stopped_by: int | None, marks: dict[str, str], ssh: bool, expected: int, line: str,
+) -> None:  # fmt: skip
+    for name, text in marks.items():
+        (tmp_path / name).write_text(text)
+    assert launcher._outcome(code, stopped_by, tmp_path, ssh) == expected
+    assert capfd.readouterr().err == (f"dataflex: error: {line}\n" if line else "")
+
+
+def flags_of(words: list[str]) -> list[str]:
+    return [word for word in words[words.index("critical") + 1 : words.index("--module")]]
+
+
+def test_command_on_cpus_counts_processes_and_shares_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "_cores", lambda: 8)
+    words, env = command("dataflex.cli", ["train", "a.yaml"], Request(3, {}), gpus=0)
+    assert words[:7] == [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical", "--num_gpus=3",
+    ]  # fmt: skip
+    assert words[-4:] == ["--module", "dataflex.cli", "train", "a.yaml"]
+    assert re.fullmatch(r"--master_port=\d+", words[7])
+    assert (env["DS_ACCELERATOR"], env["OMP_NUM_THREADS"]) == ("cpu", "2")
+    words, env = command("m", [], Request(None, {"master_port": "5000"}), gpus=0)
+    assert flags_of(words) == ["--master_port=5000", "--num_gpus=1"]
+
+
+def test_command_on_gpus_takes_all_or_the_visible_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    words, env = command("m", [], Request(None, {}), gpus=8)
+    assert flags_of(words)[0] == "--num_gpus=8"
+    assert env["OMP_NUM_THREADS"] == "5" and "DS_ACCELERATOR" not in env
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5")
+    words, env = command("m", [], Request(2, {}), gpus=3)
+    assert flags_of(words)[0] == "--include=localhost:2,3"
+    assert "CUDA_VISIBLE_DEVICES" not in env
+
+
+def test_command_with_a_hostfile_leaves_the_count_to_it(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=4\nb slots=4\n")
+    flags = {"hostfile": str(hosts), "num_nodes": "1", "no_ssh": "", "node_rank": "0"}
+    words, _ = command("m", [], Request(None, flags), gpus=4)
+    assert flags_of(words) == [f"--hostfile={hosts}", "--num_nodes=1", "--no_ssh", "--node_rank=0"]
+    words, _ = command("m", [], Request(2, flags), gpus=4)
+    assert flags_of(words)[-1] == "--num_gpus=2"
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags", "gpus", "line"),
+    [
+        (0, {}, 0, "--num_processes: expected a whole number >= 1, got 0"),
+        (9, {}, 8, "--num_processes: 9 processes need as many GPUs, there are 8"),
+        (None, {"include": "localhost:1", "exclude": "localhost:2"}, 4, "--include and --exclude cannot be used together"),
+        (2, {"include": "localhost:1"}, 4, "--num_processes cannot be used together with --include or --exclude"),
+        (None, {"include": "localhost:4"}, 4, "--include: there is no GPU 4, they are 0 to 3"),
+        (None, {"exclude": "worker-1"}, 4, "--exclude: expected localhost:0,1,... without a --hostfile, got 'worker-1'"),
+        (None, {"include": "localhost:0"}, 0, "--include and --exclude choose GPUs, and there is none here; use "
+         "--num_processes"),
+        (None, {"hostfile": "/no/hosts"}, 4, "--hostfile: '/no/hosts' does not exist"),
+        (None, {"num_nodes": "2"}, 4, "--num_nodes: 2 needs a --hostfile that names the machines"),
+    ],
+)  # fmt: skip
+def test_requests_that_cannot_be_met(processes: int | None, flags: dict[str, str], gpus: int, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        command("m", [], Request(processes, flags), gpus)
+    assert str(caught.value) == line
+
+
+def test_device_names_that_the_launcher_cannot_pass_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5a1f")
+    with pytest.raises(UserError, match="expected device numbers such as 0,1, got 'GPU-5a1f'"):
+        command("m", [], Request(None, {}), gpus=1)
+
+
+def test_gpus_hidden_by_the_environment_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu_count() == 0
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert gpu_count() == 0
+    assert 1024 <= free_port() <= 65535
+
+
+def refuse() -> int:
+    raise UserError("x.json:1: bad")
+
+
+def test_worker_started_by_hand_prints_its_error_itself(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(worker, "end_with_parent", lambda: None)
+    monkeypatch.setattr(launcher.time, "sleep", waited.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run_worker(refuse) == 2
+        assert capfd.readouterr().err == "dataflex: error: x.json:1: bad\n"
+    assert waited == [0, 3]
+
+
+def test_worker_marks_only_a_good_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "end_with_parent", lambda: None)
+    monkeypatch.setenv(LAUNCH_DIR, str(tmp_path))
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    assert run_worker(lambda: 1) == 1
+    assert list(tmp_path.iterdir()) == []
+    assert run_worker(lambda: 0) == 0
+    assert (tmp_path / "done.3").read_text() == "4"
