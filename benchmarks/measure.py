@@ -1,0 +1,163 @@
+"""How the op benchmarks measure: variants in turn, medians and quartiles, peak memory, what the machine can do."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+Variant = Callable[[], Any]
+_SLOW_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and how long to measure. smoke: tiny shapes and two rounds, to see that everything runs."""
+
+    device: torch.device
+    rounds: int = 15
+    smoke: bool = False
+
+    def times(self, variants: Mapping[str, Variant], slow: Collection[str] = ()) -> dict[str, list[float]]:
+        """Milliseconds of each variant, ``rounds`` times in turn, after two calls that do not count.
+
+        Those in ``slow`` run three times, after one call.
+        """
+        for name, variant in variants.items():
+            variant()
+            if name not in slow:
+                variant()
+        taken: dict[str, list[float]] = {name: [] for name in variants}
+        names = list(variants)
+        for turn in range(2 if self.smoke else self.rounds):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                if name in slow and turn >= _SLOW_ROUNDS:
+                    continue
+                self._wait()
+                started = time.perf_counter()
+                variants[name]()
+                self._wait()
+                taken[name].append(1e3 * (time.perf_counter() - started))
+        return taken
+
+    def peak_mib(self, variant: Variant) -> float:
+        """Memory that a call needs above what is allocated before it."""
+        self._wait()
+        if self.device.type == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            variant()
+            self._wait()
+            return (torch.cuda.max_memory_allocated() - before) / 2**20
+        if not Path("/proc/self/clear_refs").exists():
+            return float("nan")
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and kept would hide what the call needs
+        Path("/proc/self/clear_refs").write_text("5")
+        before_kib = _memory_kib("VmRSS")
+        variant()
+        return max(0, _memory_kib("VmHWM") - before_kib) / 2**10
+
+    def rows(
+        self,
+        op: str,
+        shape: str,
+        variants: Mapping[str, Variant],
+        *,
+        against: str,
+        floor_ms: float,
+        floor: str,
+        errors: Mapping[str, float],
+        slow: Collection[str] = (),
+    ) -> list[Row]:
+        """A row for each variant. against: the variant that the speedup is relative to, round by round.
+
+        floor: what bounds it. slow: see `times`.
+
+        errors: relative errors, checked by the caller before the timing.
+        """
+        taken = self.times(variants, slow)
+        rows = []
+        for name, times in taken.items():
+            low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+            ratio = statistics.median(b / a for a, b in zip(times, taken[against], strict=False))
+            rows.append(
+                {
+                    "op": op,
+                    "shape": shape,
+                    "implementation": name,
+                    "median_ms": round(median, 4),
+                    "quartiles_ms": f"{low:.4f}-{high:.4f}",
+                    "speedup": round(ratio, 2),
+                    "against": against,
+                    "floor_ms": round(floor_ms, 4),
+                    "of_floor": round(floor_ms / median, 3),
+                    "floor": floor,
+                    "peak_mib": round(self.peak_mib(variants[name]), 1),
+                    "error": f"{errors.get(name, float('nan')):.1e}",
+                }
+            )
+        return rows
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def bandwidth(self) -> dict[str, float]:
+        """Measured bytes per millisecond of reading (a sum) and of copying (bytes read and written) a large array."""
+        numbers = (1 if self.smoke else 64) << 20
+        source, target = (torch.zeros(numbers, device=self.device) for _ in range(2))
+        taken = self.times({"read": source.sum, "copy": lambda: target.copy_(source)})
+        return {name: 4 * numbers * (1 + (name == "copy")) / min(times) for name, times in taken.items()}
+
+    def matmul_rate(self, dtype: torch.dtype) -> float:
+        """Measured operations per millisecond of a large square product."""
+        size = 256 if self.smoke else 8192 if self.device.type == "cuda" else 1536
+        a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
+        return 2 * size**3 / min(self.times({"product": lambda: a @ b})["product"])
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-300))
+
+
+def machine(device: torch.device) -> Row:
+    """Hardware and versions, for every row."""
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else _cpu_name()
+    threads = "" if cuda else f", {torch.get_num_threads()} threads"
+    found = {package: _version(package) for package in ("liger-kernel", "cut-cross-entropy", "traker", "fast-jl")}
+    libraries = " ".join(f"{package}={number}" for package, number in found.items() if number)
+    return {
+        "hardware": f"{name}{threads}",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "with": libraries,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _memory_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    return f"{name}, {os.cpu_count()} cores"
