@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
@@ -48,41 +49,65 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(USER_ERROR)
 
 
-def _parser() -> tuple[_Parser, _Parser]:
+@dataclass(frozen=True)
+class Launched:
+    """A command that runs under the launcher: its line in the list of commands, and what its --help says."""
+
+    summary: str
+    description: str
+
+
+# The keys are those of `dataflex.driver.COMMANDS`.
+LAUNCHED = {
+    "train": Launched(
+        "train as a YAML file says",
+        "Train as CFG says: one process per GPU (on CPUs: one), under the DeepSpeed launcher.",
+    ),
+}
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(prog="dataflex-cli", description="Data-centric training on DeepSpeed.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"dataflex {__version__}")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    train = commands.add_parser(
-        "train",
-        help="train as a YAML file says",
-        description="Train as CFG says: one process per GPU (on CPUs: one), under the DeepSpeed launcher.",
-        usage="dataflex-cli train CFG [key=value ...] [--num_processes N] [launcher flags]",
-        allow_abbrev=False,
-    )
-    train.add_argument("config", metavar="CFG", help="YAML file of the run")
-    train.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="values that replace those of CFG")
-    train.add_argument("--num_processes", "--num_gpus", type=int, metavar="N", help="processes per machine")
-    train.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    runner = train.add_argument_group("flags of the DeepSpeed launcher, passed on")
+    launched = {}
+    for name, command in LAUNCHED.items():
+        launched[name] = commands.add_parser(
+            name,
+            help=command.summary,
+            description=command.description,
+            usage=f"dataflex-cli {name} CFG [key=value ...] [--num_processes N] [launcher flags]",
+            allow_abbrev=False,
+        )
+        _add_run_arguments(launched[name])
+    commands.add_parser("env", help="show versions, the accelerator and which kernels run", allow_abbrev=False)
+    return parser, launched
+
+
+def _add_run_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CFG", help="YAML file of the run")
+    command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="values that replace CFG's")
+    command.add_argument("--num_processes", "--num_gpus", type=int, metavar="N", help="processes per machine")
+    command.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    runner = command.add_argument_group("flags of the DeepSpeed launcher, passed on")
     for name, text in RUNNER_VALUES.items():
         runner.add_argument(f"--{name}", metavar="X", help=text, type=int if name in RUNNER_NUMBERS else str)
     for name, text in RUNNER_SWITCHES.items():
         runner.add_argument(f"--{name}", action="store_true", help=text)
-    commands.add_parser("env", help="show versions, the accelerator and which kernels run", allow_abbrev=False)
-    return parser, train
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse with overrides and flags in any order."""
-    parser, train = _parser()
+    parser, launched = _parser()
     args, rest = parser.parse_known_args(argv)
+    actions = launched[args.command]._actions if args.command in launched else []
     for word in rest:
-        if args.command == "train" and not word.startswith("-"):
+        if actions and not word.startswith("-"):
             args.overrides = [*args.overrides, word]
             continue
         name = word.lstrip("-").partition("=")[0]
-        flags = [option for action in train._actions for option in action.option_strings]
+        flags = [option for action in actions for option in action.option_strings]
         if name in SECTION_OF:
             parser.error(f"{word}: config keys are written without dashes: {name}=VALUE")
         parser.error(f"unknown argument '{word}'{nearest(word.partition('=')[0], flags)}")
@@ -95,17 +120,18 @@ def _request(args: argparse.Namespace) -> Request:
     return Request(num_processes=args.num_processes, flags=flags)
 
 
-def _train(args: argparse.Namespace) -> int:
+def _launch(args: argparse.Namespace) -> int:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return run_worker(lambda: _work(load_config(args.config, args.overrides, quiet=LAUNCH_DIR in os.environ)))
+        quiet = LAUNCH_DIR in os.environ
+        return run_worker(lambda: _work(load_config(args.config, args.overrides, quiet=quiet), args.command))
     load_config(args.config, args.overrides)
-    return launch("dataflex.cli", ["train", args.config, *args.overrides], _request(args))
+    return launch("dataflex.cli", [args.command, args.config, *args.overrides], _request(args))
 
 
-def _work(cfg: Config) -> int:
+def _work(cfg: Config, command: str) -> int:
     from dataflex import driver
 
-    return int(driver.run(cfg))
+    return int(driver.run(cfg, command))
 
 
 def _env() -> int:
@@ -134,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code (0 good, 2 bad input, else the launcher's)."""
     args = _parse(sys.argv[1:] if argv is None else argv)
     try:
-        return _env() if args.command == "env" else _train(args)
+        return _env() if args.command == "env" else _launch(args)
     except UserError as e:
         print_error(str(e))
         return USER_ERROR

@@ -117,7 +117,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """A stand-in for the driver that collects the configs it is given."""
     seen: list[Config] = []
 
-    def run(cfg: Config) -> int:
+    def run(cfg: Config, command: str) -> int:
+        assert command == "train"
         seen.append(cfg)
         if cfg.train.seed == 13:
             raise UserError("pool.json:1: bad row")

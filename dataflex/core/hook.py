@@ -13,8 +13,10 @@ The loop (dataflex/engine/loop.py is the only one) in pseudo-code, with every ev
             for micro in batch.micro_batches:
                 outputs = model(micro.inputs)
                 losses = per_sample_loss(outputs.logits, micro.labels)
-                loss = weigher.weigh(run, micro, losses, outputs)   # at most one hook with `weigh`
-                engine.backward(loss); engine.step()
+                for hook in hooks: hook.on_losses(run, micro, losses, outputs)  # look at the training forward
+                weights = micro.weights                         # the samples' own, or 1
+                for hook in weighers: weights *= hook.weigh(run, micro, losses, outputs)
+                engine.backward((weights * losses).sum() / denominator); engine.step()
             run.step += 1
             for hook in hooks: hook.on_step_end(run, batch)         # logging, evaluation, checkpoints
     for hook in hooks: hook.on_train_end(run)
@@ -49,6 +51,13 @@ class Hook:
     def on_step_start(self, run: Run, batch: Any) -> None:
         """Before the first forward of a step. ``batch`` is a `dataflex.engine.loop.StepBatch`."""
 
+    def on_losses(self, run: Run, micro: Any, losses: Any, outputs: Any) -> None:
+        """After a micro-batch's forward, before its weights are asked for and its backward: look, change nothing.
+
+        micro: a `dataflex.engine.loop.MicroBatch`. losses: its `dataflex.ops.SampleLoss`, reduction ``mean``, with
+        gradient. outputs: what the model returned.
+        """
+
     def on_step_end(self, run: Run, batch: Any) -> None:
         """After the optimizer step; ``run.step`` already counts it and ``run.loss`` is its loss."""
 
@@ -77,12 +86,15 @@ class Planner(Hook, ABC):
 
 
 class Weigher(Hook, ABC):
-    """The hook that says how much each sample counts; a run has at most one."""
+    """A hook that says how much each sample counts. The weights of several are multiplied, in the hooks' order.
+
+    A planner may be one as well: a mixer that reweights the loss.
+    """
 
     @abstractmethod
     def weigh(self, run: Run, micro: Any, losses: Any, outputs: Any) -> Any:
         """Return weights, float [samples of the micro-batch], or the micro-batch's scalar loss, or None.
 
-        ``losses``: float32 [samples], each the mean over the sample's counted tokens, with gradient.
-        None: unweighted.
+        micro, losses, outputs: as in `on_losses`. None: unweighted. A scalar loss cannot be combined with the
+        weights of another hook.
         """

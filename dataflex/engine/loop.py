@@ -163,10 +163,11 @@ class Stepper:
     divided by one denominator of the same window; so it does not matter who computes which part.
     """
 
-    def __init__(self, engine: Any, run: Run, weigher: Weigher | None, normalization: str) -> None:
+    def __init__(self, engine: Any, run: Run, hooks: Sequence[Hook], normalization: str) -> None:
         self.engine = engine
         self.run = run
-        self.weigher = weigher
+        self.watchers = [h for h in hooks if type(h).on_losses is not Hook.on_losses]
+        self.weighers = [h for h in hooks if isinstance(h, Weigher)]
         self.normalization = normalization
 
     def step(self, batch: StepBatch) -> float:
@@ -207,13 +208,27 @@ class Stepper:
         """This micro-batch's part of the step's loss (scalar) and its samples' losses [S], with gradient."""
         outputs = self.engine(**micro.inputs)
         losses = per_sample_loss(logits_of(outputs).flatten(0, 1), micro.labels, micro.cu_seqlens)
-        answer = None if self.weigher is None else self.weigher.weigh(self.run, micro, losses.loss, outputs)
-        if answer is not None and answer.dim() == 0:
-            return answer / (self.run.accumulation * self.run.world_size), losses.loss
-        weights = answer if answer is not None else micro.weights
-        if answer is not None and micro.weights is not None:
-            weights = answer * micro.weights
+        for hook in self.watchers:
+            hook.on_losses(self.run, micro, losses, outputs)
+        answers = [hook.weigh(self.run, micro, losses, outputs) for hook in self.weighers]
+        answers = [answer for answer in answers if answer is not None]
+        if any(answer.dim() == 0 for answer in answers):
+            (loss,) = self._alone(answers)
+            return loss / (self.run.accumulation * self.run.world_size), losses.loss
+        weights = micro.weights
+        for answer in answers:
+            weights = answer if weights is None else weights * answer
         return micro_loss(losses, weights, self.normalization) / denominator, losses.loss
+
+    def _alone(self, answers: list[Tensor]) -> list[Tensor]:
+        """UserError unless there is one answer: a weighter's own loss and another hook's weights do not go together."""
+        if len(answers) > 1:
+            names = ", ".join(hook.identity for hook in self.weighers)
+            raise UserError(
+                f"step {self.run.step + 1}: one of {names} returns a loss for the whole batch, which leaves no room "
+                "for the others' weights; derive it from SampleWeighter"
+            )
+        return answers
 
 
 class Loop:

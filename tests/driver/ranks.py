@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import yaml
 
-from dataflex import driver
 from dataflex.config import load_config
+from dataflex.driver import training
 from dataflex.report.trainer_log import read_log
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -35,23 +35,23 @@ def _run(folder: Path, name: str, keys: dict[str, Any]) -> dict[str, Any]:
     path = folder / f"{name.replace(' ', '_')}_{dist.rank()}.yaml"
     path.write_text(yaml.safe_dump({"output_dir": str(folder / "runs" / name.replace(" ", "_")), **keys}))
     logits: list[torch.Tensor] = []
-    finish = driver._finish
+    finish = training._finish
 
-    def note_logits(cfg: Any, engine: Any, *rest: Any) -> None:
+    def note_logits(inputs: Any, engine: Any, *rest: Any) -> None:
         with torch.no_grad():
             engine.module.eval()
             logits.append(engine.module(input_ids=IDS).logits.float())
             engine.module.train()
-        finish(cfg, engine, *rest)
+        finish(inputs, engine, *rest)
 
-    driver._finish = note_logits
+    training._finish = note_logits
     try:
         cfg = load_config(path, quiet=True)
-        driver.train(cfg)
+        training.train(cfg)
     except UserError as exc:
         return {"error": str(exc)}
     finally:
-        driver._finish = finish
+        training._finish = finish
         dist.barrier()
     return _result(cfg, logits) if dist.is_main() else {}
 

@@ -35,8 +35,8 @@ class Weights(SampleWeighter):
 
 def weigh(weighter: Weighter, step: int = 5) -> Any:
     micro = SimpleNamespace(inputs={}, raw_labels=torch.zeros(2, 3, dtype=torch.int64))
-    losses = torch.tensor([1.0, 3.0], requires_grad=True)
-    return WeightHook(weighter, "mine", warmup_step=5).weigh(make_run(step=step), micro, losses, None)
+    given = SimpleNamespace(loss=torch.tensor([1.0, 3.0], requires_grad=True))
+    return WeightHook(weighter, "mine", warmup_step=5).weigh(make_run(step=step), micro, given, None)
 
 
 def test_a_weighter_is_not_asked_in_the_warm_up() -> None:

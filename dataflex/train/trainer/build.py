@@ -13,7 +13,7 @@ import torch
 from dataflex.config import Config, load_config
 from dataflex.config.components import component_params
 from dataflex.core.context import Accelerator, Run
-from dataflex.core.hook import Hook, Planner
+from dataflex.core.hook import Hook, Planner, Weigher
 from dataflex.core.plan import (
     Floats,
     Schedule,
@@ -111,12 +111,11 @@ def attach(
     scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names))
     builder = _Builder(run, cfg.flex, collator, tokenizer)
     builder.runtime |= {"eval_dataset": eval_pool, "mixer_eval_dataset": mixer_eval_pool, "scorer": scorer}
-    own = builder.hooks()
-    weigher = next((h for h in own if isinstance(h, WeightHook)), None)
-    weighted = weigher is not None or "sample_weight" in pool[0]
-    stepper = Stepper(engine, run, weigher, cfg.flex.weight_normalization if weighted else "tokens")
+    every = [*builder.hooks(), *hooks]
+    weighted = any(isinstance(h, Weigher) for h in every) or "sample_weight" in pool[0]
+    stepper = Stepper(engine, run, every, cfg.flex.weight_normalization if weighted else "tokens")
     source = BatchSource(run, collator, torch.device(engine.device), workers)
-    loop = Loop(run, [*own, *hooks], source, stepper, cfg.train.group_by_length)
+    loop = Loop(run, every, source, stepper, cfg.train.group_by_length)
     wrapped = DataflexEngine(engine, run, loop, scorer, eval_pool, cfg.train.per_device_eval_batch_size)
     run.engine = wrapped
     return wrapped

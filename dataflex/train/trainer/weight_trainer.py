@@ -8,6 +8,7 @@ import torch
 
 from dataflex.core.context import Run
 from dataflex.core.hook import Weigher
+from dataflex.ops import SampleLoss
 from dataflex.train.weighter.base_weighter import SampleWeighter, Weighter
 from dataflex.utils.errors import UserError
 
@@ -28,14 +29,15 @@ class WeightHook(Weigher):
                 "lost; derive it from SampleWeighter, or drop sample_weight"
             )
 
-    def weigh(self, run: Run, micro: Any, losses: torch.Tensor, outputs: Any) -> torch.Tensor | None:
+    def weigh(self, run: Run, micro: Any, losses: SampleLoss, outputs: Any) -> torch.Tensor | None:
         if run.step < self.warmup_step:
             return None
+        per_sample = losses.loss
         inputs = {**micro.inputs, "labels": micro.raw_labels}
         if isinstance(self.weighter, SampleWeighter):
-            weights = self.weighter.sample_weights(losses.detach(), ctx=run, model=run.engine.module, inputs=inputs)
-            return self._checked(run, weights, losses.shape)
-        loss = self.weighter.get_weighted_loss(losses, ctx=run, model=run.engine.module, inputs=inputs)
+            weights = self.weighter.sample_weights(per_sample.detach(), ctx=run, model=run.engine.module, inputs=inputs)
+            return self._checked(run, weights, per_sample.shape)
+        loss = self.weighter.get_weighted_loss(per_sample, ctx=run, model=run.engine.module, inputs=inputs)
         loss = self._checked(run, loss, torch.Size())
         if not loss.requires_grad:
             raise UserError(

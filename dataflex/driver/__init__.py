@@ -1,0 +1,74 @@
+"""One YAML run inside an already launched process: start the process group, then do what the command says."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from datetime import timedelta
+
+import torch
+
+from dataflex.config import Config
+from dataflex.driver.training import train
+from dataflex.engine.ds_config import check_possible
+from dataflex.report.plot import check_plotting
+from dataflex.utils import dist
+from dataflex.utils.errors import UserError
+
+COMMANDS = {"train": train}
+
+
+def run(cfg: Config, command: str = "train") -> int:
+    """Do what ``command`` says (a key of `COMMANDS`) with ``cfg``; every process of the launch calls it.
+
+    Returns the exit code.
+    """
+    _be_quiet()
+    check_possible(cfg)
+    if cfg.output.plot_loss:
+        check_plotting()
+    _start_process_group(cfg)
+    try:
+        COMMANDS[command](cfg)
+    except UserError:
+        raise
+    except BaseException:
+        # Where rank 0 failed too, the launcher ends this process meanwhile, and the screen shows one traceback.
+        time.sleep(3 if dist.rank() else 0)
+        raise
+    finally:
+        dist.shut_down()
+    return 0
+
+
+def _be_quiet() -> None:
+    """Nothing of DeepSpeed's and transformers' own chatter; their warnings once, from rank 0."""
+    import transformers
+    from deepspeed.utils import logger as deepspeed_logger
+
+    deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed_logger.addFilter(_is_news)
+    transformers.utils.logging.disable_progress_bar()
+    if os.environ.get("RANK", "0") != "0":
+        warnings.simplefilter("ignore")
+        transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(all_gather_into|reduce_scatter)_tensor.*")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for warnings about what is meant so: sgd under ZeRO, a schedule asked for its first rate."""
+    text = record.getMessage()
+    return "untested optimizer" not in text and "scheduler before it has started" not in text
+
+
+def _start_process_group(cfg: Config) -> None:
+    """Never compile DeepSpeed's shared-memory kernel for CPUs."""
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(timeout=timedelta(seconds=cfg.train.ddp_timeout), verbose=False)

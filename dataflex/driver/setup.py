@@ -1,0 +1,173 @@
+"""From a checked config to an engine with its data: what every command that runs a model starts with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataflex.config import Config
+from dataflex.config.components import component_params
+from dataflex.config.paths import resolve
+from dataflex.core.hook import Hook
+from dataflex.core.plan import Schedule
+from dataflex.core.registry import REGISTRY
+from dataflex.data.collate import Collator
+from dataflex.data.load import LoadedData, load_data, load_pool
+from dataflex.data.pool import Pool, describe_sample
+from dataflex.engine.ds_config import check_accepted, deepspeed_config, zero_stage
+from dataflex.engine.model import load_model, load_model_config, load_tokenizer
+from dataflex.engine.optimizer import forget_dry_step, make_optimizer, make_scheduler, warmup_steps
+from dataflex.engine.plugin import DataflexEngine
+from dataflex.train.trainer.build import attach, make_schedule
+from dataflex.train.trainer.components import load_components
+from dataflex.utils import dist
+from dataflex.utils.errors import UserError
+from dataflex.utils.logging import logger
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before its model: everything that can be wrong is found here."""
+
+    cfg: Config
+    tokenizer: Any
+    model_config: Any
+    data: LoadedData
+    schedule: Schedule
+
+
+def with_components(cfg: Config) -> Config:
+    """Register the components, and let model_name_or_path mean a packaged model folder."""
+    load_components(cfg.flex.component_modules)
+    return _with_packaged_model(cfg)
+
+
+def read_inputs(cfg: Config) -> Inputs:
+    """Tokenizer, model config, data and schedule of a config from `with_components`; a collective."""
+    tokenizer = load_tokenizer(cfg)
+    model_config = load_model_config(cfg)
+    data = load_data(cfg, tokenizer)
+    schedule = _schedule(cfg, len(data.train))
+    _say_data(data, tokenizer)
+    return Inputs(cfg, tokenizer, model_config, data, schedule)
+
+
+def _with_packaged_model(cfg: Config) -> Config:
+    """Let model_name_or_path mean a packaged model folder, as configs/models/tiny_llama."""
+    name = cfg.model.model_name_or_path
+    if not name.startswith("configs/") or Path(name).exists():
+        return cfg
+    model = cfg.model.model_copy(update={"model_name_or_path": str(resolve(name))})
+    return cfg.model_copy(update={"model": model})
+
+
+def _schedule(cfg: Config, pool_size: int) -> Schedule:
+    """The run's schedule, checked against the pool before any model is loaded."""
+    train = cfg.train
+    global_batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * dist.world_size()
+    schedule = make_schedule(
+        cfg.flex,
+        pool_size=pool_size,
+        global_batch=global_batch,
+        epochs=train.num_train_epochs,
+        fixed=cfg.fixed_steps,
+    )
+    if "select" in cfg.flex.kinds:
+        name, params = component_params(cfg.flex, "select")
+        with_replacement = params.get("replacement", getattr(REGISTRY.get("selector", name), "replacement", False))
+        asked = max((p.steps for p in schedule.phases if p.decides), default=0) * global_batch
+        if asked > pool_size and not with_replacement:
+            raise UserError(
+                f"update_step: a decision picks update_step x global batch = {asked:,} samples without replacement, "
+                f"the pool has {pool_size:,}; lower update_step or the batch size"
+            )
+    return schedule
+
+
+def _say_data(data: LoadedData, tokenizer: Any) -> None:
+    for line in data.report.lines():
+        logger.info(line)
+    logger.info(describe_sample(data.train, 0, tokenizer))
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build_engine(inputs: Inputs, hooks: Sequence[Hook] = ()) -> DataflexEngine:
+    """Model, optimizer and engine. Under ZeRO-3 the model is partitioned while it is made. A collective.
+
+    hooks: called after the components' own.
+    """
+    import deepspeed
+
+    cfg, tokenizer, model_config, schedule = inputs.cfg, inputs.tokenizer, inputs.model_config, inputs.schedule
+    _seed_everything(cfg.train.seed)
+    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    config = deepspeed_config(
+        cfg,
+        world_size=dist.world_size(),
+        hidden_size=text_config.hidden_size,
+        total_steps=schedule.total_steps,
+        warmup_steps=warmup_steps(cfg.train, schedule.total_steps),
+    )
+    check_accepted(config)
+    partitioning = _partition_while_loading(config)
+    model = dist.together(lambda: load_model(cfg, model_config, tokenizer))
+    arguments: dict[str, Any] = {}
+    if "optimizer" not in config:
+        arguments["optimizer"] = make_optimizer(model, cfg.train)
+        if "scheduler" not in config:
+            arguments["lr_scheduler"] = make_scheduler(arguments["optimizer"], cfg.train, schedule.total_steps)
+    elif "scheduler" not in config:
+        arguments["lr_scheduler"] = lambda optimizer: make_scheduler(optimizer, cfg.train, schedule.total_steps)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        config=config,
+        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        **arguments,
+    )
+    del partitioning
+    forget_dry_step(engine)
+    wrapped = attach(
+        engine,
+        cfg=cfg,
+        pool=inputs.data.train,
+        eval_pool=inputs.data.eval,
+        mixer_eval_pool=_mixer_eval_pool(cfg, tokenizer),
+        collator=_collator(cfg, tokenizer),
+        tokenizer=tokenizer,
+        hooks=hooks,
+        workers=cfg.data.dataloader_num_workers,
+    )
+    torch.manual_seed(cfg.train.seed + dist.rank())
+    return wrapped
+
+
+def _mixer_eval_pool(cfg: Config, tokenizer: Any) -> Pool | None:
+    names = cfg.flex.mixer_eval_dataset
+    return load_pool(cfg, tokenizer, names, "mixer_eval_dataset") if names else None
+
+
+def _collator(cfg: Config, tokenizer: Any) -> Collator:
+    """Stage pt is packed when it is tokenised. FlashAttention tells packed samples apart in one row only."""
+    packing = cfg.packs and cfg.method.stage == "sft"
+    rows = cfg.train.per_device_train_batch_size if cfg.model.flash_attn == "fa2" else 1
+    return Collator(tokenizer.pad_token_id, packing=packing, cutoff_len=rows * cfg.data.cutoff_len)
+
+
+def _partition_while_loading(config: dict[str, Any]) -> Any:
+    """transformers partitions a model under ZeRO-3 as it loads it while the returned object lives."""
+    if zero_stage(config) != 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(config)

@@ -1,0 +1,97 @@
+"""`dataflex-cli train`: from a checked config to a finished run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dataflex.config import Config
+from dataflex.core.hook import Hook
+from dataflex.driver.setup import Inputs, build_engine, read_inputs, with_components
+from dataflex.engine import run_folder
+from dataflex.engine.export import export
+from dataflex.engine.plugin import DataflexEngine
+from dataflex.report.model_card import model_card
+from dataflex.report.plot import plot_loss
+from dataflex.report.summary import closing_lines, opening_lines, read_decisions
+from dataflex.report.trainer_log import LogHook
+from dataflex.train.trainer.run_hooks import CheckpointHook, EvalHook
+from dataflex.utils import dist
+from dataflex.utils.files import write_atomically
+from dataflex.utils.logging import logger
+
+
+def train(cfg: Config) -> None:
+    """Train as ``cfg`` says, under a started process group; a collective."""
+    cfg = with_components(cfg)
+    start = run_folder.prepare(cfg)
+    inputs = read_inputs(cfg)
+    log = LogHook(cfg.output.logging_steps)
+    engine = build_engine(inputs, _run_hooks(inputs, log))
+    _resume(engine, cfg, start)
+    if _complete(engine, cfg):
+        return
+    _say_run(cfg, engine)
+    for batch in engine.batches():
+        engine.training_step(batch)
+    _finish(inputs, engine, log)
+
+
+def _run_hooks(inputs: Inputs, log: LogHook) -> list[Hook]:
+    output, train = inputs.cfg.output, inputs.cfg.train
+    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * dist.world_size()
+    epoch_steps = max(1, -(-len(inputs.data.train) // per_step))
+    hooks: list[Hook] = [log]
+    if output.eval_strategy != "no":
+        steps = output.eval_steps if output.eval_strategy == "steps" else epoch_steps
+        hooks.append(EvalHook(steps or epoch_steps, log))
+    if output.save_strategy != "no":
+        steps = output.save_steps if output.save_strategy == "steps" else epoch_steps
+        hooks.append(CheckpointHook(steps, output.save_total_limit, output.save_only_model, inputs.tokenizer))
+    return hooks
+
+
+def _resume(engine: DataflexEngine, cfg: Config, start: Path | None) -> None:
+    """Go on from the checkpoint ``start``, and forget what an interrupted run did after it."""
+    if start is None:
+        return
+    engine.load_checkpoint(start.parent, tag=start.name)
+    run_folder.drop_later(Path(cfg.output.output_dir), engine.run.step)
+    logger.info(f"resumed from {start}, after step {engine.run.step}")
+
+
+def _complete(engine: DataflexEngine, cfg: Config) -> bool:
+    """Whether an earlier start of this run has done all its steps and written everything."""
+    run, folder = engine.run, Path(cfg.output.output_dir)
+    done = run.step >= run.total_steps
+    if not done or not dist.broadcast_object((folder / run_folder.RESULTS).exists()):
+        return False
+    logger.info(f"the run in {folder} is complete: {run.step} of {run.total_steps} steps are done, nothing to do")
+    return True
+
+
+def _say_run(cfg: Config, engine: DataflexEngine) -> None:
+    deciders = ", ".join(f"{kind} by {cfg.flex.component(kind)}" for kind in cfg.flex.kinds) or "static"
+    for line in opening_lines(engine.run, deciders, engine.zero_optimization_stage()):
+        logger.info(line)
+
+
+def _finish(inputs: Inputs, engine: DataflexEngine, log: LogHook) -> None:
+    """Export the model, write the results and show the last screen."""
+    cfg, pool = inputs.cfg, inputs.data.train
+    folder = Path(cfg.output.output_dir)
+    export(engine, folder, inputs.tokenizer)
+    if dist.is_main():
+        results: dict[str, float] = log.summary(engine.run)
+        evaluations = [e for e in log.history if "eval_loss" in e]
+        if evaluations:
+            results |= {k: v for k, v in evaluations[-1].items() if k.startswith("eval_")}
+        write_atomically(folder / "README.md", model_card(cfg, engine.run, pool, results))
+        if cfg.output.plot_loss:
+            steps = [record["step"] for record in read_decisions(folder)]
+            weighted = "weight" in cfg.flex.kinds and cfg.flex.weight_normalization != "tokens"
+            plot_loss(log.history, steps, folder / "training_loss.png", "sample" if weighted else "token")
+        write_atomically(folder / run_folder.RESULTS, json.dumps(results, indent=2))
+        for line in closing_lines(folder, pool, log.history):
+            logger.info(line)
+    dist.barrier()
