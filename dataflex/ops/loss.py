@@ -89,7 +89,8 @@ def merge_vocab_shards(
     lse = torch.where(counted, each.logsumexp(0), 0.0)
     token_loss = lse
     for shard in shards:
-        token_loss = token_loss - torch.where(shard.token_loss == shard.lse, 0.0, shard.lse - shard.token_loss)
+        elsewhere = shard.lse.isinf() & (shard.token_loss == shard.lse)
+        token_loss = token_loss - torch.where(elsewhere, 0.0, shard.lse - shard.token_loss)
     for weight, at in ((class_weight, labels.where(counted, 0)), (token_weight, None)):
         if weight is not None:
             token_loss = token_loss * (weight if at is None else weight[at]).to(lse.dtype)

@@ -38,7 +38,7 @@ def token_losses(
     peak = x.detach().amax(1)
     peak = torch.where(peak.isfinite(), peak, 0.0)
     below = x - peak[:, None]
-    log_sum = below.logsumexp(1)
+    log_sum = _log_sum_of_shard(below) if options.sharded else below.logsumexp(1)
     column = labels[counted] - (options.vocab_offset or 0)
     here = (column >= 0) & (column < vocabulary)
     place = column.clamp(0, vocabulary - 1)
@@ -58,6 +58,14 @@ def token_losses(
         loss = loss * token_weight.to(x.dtype)[counted]
     nothing = x.new_zeros(tokens)
     return nothing.index_copy(0, counted, loss), nothing.index_copy(0, counted, lse)
+
+
+def _log_sum_of_shard(below: Tensor) -> Tensor:
+    """logsumexp [N] of [N, V]; a row of -inf only gets gradient 0 instead of NaN, since other shards make the sum."""
+    empty = (below == -torch.inf).all(1)
+    if not empty.any():
+        return below.logsumexp(1)
+    return below.masked_fill(empty[:, None], 0.0).logsumexp(1).masked_fill(empty, -torch.inf)
 
 
 def sample_losses(

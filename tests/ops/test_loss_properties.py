@@ -90,6 +90,24 @@ def test_shards_of_a_vocabulary_add_up_with_their_gradients(case: Case, cuts: li
     torch.testing.assert_close(merged.lse, whole.lse, rtol=1e-6, atol=1e-5)
 
 
+def test_a_shard_of_minus_infinity_only_leaves_the_others_right() -> None:
+    logits = torch.tensor([[-torch.inf, -torch.inf, 0.5, 2.0]], requires_grad=True)
+    labels, cu = torch.tensor([3]), torch.tensor([0, 1])
+    shards = [per_sample_loss(logits[:, a : a + 2], labels, cu, vocab_offset=a) for a in (0, 2)]
+    merge_vocab_shards(shards, labels, cu).loss.sum().backward()
+    torch.testing.assert_close(logits.grad, torch.softmax(logits.detach(), 1) - torch.eye(4)[3])
+
+
+def test_a_label_whose_logit_is_lost_in_the_rounding_of_lse_is_still_its_shards() -> None:
+    logits = torch.tensor([[2.0, 1e-9, 3.0, -1.0]], requires_grad=True)
+    labels, cu = torch.tensor([1]), torch.tensor([0, 1])
+    shards = [per_sample_loss(logits[:, a : a + 2], labels, cu, vocab_offset=a) for a in (0, 2)]
+    assert torch.equal(shards[0].token_loss, shards[0].lse)
+    merge_vocab_shards(shards, labels, cu).loss.sum().backward()
+    expected = torch.softmax(logits.detach(), 1) - torch.eye(4)[1]
+    torch.testing.assert_close(logits.grad, expected)
+
+
 @settings(deadline=None, max_examples=60)
 @given(cases(), st.sampled_from([2, 16, 64, 128, 256, 1024]), st.integers(0, 99))
 def test_the_sketch_is_the_fold_of_the_token_losses_gradient(case: Case, k1: int, seed: int) -> None:
