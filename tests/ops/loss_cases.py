@@ -81,11 +81,14 @@ def by_hand(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Ten
 
 
 def within_budget(got: Tensor, exact: Tensor, plain: Tensor) -> None:
-    """Largest error at most twice plain PyTorch's, and a little for its luck; finite where plain PyTorch overflows."""
+    """Largest error at most twice plain PyTorch's, and a little for its luck; finite where plain PyTorch overflows.
+
+    A sum of exponentials is at least 1 and rounded to 1.2e-7, so a small loss is off by a few times that.
+    """
     if not exact.numel():
         return
     scale = float(exact.abs().max())
-    allowed = 2 * float((plain - exact).abs().max().nan_to_num(nan=torch.inf)) + 4e-7 * scale + 1e-7
+    allowed = 2 * float((plain - exact).abs().max().nan_to_num(nan=torch.inf)) + 4e-7 * scale + 3e-7
     budget = min(allowed, 0.1 * scale + 1e-7)
     error = float((got.detach().double() - exact).abs().max())
     assert error <= budget, (error, budget)
