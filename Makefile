@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A module's tests share its process groups and files, so they stay on one worker.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope
 EVERYTHING := $(if $(shell command -v nvidia-smi),gpu or not gpu,not gpu)
 
 .PHONY: demo test check bench lint
@@ -17,10 +19,10 @@ demo: $(READY)
 	@$(BIN)/python -m dataflex.demo
 
 test: lint
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 check: lint
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "$(EVERYTHING)"
+	@$(PYTEST) -m "$(EVERYTHING)"
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/bench_step.py
