@@ -23,11 +23,13 @@ def layer_number(name: str) -> int | None:
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
     """The names that ``pattern`` means.
 
-    ``last:4`` and ``first:2`` are the parameters of that many numbered layers (of those in ``names``); with * or ?
-    a pattern is compared with the whole name; else it must be a run of whole dotted parts (``q_proj``,
-    ``layers.3``, ``lora_B``).
+    A whole name is itself. ``last:4`` and ``first:2`` are the parameters of that many numbered layers (of those in
+    ``names``); with * or ? a pattern is compared with the whole name; else it must be a run of whole dotted parts
+    (``q_proj``, ``layers.3``, ``lora_B``).
     """
     names = list(names)
+    if pattern in names:
+        return [pattern]
     ends = _ENDS.fullmatch(pattern)
     if ends:
         numbers = sorted({n for name in names if (n := layer_number(name)) is not None})

@@ -168,7 +168,7 @@ class Scorer:
     ) -> ProjectingSink:
         """A sink for ``targets`` with Adam's moments in it; a collective under ZeRO. how: further fields of it."""
         names = parameter_names(targets)
-        moments, transform = self._moments(names, adam)
+        moments, transform = self.moments(names, adam)
         return ProjectingSink(
             transform=transform,
             proj_dim=proj_dim,
@@ -235,7 +235,8 @@ class Scorer:
         logits = logits_of(self.engine.module(**inputs))
         return per_sample_loss(logits.flatten(0, 1), labels, cu_seqlens, reduction=reduction)
 
-    def _moments(self, names: list[str], adam: str | None) -> tuple[Moments, Transform]:
+    def moments(self, names: list[str], adam: str | None) -> tuple[Moments, Transform]:
+        """({name: (exp_avg, exp_avg_sq)}, transform); no moments for the plain gradient. A collective under ZeRO."""
         if adam is None:
             return {}, Transform("sgd")
         key = tuple(names)
