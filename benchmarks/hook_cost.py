@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dataflex.ops import Transform, per_sample_loss, shift_labels
 from dataflex.scoring.context import scoring_mode
+from dataflex.scoring.coverage import find_targets, parameter_names
 from dataflex.scoring.sinks import ProjectingSink
-from dataflex.scoring.taps import Taps, find_targets, parameter_names
+from dataflex.scoring.taps import Taps
 
 SEED, PROJ_DIM, VOCABULARY, RANK = 0, 8192, 8192, 8
 
@@ -24,6 +25,15 @@ class Nothing:
     def dense(self, name: str, per_token: Tensor) -> None: ...
 
     def rows(self, name: str, row_ids: Tensor, values: Tensor) -> None: ...
+
+    def experts(self, name: str, row: Tensor, col: Tensor, tokens: Tensor, counts: list[int]) -> None: ...
+
+
+def features_of(sink: ProjectingSink) -> Tensor:
+    """The features of the batch that went through the sink."""
+    features = sink.finish().out
+    assert features is not None
+    return features
 
 
 def model(device: torch.device, smoke: bool) -> Any:
@@ -63,26 +73,24 @@ def forward_backward(device: torch.device, smoke: bool) -> tuple[dict[str, Varia
 
     def tapped(receiver: Any) -> None:
         with scoring_mode(net, gradients=True), Taps(targets, receiver) as taps:
-            taps.start()
+            taps.start(rows, rows * tokens)
             step()
 
     def features() -> Tensor:
-        sink.start(cu_seqlens, device)
+        sink.start(cu_seqlens)
         tapped(sink)
-        return sink.finish()
+        return features_of(sink)
 
     def training() -> None:
         net.zero_grad(set_to_none=True)
         step()
 
     got = features()
-    wide = ProjectingSink(
-        sink.transform, SEED, PROJ_DIM, {name: (m.double(), v.double()) for name, (m, v) in moments.items()}
-    )
-    wide.start(cu_seqlens, device)
-    wide.out = wide.out.double()
+    wide_moments = {name: (m.double(), v.double()) for name, (m, v) in moments.items()}
+    wide = ProjectingSink(sink.transform, SEED, PROJ_DIM, wide_moments, dtype=torch.float64)
+    wide.start(cu_seqlens)
     tapped(wide)
-    error = relative_error(got, wide.finish())
+    error = relative_error(got, features_of(wide))
     assert error < 1e-3, f"wrong features: {error}"
     return {
         "training: LoRA's own gradients": training,

@@ -63,6 +63,11 @@ LAUNCHED = {
         "train as a YAML file says",
         "Train as CFG says: one process per GPU (on CPUs: one), under the DeepSpeed launcher.",
     ),
+    "check": Launched(
+        "compare gradient scoring with plain autograd on this model and engine",
+        "Build CFG's model and engine, compare a few samples' gradient features with single-sample autograd, and print "
+        "a verdict for each point. Trains and writes nothing; the exit code is not 0 where a check fails.",
+    ),
 }
 
 

@@ -46,16 +46,20 @@ def _nothing(outcome: Outcome) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """``kind`` and registered ``name``, the params it is built with, and what must hold of its outcome."""
+    """``kind`` and registered ``name``, the params it is built with, and what must hold of its outcome.
+
+    variant: tells several rows of one component apart.
+    """
 
     kind: str
     name: str
     params: dict[str, Any] = field(default_factory=dict)
     expect: Callable[[Outcome], None] = _nothing
+    variant: str = ""
 
     @property
     def id(self) -> str:
-        return f"{self.kind}-{self.name}"
+        return "-".join(filter(None, (self.kind, self.name, self.variant)))
 
     @property
     def train_type(self) -> str:
@@ -102,8 +106,10 @@ def mixes_anew(outcome: Outcome) -> None:
 
 
 _LESS = {"gradient_type": "adam", "adam_form": "official", "proj_dim": 64, "seed": 1}
+_LESS_EXACT = {"scoring": "exact", "accumulate": True, "layers": ["layers"], "layer_weights": {"mlp": 2.0}}
 CASES = [
     Case("selector", "less", _LESS, takes_best_scores),
+    Case("selector", "less", _LESS_EXACT, takes_best_scores, "exact"),
     Case("selector", "loss", {"focus": "high", "focus_weight": 3.0, "temperature": 0.5}, decides_anew),
     Case("selector", "random", {"seed": 5}, decides_anew),
     Case("selector", "custom", {}, picks_the_first_samples),

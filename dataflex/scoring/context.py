@@ -43,11 +43,17 @@ def evaluating(module: nn.Module, *, gradients: bool) -> Iterator[None]:
 
 
 @contextmanager
-def leaf_embeddings(module: nn.Module) -> Iterator[None]:
-    """Make every embedding's output a leaf that requires grad: the backward of activations starts there."""
+def leaf_embeddings(module: nn.Module, outputs: list[torch.Tensor] | None = None) -> Iterator[None]:
+    """Make every embedding's output a leaf that requires grad: the backward of activations ends there.
+
+    outputs: a list to which each of them is added.
+    """
 
     def detach(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
-        return output if output.requires_grad else output.detach().requires_grad_(True)
+        output = output if output.requires_grad else output.detach().requires_grad_(True)
+        if outputs is not None:
+            outputs.append(output)
+        return output
 
     handles = [m.register_forward_hook(detach) for m in module.modules() if isinstance(m, nn.Embedding)]
     assert handles, "the model has no nn.Embedding"

@@ -14,3 +14,8 @@ def merge(values: NDArray[np.float32], device: torch.device) -> NDArray[np.float
     if dist.world_size() == 1:
         return values
     return dist.all_reduce(torch.from_numpy(values).to(device)).cpu().numpy()
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> None:
+    """Add up the ranks' tensors of the same shape, in place."""
+    dist.all_reduce(tensor)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,9 +20,11 @@ from torch import Tensor
 from dataflex.ops import SampleLoss, Transform, per_sample_loss, shift_labels
 from dataflex.scoring.batches import MOST_SAMPLES, Ids, bucket, deal
 from dataflex.scoring.context import scoring_mode
+from dataflex.scoring.coverage import Target, find_targets, parameter_names, trained_names
 from dataflex.scoring.gather import merge
-from dataflex.scoring.sinks import Moments, ProjectingSink
-from dataflex.scoring.taps import Taps, find_targets, parameter_names
+from dataflex.scoring.layers import LayerRule
+from dataflex.scoring.sinks import DirectionSink, Moments, ProjectingSink, Totals
+from dataflex.scoring.taps import Taps
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
@@ -78,6 +81,7 @@ class Scorer:
         self.collator = collator
         self.token_budget = token_budget
         self._read_moments = moments
+        self._kept: dict[tuple[str, ...], tuple[Moments, Transform]] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -101,32 +105,27 @@ class Scorer:
         merged = merge(out, self.device)
         return merged[0], merged[1]
 
-    def gradient_features(
-        self, dataset: Any, ids: Ids | None = None, *, proj_dim: int, seed: int, adam: str | None = None
-    ) -> Floats:
-        """Features of the samples, float32 [n, proj_dim], all in memory: for targets and small sets."""
+    def gradient_features(self, dataset: Any, ids: Ids | None = None, **how: Any) -> Floats:
+        """Features of the samples, float32 [n, proj_dim], all in memory: for targets and small sets.
+
+        how: as `stream_features` takes it.
+        """
         ids = np.arange(len(dataset), dtype=np.int64) if ids is None else ids
-        out = np.zeros((len(ids), proj_dim), dtype=np.float32)
+        out = np.zeros((len(ids), how["proj_dim"]), dtype=np.float32)
 
         def keep(places: Ids, features: Tensor) -> None:
             out[places] = features.cpu().numpy()
 
-        self.stream_features(dataset, ids, keep, proj_dim=proj_dim, seed=seed, adam=adam)
+        self.stream_features(dataset, ids, keep, **how)
         return merge(out, self.device)
 
     def gradient_scores(
-        self,
-        dataset: Any,
-        score: Callable[[Tensor], Tensor],
-        ids: Ids | None = None,
-        *,
-        proj_dim: int,
-        seed: int,
-        adam: str | None = None,
+        self, dataset: Any, score: Callable[[Tensor], Tensor], ids: Ids | None = None, **how: Any
     ) -> Floats:
         """One number per sample, float32 [n]: ``score`` of its feature ([b, proj_dim] to [b]).
 
         Features are dropped batch by batch, so memory does not grow with the number of samples.
+        how: as `stream_features` takes it.
         """
         ids = np.arange(len(dataset), dtype=np.int64) if ids is None else ids
         out = np.zeros(len(ids), dtype=np.float32)
@@ -134,7 +133,7 @@ class Scorer:
         def keep(places: Ids, features: Tensor) -> None:
             out[places] = score(features).cpu().numpy()
 
-        self.stream_features(dataset, ids, keep, proj_dim=proj_dim, seed=seed, adam=adam)
+        self.stream_features(dataset, ids, keep, **how)
         return merge(out, self.device)
 
     def stream_features(
@@ -145,51 +144,108 @@ class Scorer:
         *,
         proj_dim: int,
         seed: int,
-        adam: str | None,
+        adam: str | None = None,
+        projection: str = "xorfold",
+        layers: LayerRule | None = None,
     ) -> None:
         """Call ``consume(places, features)`` for each of this rank's batches.
 
-        adam: None for the plain gradient, or a `Transform` kind for the optimizer's view of it.
+        adam: None for the plain gradient, or a `Transform` kind for the optimizer's view of it. projection: one of
+        `dataflex.ops.project_kinds.PROJECTIONS`. layers: which parameters, all by default.
         places: int64 [b], positions in ``ids``; features: float32 [b, proj_dim] on the device.
         """
-        targets = find_targets(self.engine.module)
+        targets = find_targets(self.engine.module, layers)
+        sink = self.sink(targets, adam=adam, layers=layers, proj_dim=proj_dim, seed=seed, projection=projection)
+
+        def keep(places: Ids, totals: Totals) -> None:
+            assert totals.out is not None
+            consume(places, totals.out)
+
+        self.run_backward(dataset, ids, targets, sink, keep, "scoring gradients")
+
+    def sink(
+        self, targets: list[Target], *, adam: str | None, layers: LayerRule | None, proj_dim: int, **how: Any
+    ) -> ProjectingSink:
+        """A sink for ``targets`` with Adam's moments in it; a collective under ZeRO. how: further fields of it."""
         names = parameter_names(targets)
-        moments, transform = self._moments(names, adam)
-        sink = ProjectingSink(
+        moments, transform = self.moments(names, adam)
+        return ProjectingSink(
             transform=transform,
-            seed=seed,
             proj_dim=proj_dim,
             moments=moments,
             shared=frozenset(name for name, uses in Counter(names).items() if uses > 1),
+            factors={} if layers is None else layers.factors(trained_names(self.engine.module)),
+            **how,
         )
+
+    def run_backward(
+        self,
+        dataset: Any,
+        ids: Ids,
+        targets: list[Target],
+        sink: ProjectingSink | DirectionSink,
+        consume: Callable[[Ids, Any], None],
+        what: str,
+        weights: Floats | None = None,
+    ) -> None:
+        """Forward and activation backward over ``ids``; ``consume(places, sink.finish())`` after each batch.
+
+        weights: factors of the samples' losses, float32 [len(ids)]; 1 without. A batch that a short rank repeats is
+        not consumed, and its weights are 0.
+        """
         with scoring_mode(self.engine.module, gradients=True), Taps(targets, sink) as taps:
-            for places, batch in self._batches(dataset, ids, "scoring gradients"):
-                self._backward(taps, sink, batch)
-                features = sink.finish()
+            for places, batch in self._batches(dataset, ids, what):
+                scale = None
+                if weights is not None:
+                    scale = torch.from_numpy(weights[places]) if places is not None else torch.zeros(1)
+                self._backward(taps, sink, batch, scale)
+                result = sink.finish()
                 if places is not None:
-                    consume(places, features)
+                    consume(places, result)
         self._release()
 
-    def _backward(self, taps: Taps, sink: ProjectingSink, batch: dict[str, Any]) -> None:
-        inputs, labels, _, cu_seqlens = split_batch(batch, self.device)
+    def _backward(
+        self, taps: Taps, sink: ProjectingSink | DirectionSink, batch: dict[str, Any], weights: Tensor | None
+    ) -> None:
+        inputs, labels, raw_labels, cu_seqlens = split_batch(batch, self.device)
         half = next(self.engine.module.parameters()).dtype is torch.float16
         sink.scale = 1.0 / _HALF_SCALE if half else 1.0
-        sink.start(cu_seqlens, self.device)
-        taps.start()
+        sink.start(cu_seqlens)
+        taps.start(len(raw_labels), raw_labels.numel())
         logits = logits_of(self.engine.module(**inputs))
-        loss = per_sample_loss(logits.flatten(0, 1), labels, cu_seqlens).loss.sum()
+        losses = per_sample_loss(logits.flatten(0, 1), labels, cu_seqlens).loss
+        loss = losses.sum() if weights is None else (losses * weights.to(losses)).sum()
         (loss / sink.scale).backward()
         taps.check_fired()
+
+    @contextmanager
+    def keep_moments(self) -> Iterator[None]:
+        """Inside, Adam's moments are read once for all passes with the same adam and parameters: for many short ones.
+
+        No optimizer step may happen inside.
+        """
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
 
     def _forward(self, batch: dict[str, Any], reduction: str) -> SampleLoss:
         inputs, labels, _, cu_seqlens = split_batch(batch, self.device)
         logits = logits_of(self.engine.module(**inputs))
         return per_sample_loss(logits.flatten(0, 1), labels, cu_seqlens, reduction=reduction)
 
-    def _moments(self, names: list[str], adam: str | None) -> tuple[Moments, Transform]:
+    def moments(self, names: list[str], adam: str | None) -> tuple[Moments, Transform]:
+        """({name: (exp_avg, exp_avg_sq)}, transform); no moments for the plain gradient. A collective under ZeRO."""
         if adam is None:
             return {}, Transform("sgd")
-        moments, constants = self._read_moments(names)
+        key = tuple(names)
+        if self._kept is None or key not in self._kept:
+            found = self._read_moments(names)
+            if self._kept is None:
+                return found[0], replace(found[1], kind=adam)
+            self._kept[key] = found
+        moments, constants = self._kept[key]
         return moments, replace(constants, kind=adam)
 
     def _batches(

@@ -1,13 +1,15 @@
-"""Where taps deliver: `ProjectingSink` folds each layer into features while the backward runs."""
+"""Where taps deliver: `ProjectingSink` folds each layer into features while the backward runs.
+
+`DirectionSink` adds up weighted gradients instead, which needs no gradient of a single sample.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dataflex.ops import (
@@ -28,84 +30,201 @@ def segment_sums(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.segment_reduce(wide, "sum", lengths=cu_seqlens.diff(), axis=0, unsafe=True)
 
 
+class Totals(NamedTuple):
+    """out [S, proj_dim], sqnorm [S] and dots [S, Q]; None where not wanted."""
+
+    out: Tensor | None
+    sqnorm: Tensor | None
+    dots: Tensor | None
+
+    @classmethod
+    def zeros(cls, samples: int, proj_dim: int, directions: int, **like: Any) -> Totals:
+        """Features where proj_dim > 0, else norms, and inner products where directions > 0."""
+        if proj_dim:
+            return cls(torch.zeros(samples, proj_dim, **like), None, None)
+        dots = torch.zeros(samples, directions, **like) if directions else None
+        return cls(None, torch.zeros(samples, **like), dots)
+
+    def add(self, other: Totals, factor: float) -> None:
+        """Add what parameters with ``factor`` contribute; their directions have the factor in them already."""
+        for mine, theirs, by in zip(self, other, (factor, factor * factor, factor), strict=True):
+            if mine is not None and theirs is not None:
+                mine.add_(theirs, alpha=by)
+
+
 @dataclass
 class ProjectingSink:
-    """Adds every layer's projected, transformed per-sample gradient to ``out`` as soon as it is delivered.
+    """Adds every layer's transformed per-sample gradient to the batch's totals as soon as it is delivered.
 
-    out: [S, proj_dim] float32, to be set with ``cu_seqlens`` before each batch (`start`); call `finish` after
-    its backward. A parameter that several modules share (tied embeddings) waits for `finish`, because the
-    transform needs the complete gradient.
+    With proj_dim > 0 its projection becomes part of the features ``totals.out``; with proj_dim 0 nothing is
+    projected, but its squared norm and its inner products with ``directions`` {name: [Q, ...]} are added.
+    Call `start` before each batch and `finish` after its backward. A parameter that several modules share (tied
+    embeddings) waits for `finish`, because the transform needs the complete gradient. factors: of `LayerRule`.
+    dtype: of the totals and of what is summed into them.
     """
 
     transform: Transform
     seed: int
     proj_dim: int
     moments: Moments
+    projection: str = "xorfold"
     shared: frozenset[str] = frozenset()
+    factors: Mapping[str, float] = field(default_factory=dict)
+    directions: Mapping[str, Tensor] = field(default_factory=dict)
     scale: float = 1.0
-    out: Tensor = field(init=False)
+    dtype: torch.dtype = torch.float32
     cu_seqlens: Tensor = field(init=False)
+    _by_factor: dict[float, Totals] = field(default_factory=dict)
     _waiting: dict[str, list[tuple[str, Tensor, Tensor]]] = field(default_factory=dict)
-    _zero: dict[str, Tensor] = field(default_factory=dict)
+    _zero: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
-    def start(self, cu_seqlens: Tensor, device: torch.device) -> None:
+    def start(self, cu_seqlens: Tensor) -> None:
         self.cu_seqlens = cu_seqlens
-        self.out = torch.zeros(len(cu_seqlens) - 1, self.proj_dim, device=device)
-        self._waiting = {}
+        self._by_factor, self._waiting = {}, {}
 
     def outer(self, name: str, row: Tensor, col: Tensor) -> None:
         if name in self.shared:
             self._waiting.setdefault(name, []).append(("outer", row, col))
         else:
-            project_per_sample_grad_(self.out, row, col, self.cu_seqlens, scale=self.scale, **self._how(name))
+            self._outer(name, row, col, self.cu_seqlens)
 
     def dense(self, name: str, per_token: Tensor) -> None:
         grad = segment_sums(per_token, self.cu_seqlens).mul_(self.scale)
-        project_dense_(self.out, grad, **self._how(name))
+        self._add(name, project_dense_, grad)
 
     def rows(self, name: str, row_ids: Tensor, values: Tensor) -> None:
         if name in self.shared:
             self._waiting.setdefault(name, []).append(("rows", row_ids, values))
         else:
             base = self._zero_of(name, values.shape[1])
-            project_rows_(self.out, row_ids, values, self.cu_seqlens, base=base, scale=self.scale, **self._how(name))
+            self._add(name, project_rows_, row_ids, values, self.cu_seqlens, scale=self.scale, **base)
 
-    def finish(self) -> Tensor:
-        """The batch's features, after the parameters that waited were added."""
+    def experts(self, name: str, row: Tensor, col: Tensor, tokens: Tensor, counts: list[int]) -> None:
+        """The parameter counts as the matrix [E * M, K] of its experts one below the other."""
+        start = 0
+        for e, count in enumerate(counts):
+            if count or self.transform.needs_moments:
+                part = slice(start, start + count)
+                bounds = torch.searchsorted(tokens[part].contiguous(), self.cu_seqlens)
+                self._outer(name, row[part], col[part], bounds, part=e)
+            start += count
+
+    def finish(self) -> Totals:
+        """The batch's totals, after the parameters that waited were added."""
         for name, parts in self._waiting.items():
             self._combined(name, parts)
         self._waiting = {}
-        return self.out
+        whole = self._new_totals(len(self.cu_seqlens) - 1)
+        for factor, totals in self._by_factor.items():
+            whole.add(totals, factor)
+        return whole
 
-    def _how(self, name: str) -> dict[str, Any]:
-        """The arguments that every projection of parameter ``name`` shares."""
+    def _new_totals(self, samples: int) -> Totals:
+        queries = next((len(d) for d in self.directions.values()), 0)
+        return Totals.zeros(samples, self.proj_dim, queries, device=self.cu_seqlens.device, dtype=self.dtype)
+
+    def _totals(self, name: str) -> Totals:
+        factor = self.factors.get(name, 1.0)
+        if factor not in self._by_factor:
+            self._by_factor[factor] = self._new_totals(len(self.cu_seqlens) - 1)
+        return self._by_factor[factor]
+
+    def _how(self, name: str, part: int | None = None) -> dict[str, Any]:
+        """The arguments that every projection of parameter ``name`` shares; part: of the experts' matrices."""
         m, v = self.moments.get(name, (None, None))
+        toward = self.directions.get(name)
+        if part is not None:
+            m, v = (None if x is None else x[part].reshape(-1, x.shape[-1]) for x in (m, v))
+            toward = None if toward is None else toward[:, part].reshape(len(toward), -1, toward.shape[-1])
         return {
             "transform": self.transform,
             "seed": self.seed,
             "tensor_id": tensor_id(name),
             "exp_avg": m,
             "exp_avg_sq": v,
+            "projection": self.projection,
+            "directions": toward,
         }
+
+    def _add(self, name: str, project: Callable[..., Any], *args: Any, **more: Any) -> None:
+        out, sqnorm, dots = self._totals(name)
+        project(out, *args, sqnorm=sqnorm, dots=dots, **(self._how(name) | more))
+
+    def _outer(self, name: str, row: Tensor, col: Tensor, bounds: Tensor, part: int | None = None) -> None:
+        offset = 0 if part is None else part * row.shape[1]
+        more = self._how(name, part) | {"scale": self.scale, "row_offset": offset}
+        self._add(name, project_per_sample_grad_, row, col, bounds, **more)
 
     def _combined(self, name: str, parts: list[tuple[str, Tensor, Tensor]]) -> None:
         """A tied matrix: its uses become more tokens of one outer product, sample by sample."""
         vocabulary = max(row.shape[1] for kind, row, _ in parts if kind == "outer")
+        out, sqnorm, dots = self._totals(name)
         bounds: list[int] = self.cu_seqlens.tolist()
         for sample, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            one = slice(sample, sample + 1)
             row, col = [], []
             for kind, left, right in parts:
-                mine = F.one_hot(left[a:b], vocabulary) if kind == "rows" else left[a:b]
-                row.append(mine.to(self.out.dtype))
-                col.append(right[a:b].to(self.out.dtype))
-            out = self.out[sample : sample + 1]
-            cu = torch.tensor([0, len(parts) * (b - a)], device=out.device)
-            project_per_sample_grad_(out, torch.cat(row), torch.cat(col), cu, scale=self.scale, **self._how(name))
+                mine = left[a:b]
+                if kind == "rows":
+                    mine = torch.zeros(b - a, vocabulary, device=left.device, dtype=self.dtype).scatter_(
+                        1, mine[:, None], 1.0
+                    )
+                row.append(mine.to(self.dtype))
+                col.append(right[a:b].to(self.dtype))
+            project_per_sample_grad_(
+                None if out is None else out[one],
+                torch.cat(row),
+                torch.cat(col),
+                torch.tensor([0, len(parts) * (b - a)], device=left.device),
+                scale=self.scale,
+                sqnorm=None if sqnorm is None else sqnorm[one],
+                dots=None if dots is None else dots[one],
+                **self._how(name),
+            )
 
-    def _zero_of(self, name: str, columns: int) -> Tensor:
+    def _zero_of(self, name: str, columns: int) -> dict[str, Tensor]:
         """What the rows of an embedding that a sample does not touch contribute; once per pass."""
+        if not self.transform.needs_moments:
+            return {}
         if name not in self._zero:
-            m, _ = self.moments.get(name, (None, None))
-            rows = 0 if m is None else m.shape[0]
-            self._zero[name] = project_zero((rows, columns), self.proj_dim, **self._how(name))
-        return self._zero[name].to(self.out.device)
+            zero = self._new_totals(1)
+            shape = (self.moments[name][0].shape[0], columns)
+            base = project_zero(shape, self.proj_dim, sqnorm=zero.sqnorm, dots=zero.dots, **self._how(name))
+            parts = {"base": base, "base_sqnorm": zero.sqnorm, "base_dots": zero.dots}
+            self._zero[name] = {k: v for k, v in parts.items() if v is not None and v.numel()}
+        return self._zero[name]
+
+
+class DirectionSink:
+    """Adds up plain gradients over samples; a sample's weight is the factor of its loss.
+
+    sums: {name: float32 of the parameter's shape}, changed in place. factors: of `LayerRule`.
+    """
+
+    def __init__(self, sums: Mapping[str, Tensor], factors: Mapping[str, float]) -> None:
+        self.sums = sums
+        self.factors = factors
+        self.scale = 1.0
+
+    def start(self, cu_seqlens: Tensor) -> None:
+        """Nothing here depends on where samples end."""
+
+    def finish(self) -> None:
+        """Nothing waits."""
+
+    def outer(self, name: str, row: Tensor, col: Tensor) -> None:
+        self.sums[name].addmm_(row.float().T, col.float(), alpha=self._by(name))
+
+    def dense(self, name: str, per_token: Tensor) -> None:
+        self.sums[name].add_(per_token.float().sum(0), alpha=self._by(name))
+
+    def rows(self, name: str, row_ids: Tensor, values: Tensor) -> None:
+        self.sums[name].index_add_(0, row_ids, values.float(), alpha=self._by(name))
+
+    def experts(self, name: str, row: Tensor, col: Tensor, tokens: Tensor, counts: list[int]) -> None:
+        rows, cols = torch.split(row.float(), counts), torch.split(col.float(), counts)
+        for part, left, right in zip(self.sums[name], rows, cols, strict=True):
+            part.view(-1, col.shape[1]).addmm_(left.T, right, alpha=self._by(name))
+
+    def _by(self, name: str) -> float:
+        return self.scale * self.factors.get(name, 1.0)

@@ -9,14 +9,17 @@ keep x alive and defeat checkpointing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataflex.scoring.coverage import Target, parameter_names
+from dataflex.scoring.experts import run_experts
 from dataflex.utils.errors import UserError
 
 
@@ -32,45 +35,35 @@ class Sink(Protocol):
     def rows(self, name: str, row_ids: Tensor, values: Tensor) -> None:
         """Parameter [M, K] has gradient values[t] in row row_ids[t]; row_ids [N], values [N, K]."""
 
+    def experts(self, name: str, row: Tensor, col: Tensor, tokens: Tensor, counts: list[int]) -> None:
+        """Part e of parameter [E, M, K] (or [E, K], M = 1) has gradient sum of row[p] col[p]^T over its rows p.
+
+        row [P, M], col [P, K] sorted by expert; counts: rows of each expert; tokens [P]: the token of each row,
+        ascending within an expert.
+        """
+
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, deliver: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, output: Tensor, deliver: Callable[..., None], *saved: Tensor) -> Tensor:
+        ctx.save_for_backward(*saved)
         ctx.deliver = deliver
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            ctx.deliver(x, grads[0])
-        return grads[0], None, None
+            ctx.deliver(grads[0], *saved)
+        return (grads[0], None, *(None for _ in saved))
 
 
-@dataclass(frozen=True)
-class Target:
-    """A module with the names of those of its parameters that are trained."""
-
-    module: nn.Module
-    weight: str | None
-    bias: str | None
-
-    @property
-    def key(self) -> str:
-        return self.weight or self.bias or ""
-
-
-def _flat(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+def tap(output: Tensor, deliver: Callable[..., None], *saved: Tensor) -> Tensor:
+    """``output``, whose gradient delta goes to ``deliver(delta, *saved)`` in the backward."""
+    if not output.requires_grad:
+        return output
+    tapped: Tensor = _Tap.apply(output, deliver, *(s.detach() for s in saved))
+    return tapped
 
 
 def _normalised(module: nn.Module, x: Tensor) -> Tensor:
@@ -79,12 +72,31 @@ def _normalised(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.LayerNorm):
         return F.layer_norm(x, module.normalized_shape, eps=module.eps)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    assert isinstance(eps, float), f"{type(module).__name__} has no eps"
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
+@contextmanager
+def _linear_calls(shape: tuple[int, ...], seen: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Pass the output of every F.linear with a weight of ``shape`` through ``seen(output, input)``.
+
+    ZeRO-3 replaces F.linear itself, by one that no torch function mode sees.
+    """
+    linear = F.linear
+
+    def tapped(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output = linear(input, weight, bias)
+        return seen(output, input) if tuple(weight.shape) == shape else output
+
+    F.linear = tapped
+    try:
+        yield
+    finally:
+        F.linear = linear
+
+
 class Taps:
-    """Context manager: inside, a backward through the model delivers every trained parameter to ``sink``.
+    """Context manager: inside, a backward through the model delivers every target's gradient to ``sink``.
 
     targets: from `find_targets`. Enter after `scoring_mode`, whose embedding leaves the taps go on top of. Call
     `start` before each forward and `check_fired` after each backward.
@@ -93,95 +105,117 @@ class Taps:
     def __init__(self, targets: list[Target], sink: Sink) -> None:
         self.targets = targets
         self.sink = sink
-        self.fired: dict[str, int] = {}
+        self.fired: Counter[str] = Counter()
+        self.batch_rows, self.tokens = 0, 0
         self._handles: list[Any] = []
+        self._replaced: list[nn.Module] = []
 
     def __enter__(self) -> Taps:
         for target in self.targets:
-            self._handles.append(target.module.register_forward_hook(self._hook(target)))
+            if target.kind in ("called", "experts"):
+                self._replace_forward(target)
+            else:
+                hook = partial(self._hook, target)
+                self._handles.append(target.module.register_forward_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *exc: object) -> None:
         for handle in self._handles:
             handle.remove()
+        for module in self._replaced:
+            del module.forward
         self._handles.clear()
+        self._replaced.clear()
 
-    def start(self) -> None:
-        """Forget what fired; call before each forward."""
-        self.fired = {}
+    def start(self, batch_rows: int, tokens: int) -> None:
+        """Forget what fired; call before each forward of [batch_rows, tokens / batch_rows] tokens."""
+        self.fired.clear()
+        self.batch_rows, self.tokens = batch_rows, tokens
 
     def check_fired(self) -> None:
-        """Assert that every target delivered exactly once since `start`."""
-        expected = Counter(target.key for target in self.targets)
-        wrong = [key for key, times in expected.items() if self.fired.get(key) != times]
-        assert not wrong, f"no gradient, or more than one, reached the taps of {', '.join(wrong[:5])}"
-
-    def _hook(self, target: Target) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not output.requires_grad:
-                return None
-            deliver = self._deliver(target)
-            tapped: Tensor = _Tap.apply(output, inputs[0].detach(), deliver)
-            return tapped
-
-        return hook
-
-    def _deliver(self, target: Target) -> Callable[[Tensor, Tensor], None]:
-        def deliver(x: Tensor, delta: Tensor) -> None:
-            self.fired[target.key] = self.fired.get(target.key, 0) + 1
-            module, delta = target.module, _flat(delta)
-            if target.bias is not None:
-                self.sink.dense(target.bias, delta)
-            if target.weight is None:
-                return
-            if isinstance(module, nn.Embedding):
-                self.sink.rows(target.weight, x.reshape(-1), delta)
-            elif isinstance(module, nn.Linear):
-                self.sink.outer(target.weight, delta, _flat(x))
-            elif _is_conv1d(module):
-                self.sink.outer(target.weight, _flat(x), delta)
-            else:
-                scaled = _flat(_normalised(module, x))
-                self.sink.dense(target.weight, scaled * delta.to(scaled.dtype))
-
-        return deliver
-
-
-def parameter_names(targets: list[Target]) -> list[str]:
-    """Names of the covered parameters, in the order of the modules; a tied one comes once per use."""
-    return [name for t in targets for name in (t.weight, t.bias) if name is not None]
-
-
-def find_targets(module: nn.Module) -> list[Target]:
-    """Every module with a trained parameter: nn.Linear, GPT-2's Conv1D, nn.Embedding, nn.LayerNorm, RMSNorm.
-
-    UserError naming the trained parameters that are in no such module.
-    """
-    name_of = {id(p): n for n, p in module.named_parameters()}
-    trained = {id(p) for p in module.parameters() if p.requires_grad}
-    covered: set[int] = set()
-    targets = []
-    for m in module.modules():
-        own = [p for p in m.parameters(recurse=False) if id(p) in trained]
-        known = isinstance(m, nn.Linear | nn.Embedding) or _is_conv1d(m) or _is_norm(m)
-        if not own or not known:
-            continue
-        weight, bias = getattr(m, "weight", None), getattr(m, "bias", None)
-        targets.append(
-            Target(
-                m,
-                name_of[id(weight)] if id(weight) in trained else None,
-                name_of[id(bias)] if id(bias) in trained else None,
+        """UserError unless every parameter delivered once for each layer that it is used in."""
+        expected = Counter(parameter_names(self.targets))
+        wrong = [name for name, times in expected.items() if self.fired[name] != times]
+        if wrong:
+            raise UserError(
+                "gradient features: a layer is used several times or not at all in one forward: "
+                f"{', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}; leave it out with `layers`"
             )
-        )
-        covered.update(id(p) for p in (weight, bias) if id(p) in trained)
-    missing = sorted(name_of[i] for i in trained - covered)
-    if missing:
-        raise UserError(
-            f"gradient features: no tap covers the trained parameter{'s' if len(missing) > 1 else ''} "
-            f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; covered: Linear, Conv1D, "
-            "Embedding, LayerNorm and RMSNorm weights and biases"
-        )
-    if not targets:
-        raise UserError("gradient features: the model has no trained parameter")
-    return targets
+
+    def _hook(self, target: Target, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if target.kind == "embedding" and output.shape[0] == 1 < self.batch_rows:
+            output = output.expand(self.batch_rows, *output.shape[1:])
+            x = x.expand(self.batch_rows, *x.shape[1:])
+        return tap(output, partial(self._deliver, target), x)
+
+    def _replace_forward(self, target: Target) -> None:
+        """Let the module run a forward of ours inside; it is gone again at `__exit__`."""
+        module: Any = target.module
+        original = module.forward
+        assert "forward" not in vars(module), f"{type(module).__name__} already has a forward of its own"
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with _linear_calls(tuple(module.weight.shape), lambda out, x: tap(out, partial(self._deliver, target), x)):
+                return original(*args, **kwargs)
+
+        def experts(*args: Any, **kwargs: Any) -> Tensor:
+            return run_experts(module, partial(self._tap_experts, target), *args, **kwargs)
+
+        module.forward = called if target.kind == "called" else experts
+        self._replaced.append(module)
+
+    def _tap_experts(self, target: Target, attribute: str, output: Tensor, x: Tensor, at: Any) -> Tensor:
+        """``attribute``: the matrix that made ``output`` from ``x``; at: an `experts.Routing`."""
+        names = {a: target.names[a] for a in (attribute, f"{attribute}_bias") if a in target.names}
+        transposed = bool(target.module.is_transposed)
+
+        def deliver(delta: Tensor, x: Tensor, tokens: Tensor) -> None:
+            self.fired.update(names.values())
+            for a, name in names.items():
+                if a != attribute:
+                    self.sink.experts(name, torch.ones_like(delta[:, :1]), delta, tokens, at.counts)
+                else:
+                    row, col = (x, delta) if transposed else (delta, x)
+                    self.sink.experts(name, row, col, tokens, at.counts)
+
+        return tap(output, deliver, x, at.tokens) if names else output
+
+    def _deliver(self, target: Target, delta: Tensor, x: Tensor) -> None:
+        self.fired.update(target.names.values())
+        module, weight, bias = target.module, target.names.get("weight"), target.names.get("bias")
+        if bias is not None:
+            self.sink.dense(bias, self._by_token(delta))
+        if weight is None:
+            return
+        if target.kind == "norm":
+            scaled = _normalised(module, x)
+            self.sink.dense(weight, self._by_token(scaled * delta.to(scaled.dtype)))
+        elif isinstance(module, nn.Embedding):
+            ids, values = x.reshape(-1), self._flat(delta)
+            scale = getattr(module, "embed_scale", None)
+            values = values if scale is None else values * scale
+            if module.padding_idx is not None:
+                values = values.masked_fill((ids == module.padding_idx)[:, None], 0)
+            self.sink.rows(weight, ids, values)
+        else:
+            row, col = self._flat(delta), self._flat(x)
+            self.sink.outer(weight, *((col, row) if target.kind == "conv1d" else (row, col)))
+
+    def _flat(self, t: Tensor) -> Tensor:
+        """[N, K] of a tensor that has one row for each token of the batch."""
+        flat = t.reshape(-1, t.shape[-1])
+        if len(flat) != self.tokens:
+            raise UserError(
+                f"gradient features: a layer sees {tuple(t.shape)} where the batch has {self.tokens} tokens; "
+                "leave it out with `layers`"
+            )
+        return flat
+
+    def _by_token(self, t: Tensor) -> Tensor:
+        """[N, K], summed over heads where a norm works on [B, T, heads, K], [B, heads, T, K] or [N, heads, K]."""
+        if t.dim() == 4:
+            t = (t if t.shape[0] * t.shape[1] == self.tokens else t.transpose(1, 2)).sum(2)
+        elif t.dim() == 3 and t.shape[0] * t.shape[1] != self.tokens == t.shape[0]:
+            t = t.sum(1)
+        return self._flat(t)

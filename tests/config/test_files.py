@@ -33,13 +33,15 @@ def test_component_params_come_from_the_packaged_file_as_a_copy() -> None:
 def test_packaged_components_are_complete() -> None:
     groups = read_components(packaged("components.yaml"))
     assert {group: list(entries) for group, entries in groups.items()} == {
-        "selectors": ["less", "loss", "random", "custom"],
+        "selectors": ["less", "less_exact", "loss", "random", "custom"],
         "mixers": ["random", "static", "stratified"],
         "weighters": ["loss", "custom"],
     }
     assert groups["selectors"]["less"]["params"] == {
         "gradient_type": "adam",
         "adam_form": "official",
+        "scoring": "projected",
+        "projection": "xorfold",
         "proj_dim": 4096,
         "seed": 123,
     }

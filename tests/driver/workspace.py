@@ -81,9 +81,16 @@ def write_yaml(folder: Path, name: str, **changes: Any) -> Path:
 
 def train(config: Path, *overrides: str, ranks: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
     """``dataflex-cli train`` as a user starts it, under the launcher; stdout and stderr together."""
+    return launched("train", config, *overrides, ranks=ranks, **environment)
+
+
+def launched(
+    name: str, config: Path, *overrides: str, ranks: int = 2, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """``dataflex-cli`` with the command ``name``, likewise."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "PYTHONWARNINGS")}
     env = kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "dataflex.cli", "train", str(config), *overrides, f"--num_processes={ranks}"]
+    command = [sys.executable, "-m", "dataflex.cli", name, str(config), *overrides, f"--num_processes={ranks}"]
     return subprocess.run(
         command,
         env=env | environment,

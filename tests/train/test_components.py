@@ -139,9 +139,9 @@ def packaged(kind: str) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_registered_component_has_one_row(kind: str) -> None:
-    rows = [case.name for case in CASES if case.kind == kind]
-    assert sorted(rows) == sorted(packaged(kind)), "add a row to tests/component_cases.py"
+def test_every_registered_component_has_a_row(kind: str) -> None:
+    rows = {case.name for case in CASES if case.kind == kind}
+    assert rows == packaged(kind), "add a row to tests/component_cases.py"
 
 
 @pytest.mark.parametrize("kind", KINDS)

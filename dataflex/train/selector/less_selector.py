@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataflex.core.registry import register_selector
+from dataflex.ops.project_kinds import PROJECTIONS, check_proj_dim
+from dataflex.scoring.exact import exact_dots, mean_directions
+from dataflex.scoring.layers import LayerRule
 from dataflex.scoring.scorer import Scorer
+from dataflex.scoring.self_check import check_one_sample
+from dataflex.scoring.spec import FeatureSpec
 from dataflex.train.selector.base_selector import Selector
 from dataflex.utils.errors import UserError, nearest
 
@@ -37,18 +43,75 @@ def cosine_scores(features: Tensor, directions: Tensor) -> Tensor:
     return (unit_rows(features) @ directions.T).max(dim=1).values
 
 
+def exact_scores(dots: NDArray[np.float32], sqnorm: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`cosine_scores` from inner products with the directions [n, K] and squared norms [n]."""
+    norm = np.sqrt(np.maximum(sqnorm, np.finfo(np.float32).tiny))
+    return dots.max(axis=1) / norm
+
+
 def top_k(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Indices of the ``count`` largest scores, best first; ties by index, NaN last."""
     return np.argsort(-scores, kind="stable")[:count].astype(np.int64)
+
+
+def subtask_ids(target: Any, column: str | None) -> NDArray[np.int64]:
+    """Which subtask each sample of the target belongs to, int64 [n]: its domain, or the value of its ``column``."""
+    if column is None:
+        return np.asarray(target.domain_ids, dtype=np.int64)
+    values = []
+    for i in range(len(target)):
+        sample = target[i]
+        if column not in sample:
+            raise UserError(
+                f"less: subtask_column: sample {i} of the target has no '{column}'{nearest(column, sample)}; "
+                f"it has {', '.join(sample)}"
+            )
+        values.append(str(sample[column]))
+    return np.unique(values, return_inverse=True)[1].astype(np.int64)
+
+
+def feature_spec(
+    gradient_type: str = "adam",
+    adam_form: str = "official",
+    scoring: str = "projected",
+    projection: str = "xorfold",
+    proj_dim: int = 8192,
+    layers: Sequence[str] | None = None,
+    layer_weights: Mapping[str, float] | None = None,
+    seed: int = 42,
+) -> FeatureSpec:
+    """What `LessSelector`'s params of these names mean for the train side. UserError for what does not fit."""
+    _choice("gradient_type", gradient_type, ("adam", "sgd"))
+    _choice("adam_form", adam_form, ADAM_FORMS)
+    _choice("scoring", scoring, ("projected", "exact"))
+    _choice("projection", projection, PROJECTIONS)
+    if projection == "kronecker" and gradient_type == "adam" and scoring == "projected":
+        raise UserError("less: projection: kronecker needs gradient_type: sgd; with adam use xorfold")
+    try:
+        check_proj_dim(projection, proj_dim)
+    except ValueError as exc:
+        raise UserError(f"less: {exc}") from exc
+    return FeatureSpec(
+        adam=ADAM_FORMS[adam_form] if gradient_type == "adam" else None,
+        layers=LayerRule.of(layers, layer_weights),
+        proj_dim=0 if scoring == "exact" else proj_dim,
+        projection=projection,
+        seed=seed,
+    )
 
 
 @register_selector("less")
 class LessSelector(Selector):
     """Top-k by cosine between a sample's Adam-preconditioned gradient and the target's gradients.
 
-    eval_dataset: the target; its domains are the subtasks. gradient_type: adam (as the paper) or sgd for the
-    train side. adam_form: ``official`` (as the paper's code: no bias correction, eps inside the root) or
-    ``optimizer`` (the true update of this run's optimizer). proj_dim: a power of two. seed: of the projection.
+    eval_dataset: the target; its domains are the subtasks, or with ``subtask_column`` the values of that column of
+    its samples. gradient_type: adam (as the paper) or sgd for the train side. adam_form: ``official`` (as the
+    paper's code: no bias correction, eps inside the root) or ``optimizer`` (the true update of this run's
+    optimizer). scoring: ``projected`` (to proj_dim numbers by ``projection``; the kinds are those of
+    `dataflex.ops.project_kinds`, seed: of the projection) or ``exact`` (no projection; one direction of the trained
+    parameters' size for each subtask stays in memory). layers, layer_weights: see `LayerRule`. accumulate: rank by
+    the sum over this run's decisions so far of learning rate x score (equation 3 of the paper, over decisions instead
+    of epochs). self_check: compare one sample with plain autograd before the first decision.
     """
 
     def __init__(
@@ -61,40 +124,71 @@ class LessSelector(Selector):
         eval_dataset: Any,
         gradient_type: str = "adam",
         adam_form: str = "official",
+        scoring: str = "projected",
+        projection: str = "xorfold",
         proj_dim: int = 8192,
+        layers: Sequence[str] | None = None,
+        layer_weights: Mapping[str, float] | None = None,
+        subtask_column: str | None = None,
+        accumulate: bool = False,
+        self_check: bool = True,
         seed: int = 42,
     ) -> None:
         super().__init__(dataset, accelerator, data_collator, cache_dir)
         if eval_dataset is None or len(eval_dataset) == 0:
             raise UserError("less: eval_dataset: the target is empty; set eval_dataset or val_size")
-        _choice("gradient_type", gradient_type, ("adam", "sgd"))
-        _choice("adam_form", adam_form, ADAM_FORMS)
-        if proj_dim < 2 or proj_dim & (proj_dim - 1):
-            raise UserError(f"less: proj_dim: expected a power of two (512, 2048, 8192), got {proj_dim}")
-        self.scorer, self.target = scorer, eval_dataset
-        self.adam = ADAM_FORMS[adam_form] if gradient_type == "adam" else None
-        self.proj_dim, self.seed = proj_dim, seed
+        self.scorer, self.target, self.seed = scorer, eval_dataset, seed
+        self.spec = feature_spec(gradient_type, adam_form, scoring, projection, proj_dim, layers, layer_weights, seed)
+        self.subtasks = subtask_ids(eval_dataset, subtask_column)
+        self.accumulate, self.unchecked = accumulate, self_check
+        self.total: NDArray[np.float32] | None = None
 
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
+        if self.unchecked:
+            check_one_sample(self.scorer, self.dataset, self.spec)
+            self.unchecked = False
         scores = self.scores()
         if not np.isfinite(scores).all():
             bad = np.flatnonzero(~np.isfinite(scores))
             raise UserError(f"less: scores of sample ids {bad[:16].tolist()} are not finite at step {step_id}")
+        if self.accumulate:
+            scores = self._accumulated(scores)
         picks = top_k(scores, num_samples)
         self.metric = {"score": scores[picks].tolist()}
         return picks.tolist()
 
     def scores(self) -> NDArray[np.float32]:
         """Score of every sample of the pool with the model as it is now, float32 [n]."""
-        features = self.scorer.gradient_features(self.target, proj_dim=self.proj_dim, seed=self.seed)
-        directions = target_directions(features, self.target.domain_ids).to(self.scorer.device)
-        return self.scorer.gradient_scores(
-            self.dataset,
-            lambda batch: cosine_scores(batch, directions),
-            proj_dim=self.proj_dim,
-            seed=self.seed,
-            adam=self.adam,
-        )
+        return self.pool_scores(self.target_directions())
+
+    def target_directions(self) -> Any:
+        """What `pool_scores` compares with: the mean unit gradient of each subtask's targets."""
+        if not self.spec.proj_dim:
+            return mean_directions(self.scorer, self.target, self.subtasks, layers=self.spec.layers)
+        features = self.scorer.gradient_features(self.target, **self.spec.of_target().projected())
+        return target_directions(features, self.subtasks).to(self.scorer.device)
+
+    def pool_scores(self, directions: Any, ids: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """Scores of the pool's samples ``ids`` (all by default) in their order, float32 [len(ids)]."""
+        if self.spec.proj_dim:
+            return self.scorer.gradient_scores(
+                self.dataset, lambda batch: cosine_scores(batch, directions), ids, **self.spec.projected()
+            )
+        spec = self.spec
+        dots, sqnorm = exact_dots(self.scorer, self.dataset, directions, ids, adam=spec.adam, layers=spec.layers)
+        return exact_scores(dots, sqnorm)
+
+    def _accumulated(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The sum with this decision's part; the plain scores while every learning rate so far was 0."""
+        rate = np.float32(self.scorer.engine.get_lr()[0])
+        self.total = rate * scores if self.total is None else self.total + rate * scores
+        return self.total if self.total.any() else scores
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.total is None else {"total": self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total = np.asarray(state["total"], dtype=np.float32) if "total" in state else None
 
 
 def _choice(key: str, value: str, valid: Any) -> None:

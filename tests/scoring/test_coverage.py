@@ -1,0 +1,219 @@
+"""Every kind of layer of the common families against float64 single-sample autograd, padded and packed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dataflex.data.collate import Collator
+from dataflex.ops import Transform, project_per_sample_grad_, tensor_id
+from dataflex.scoring.coverage import find_targets
+from dataflex.scoring.exact import exact_dots, mean_directions
+from dataflex.scoring.layers import LayerRule
+from dataflex.scoring.scorer import Scorer
+from dataflex.utils.errors import UserError
+from tests import families
+
+PROJ_DIM, SEED, SAMPLES = 64, 3, 5
+CONSTANTS = Transform("adam_less", 0.9, 0.99, 1e-6, 3)
+
+
+class PlainEngine:
+    """What a `Scorer` asks of a DeepSpeed engine."""
+
+    device = "cpu"
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+
+    def empty_partition_cache(self) -> None:
+        pass
+
+
+def pool(count: int = SAMPLES, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Samples with pad tokens inside, which an embedding with padding_idx does not learn from."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        ids = draw.integers(0, families.VOCABULARY, draw.integers(5, 14)).tolist()
+        made.append({"input_ids": [*ids, 0, 4], "labels": [-100, *ids[1:], 0, 4]})
+    return made
+
+
+def random_moments(net: torch.nn.Module) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(1)
+    found = {}
+    for name, p in net.named_parameters():
+        found[name] = (torch.randn(p.shape, generator=draw) * 1e-2, torch.rand(p.shape, generator=draw) * 1e-3 + 1e-4)
+    return found
+
+
+def scorer(net: torch.nn.Module, packing: bool = False) -> Scorer:
+    moments = random_moments(net)
+    collator = Collator(0, packing=packing, cutoff_len=64)
+    return Scorer(PlainEngine(net), collator, 40, lambda names: ({n: moments[n] for n in names}, CONSTANTS))
+
+
+def gradients(net: torch.nn.Module, samples: list[Any], adam: str | None = None) -> list[dict[str, torch.Tensor]]:
+    """{name: float64 matrix} of each sample, transformed."""
+    exact = copy.deepcopy(net).double().eval()
+    for module in exact.modules():
+        if hasattr(module, "is_transposed"):
+            module.config._experts_implementation = "eager"
+    moments, how = random_moments(net), Transform("sgd") if adam is None else CONSTANTS
+    rows = []
+    for sample in samples:
+        found = {}
+        for name, grad in families.sample_gradient(exact, sample).items():
+            m, v = (None, None) if adam is None else (families.as_matrix(x.double()) for x in moments[name])
+            found[name] = how(families.as_matrix(grad.clone()), m, v)
+        rows.append(found)
+    return rows
+
+
+def projected(rows: list[dict[str, torch.Tensor]], projection: str = "xorfold", factors: Any = None) -> torch.Tensor:
+    out = torch.zeros(len(rows), PROJ_DIM, dtype=torch.float64)
+    for row, found in enumerate(rows):
+        for name, value in found.items():
+            factor = 1.0 if factors is None else factors.get(name, 0.0)
+            one = torch.eye(len(value), dtype=torch.float64) * factor
+            project_per_sample_grad_(
+                out[row : row + 1],
+                one,
+                value,
+                torch.tensor([0, len(value)]),
+                transform=Transform("sgd"),
+                seed=SEED,
+                tensor_id=tensor_id(name),
+                projection=projection,
+            )
+    return out
+
+
+def error(got: Any, truth: torch.Tensor) -> float:
+    got = torch.as_tensor(np.asarray(got)).double()
+    return float(((got - truth).norm(dim=1) / truth.norm(dim=1)).max())
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("adam", [None, "adam_less"])
+def test_every_parameter_of_every_family(family: str, adam: str | None) -> None:
+    net, samples = families.model(family).train(), pool()
+    truth = projected(gradients(net, samples, adam))
+    flags = [p.requires_grad for p in net.parameters()]
+    got = scorer(net).gradient_features(samples, proj_dim=PROJ_DIM, seed=SEED, adam=adam)
+    assert error(got, truth) < 1e-5
+    assert net.training and flags == [p.requires_grad for p in net.parameters()]
+    assert not any("forward" in vars(m) for m in net.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma", "mixtral", "qwen2_moe"])
+def test_packed_samples(family: str) -> None:
+    net, samples = families.model(family), pool()
+    truth = projected(gradients(net, samples, "adam_less"))
+    got = scorer(net, packing=True).gradient_features(samples, proj_dim=PROJ_DIM, seed=SEED, adam="adam_less")
+    assert error(got, truth) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma", "mixtral"])
+def test_lora(family: str) -> None:
+    targets = ["q_proj", "v_proj"] if family == "mixtral" else "all-linear"
+    net, samples = families.with_lora(families.model(family), targets), pool()
+    truth = projected(gradients(net, samples, "adam_less"))
+    got = scorer(net).gradient_features(samples, proj_dim=PROJ_DIM, seed=SEED, adam="adam_less")
+    assert error(got, truth) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "gpt2"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(family: str, reentrant: bool) -> None:
+    net, samples = families.model(family), pool()
+    truth = projected(gradients(net, samples))
+    net.enable_input_require_grads()
+    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    got = scorer(net.train()).gradient_features(samples, proj_dim=PROJ_DIM, seed=SEED)
+    assert error(got, truth) < 1e-5
+
+
+@pytest.mark.parametrize("projection", ["countsketch", "sjlt", "rademacher", "kronecker"])
+def test_other_projections(projection: str) -> None:
+    net, samples = families.model("mixtral"), pool(3)
+    truth = projected(gradients(net, samples), projection)
+    got = scorer(net).gradient_features(samples, proj_dim=PROJ_DIM, seed=SEED, projection=projection)
+    assert error(got, truth) < 1e-5
+
+
+RULE = LayerRule.of(["last:1", "embed_tokens", "*.0.mlp.*"], {"experts": 2.0, "last:1": 0.5, "embed_tokens": 3.0})
+
+
+def test_layers_and_their_weights() -> None:
+    net, samples = families.model("mixtral"), pool(3)
+    names = [n for n, _ in net.named_parameters()]
+    factors = RULE.factors(names)
+    assert factors["model.layers.1.mlp.experts.down_proj"] == 1.0
+    assert factors["model.layers.0.mlp.experts.down_proj"] == 2.0
+    assert factors["model.layers.0.mlp.gate.weight"] == 1.0 and factors["model.embed_tokens.weight"] == 3.0
+    assert "lm_head.weight" not in factors and "model.layers.0.self_attn.q_proj.weight" not in factors
+    truth = projected(gradients(net, samples, "adam_less"), factors=factors)
+    got = scorer(net).gradient_features(samples, proj_dim=PROJ_DIM, seed=SEED, adam="adam_less", layers=RULE)
+    assert error(got, truth) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama tied", "gpt2", "gemma", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(("adam", "rule"), [(None, None), ("adam_less", None), ("adam_less", "weighted")])
+def test_exact_scores(family: str, adam: str | None, rule: str | None) -> None:
+    net, samples, target = families.model(family), pool(6), pool(5, seed=9)
+    subtasks = np.array([0, 1, 0, 1, 1])
+    layers = None if rule is None else LayerRule.of(None, {"mlp": 2.0, "last:1": 0.5})
+    factors = (layers or LayerRule()).factors([n for n, _ in net.named_parameters()])
+
+    def vectors(rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        return torch.stack([torch.cat([(factors[n] * g).flatten() for n, g in row.items()]) for row in rows])
+
+    unit = torch.nn.functional.normalize(vectors(gradients(net, target)), dim=1)
+    toward = torch.stack([unit[torch.from_numpy(subtasks == k)].mean(0) for k in (0, 1)])
+    wanted = vectors(gradients(net, samples, adam))
+    found = mean_directions(scorer(net), target, subtasks, layers=layers)
+    dots, sqnorm = exact_dots(scorer(net), samples, found, adam=adam, layers=layers)
+    assert error(dots, wanted @ toward.T) < 1e-4
+    np.testing.assert_allclose(sqnorm, wanted.square().sum(1).numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (
+            (["q_prj"], None),
+            r"layers: 'q_prj' matches no trained parameter \(did you mean 'q_proj'\?\); valid: first:N",
+        ),
+        ((["last:3"], None), "layers: 'last:3': there are trained parameters in 2 numbered layers"),
+        ((None, {"norms": 2.0}), r"layer_weights: 'norms' matches no trained parameter \(did you mean 'norm'\?\)"),
+        ((["lm_head"], {"q_proj": 2.0}), "layer_weights: 'q_proj' matches no trained parameter; valid"),
+        ((None, {"norm": 0}), "layer_weights: norm: expected a number > 0, got 0"),
+        (("q_proj", None), r"layers: expected a list of patterns, got the text 'q_proj'; write \[q_proj\]"),
+    ],
+)
+def test_patterns_that_mean_nothing(rule: Any, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        find_targets(families.model("llama"), LayerRule.of(*rule))
+
+
+def test_parameters_that_no_tap_covers_are_named_unless_left_out() -> None:
+    net = families.model("llama")
+    net.model.register_parameter("soft_prompt", torch.nn.Parameter(torch.zeros(2, 16)))
+    with pytest.raises(UserError, match=r"no tap covers the trained parameter model\.soft_prompt; covered: Linear"):
+        find_targets(net)
+    assert find_targets(net, LayerRule.of(["layers"], None))
+
+
+def test_a_layer_that_is_used_twice_is_named() -> None:
+    net = families.model("llama")
+    net.model.layers[1].mlp = net.model.layers[0].mlp
+    with pytest.raises(UserError, match=r"used several times or not at all in one forward: model\.layers\.0\.mlp"):
+        scorer(net).gradient_features(pool(2), proj_dim=PROJ_DIM, seed=SEED)

@@ -1,0 +1,101 @@
+"""LESS scores and the self-check on real engines: the same for every ZeRO stage and number of ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dataflex
+from dataflex.data.pool import Pool
+from dataflex.scoring import self_check
+from dataflex.scoring.layers import LayerRule
+from dataflex.scoring.spec import FeatureSpec
+from dataflex.train.selector.less_selector import LessSelector
+from tests import tiny_engine as tiny
+from tests.distributed import run_ranks
+
+CASES = [(kind, stage) for kind in ("lora", "full") for stage in (0, 1, 2, 3)]
+SCORINGS = {"projected": {"proj_dim": 8192}, "exact": {"scoring": "exact"}}
+TARGET = {"near": tiny.samples(3, seed=1), "far": tiny.samples(2, seed=2)}
+
+
+def engine_of(kind: str, stage: int, dtype: torch.dtype = torch.float32, ckpt: str | None = None) -> Any:
+    """An engine after two steps on 4 samples each."""
+    net = tiny.model(kind, dtype)
+    tiny.checkpoint_activations(net, ckpt)
+    world = torch.distributed.get_world_size()
+    more = {"bf16": {"enabled": True}} if dtype is torch.bfloat16 else {}
+    engine = dataflex.initialize(
+        model=net,
+        config=tiny.ds_config(stage, micro_batch=4 // world, **more),
+        dataflex={"train_step": 8, "scoring_batch_tokens": 60},
+        train_dataset=tiny.samples(40, seed=9),
+        tokenizer=tiny.PadZero(),
+    )
+    batches = engine.batches()
+    for _ in range(2):
+        engine.training_step(next(batches))
+    return engine
+
+
+def scores_of(engine: Any, within: float = 1e-5, **params: Any) -> Any:
+    pool = Pool.from_datasets(tiny.samples(11, seed=5))
+    selector = LessSelector(pool, None, None, "", engine.scorer, Pool.from_datasets(TARGET), **params)
+    whole = selector.scores()
+    part = selector.pool_scores(selector.target_directions(), np.array([7, 2, 9]))
+    np.testing.assert_allclose(part, whole[[7, 2, 9]], rtol=0, atol=within)
+    return whole
+
+
+def verdicts_of(engine: Any) -> list[str]:
+    samples = tiny.samples(3, seed=3)
+    rule = LayerRule.of(["last:1", "layers.0.mlp"], {"mlp": 2.0})
+    found = []
+    for spec in (FeatureSpec(adam="adam", proj_dim=64, layers=rule), FeatureSpec(adam="adam_less", proj_dim=0)):
+        found += self_check.check_scoring(engine.scorer, samples, np.arange(3), spec)
+    return [verdict.line for verdict in found]
+
+
+def all_scores() -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for kind, stage in CASES:
+        engine = engine_of(kind, stage, ckpt="reentrant" if kind == "lora" else "non-reentrant")
+        for name, params in SCORINGS.items():
+            results[f"{kind} {stage} {name}"] = scores_of(engine, **params).tolist()
+        results[f"{kind} {stage} checks"] = verdicts_of(engine) if stage in (0, 3) else []
+        engine.training_step(next(engine.batches()))
+    engine = engine_of("full", 3, torch.bfloat16)
+    for name, params in SCORINGS.items():
+        results[f"bf16 {name}"] = scores_of(engine, 0.02, **params).tolist()
+    results["bf16 checks"] = verdicts_of(engine)
+    return results
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, Any]]:
+    target = "tests.scoring.test_less_on_engines:all_scores"
+    return [rank for world in (1, 2) for rank in run_ranks(target, world)]
+
+
+def test_scores_are_the_same_everywhere(results: list[dict[str, Any]]) -> None:
+    for kind in ("lora", "full"):
+        for name in SCORINGS:
+            found = np.array([rank[f"{kind} {stage} {name}"] for rank in results for stage in range(4)])
+            assert np.ptp(found[0]) > 0.01
+            np.testing.assert_allclose(found, np.broadcast_to(found[0], found.shape), rtol=0, atol=1e-4)
+        exact, projected = (np.array(results[0][f"{kind} 0 {name}"]) for name in ("exact", "projected"))
+        assert np.corrcoef(exact, projected)[0, 1] > 0.8
+    for name in SCORINGS:
+        bf16 = np.array([rank[f"bf16 {name}"] for rank in results])
+        assert np.abs(bf16 - np.array(results[0][f"full 3 {name}"])).max() < 0.05
+
+
+def test_the_checks_pass(results: list[dict[str, Any]]) -> None:
+    for rank in results:
+        for name, lines in rank.items():
+            if name.endswith("checks"):
+                assert len(lines) == (10 if name.split()[1] in ("0", "3", "checks") else 0)
+                assert all(line.startswith("ok") for line in lines), (name, lines)
