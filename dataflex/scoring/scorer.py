@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -64,7 +65,8 @@ class Scorer:
     """Scores samples of map-style datasets with ``engine.module`` in batches of ``token_budget`` tokens.
 
     engine: a DeepSpeed engine, any ZeRO stage. collator: list of samples to a padded batch. moments: reads
-    Adam's moments and constants of named parameters (a collective under ZeRO).
+    Adam's moments and constants of named parameters (a collective under ZeRO). watch: called with the samples and
+    tokens of each of this rank's batches, where it is set; else each pass is logged.
     """
 
     def __init__(
@@ -78,6 +80,8 @@ class Scorer:
         self.collator = collator
         self.token_budget = token_budget
         self._read_moments = moments
+        self._kept: dict[tuple[str, ...], tuple[Moments, Transform]] | None = None
+        self.watch: Callable[[int, int], None] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -201,6 +205,18 @@ class Scorer:
         (loss / sink.scale).backward()
         taps.check_fired()
 
+    @contextmanager
+    def keep_moments(self) -> Iterator[None]:
+        """Inside, Adam's moments are read once for all passes with the same adam and parameters: for many short ones.
+
+        No optimizer step may happen inside.
+        """
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
     def _forward(self, batch: dict[str, Any], reduction: str) -> tuple[SampleLoss, Tensor]:
         inputs, labels, _, cu_seqlens = split_batch(batch, self.device)
         logits = logits_of(self.engine.module(**inputs))
@@ -209,7 +225,13 @@ class Scorer:
     def _moments(self, names: list[str], adam: str | None) -> tuple[Moments, Transform]:
         if adam is None:
             return {}, Transform("sgd")
-        moments, constants = self._read_moments(names)
+        key = tuple(names)
+        if self._kept is None or key not in self._kept:
+            found = self._read_moments(names)
+            if self._kept is None:
+                return found[0], replace(found[1], kind=adam)
+            self._kept[key] = found
+        moments, constants = self._kept[key]
         return moments, replace(constants, kind=adam)
 
     def _batches(
@@ -224,6 +246,10 @@ class Scorer:
         for places, counts in deal(batches, dist.rank(), dist.world_size()):
             batch = self.collator([dataset[int(i)] for i in ids[places]])
             yield (places if counts else None), batch
+            if self.watch is not None and counts:
+                self.watch(len(places), int(lengths[places].sum()))
+        if self.watch is not None:
+            return
         seconds = time.monotonic() - started
         logger.info(
             f"{what}: {len(ids):,} samples, {int(lengths.sum()):,} tokens in {seconds:.1f} s "

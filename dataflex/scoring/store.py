@@ -112,14 +112,14 @@ class ShardStore:
         return _map(self.folder, self.shards[index], name)
 
 
-def folder_for(parent: Path, parts: Parts, shard_samples: int) -> Path:
+def folder_for(parent: Path, parts: Parts, shard_samples: int, say: bool = True) -> Path:
     """The folder of a fingerprint's store in ``parent``.
 
-    Where it is not there yet, but others are, the nearest one and what differs in it is said.
+    Where it is not there yet, but others are, the nearest one and what differs in it is said (with ``say``).
     """
     wanted = {**parts, "shard": f"{shard_samples} samples"}
     folder = parent / digest_of(wanted)
-    if folder.exists() or not parent.is_dir():
+    if folder.exists() or not parent.is_dir() or not say:
         return folder
     manifests = [(other, read_manifest(other)) for other in sorted(parent.iterdir()) if other.is_dir()]
     found = [(differing(m["fingerprint"], wanted), other) for other, m in manifests if m is not None]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dataflex.core.registry import register_selector
 from dataflex.scoring.scorer import Scorer
+from dataflex.scoring.sharded import ScoringPasses
 from dataflex.train.selector.base_selector import Selector
 from dataflex.utils.errors import UserError, nearest
 
@@ -49,6 +50,7 @@ class LessSelector(Selector):
     eval_dataset: the target; its domains are the subtasks. gradient_type: adam (as the paper) or sgd for the
     train side. adam_form: ``official`` (as the paper's code: no bias correction, eps inside the root) or
     ``optimizer`` (the true update of this run's optimizer). proj_dim: a power of two. seed: of the projection.
+    passes: runs the pass over the pool shard by shard.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class LessSelector(Selector):
         cache_dir: Any,
         scorer: Scorer,
         eval_dataset: Any,
+        passes: ScoringPasses | None = None,
         gradient_type: str = "adam",
         adam_form: str = "official",
         proj_dim: int = 8192,
@@ -72,6 +75,7 @@ class LessSelector(Selector):
         if proj_dim < 2 or proj_dim & (proj_dim - 1):
             raise UserError(f"less: proj_dim: expected a power of two (512, 2048, 8192), got {proj_dim}")
         self.scorer, self.target = scorer, eval_dataset
+        self.passes = passes or ScoringPasses()
         self.adam = ADAM_FORMS[adam_form] if gradient_type == "adam" else None
         self.proj_dim, self.seed = proj_dim, seed
 
@@ -88,9 +92,11 @@ class LessSelector(Selector):
         """Score of every sample of the pool with the model as it is now, float32 [n]."""
         features = self.scorer.gradient_features(self.target, proj_dim=self.proj_dim, seed=self.seed)
         directions = target_directions(features, self.target.domain_ids).to(self.scorer.device)
-        return self.scorer.gradient_scores(
+        return self.passes.gradient_scores(
+            self.scorer,
             self.dataset,
             lambda batch: cosine_scores(batch, directions),
+            target=self.target.fingerprint,
             proj_dim=self.proj_dim,
             seed=self.seed,
             adam=self.adam,
