@@ -6,6 +6,7 @@ exist already nor the number of ranks changes a number.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,19 +22,32 @@ from dataflex.scoring.batches import Ids
 from dataflex.scoring.progress import Progress, size
 from dataflex.scoring.scorer import Scorer, sample_lengths
 from dataflex.scoring.store import DEFAULT_SHARD, ShardStore, folder_for, ids_part
+from dataflex.scoring.topk import FEATURES, stream_scores
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
 Floats = NDArray[np.float32]
 WeightsReader = Callable[[bool], dict[str, str]]
-SCORES, FEATURES = "scores", "features"
-BLOCK = 1024
+SCORES = "scores"
 
 
 def no_weights(moments: bool) -> dict[str, str]:
     """Where nothing is kept, nothing must be known of the weights."""
     return {}
+
+
+@dataclass
+class Probe:
+    """Set in `ScoringPasses.probe`: a pass scores a few batches' worth of samples only, and notes what that took.
+
+    row_bytes: what the pass would keep of a sample.
+    """
+
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    row_bytes: int = 4
 
 
 @dataclass
@@ -44,7 +57,8 @@ class ScoringPasses:
     folder: the run's, or None to keep nothing. component: its name and params, part of every fingerprint.
     weights: reads the parts of a fingerprint that name the weights as they are now (with Adam's moments where its
     argument is true); a collective. keep_features: write the features too, in fp16, and score those. features_dir:
-    where, by default ``features`` in ``folder``. step: optimizer steps done, for the screen.
+    where, by default ``features`` in ``folder``. step: optimizer steps done, for the screen. features: on rank 0, the
+    store of the last pass that kept features. probe: where it is set, nothing is kept and the scores are zeros.
     """
 
     folder: Path | None = None
@@ -54,6 +68,8 @@ class ScoringPasses:
     keep_features: bool = False
     features_dir: Path | None = None
     step: Callable[[], int] = lambda: 0
+    features: Path | None = None
+    probe: Probe | None = None
     _said: bool = False
 
     def gradient_scores(
@@ -74,7 +90,9 @@ class ScoringPasses:
         """
         ids = np.arange(len(dataset), dtype=np.int64)
         how |= {"proj_dim": proj_dim, "adam": adam}
-        if not self.keep_features:
+        if self.probe is not None and self.keep_features:
+            self.probe.row_bytes = 2 * proj_dim
+        if not self.keep_features or self.probe is not None:
             call = lambda part: scorer.gradient_scores(dataset, score, part, **how)  # noqa: E731
             return self.scores(scorer, dataset, call, target=target, moments=adam is not None)
         store = self._store(dataset, ids, {}, adam is not None, FEATURES)
@@ -86,8 +104,9 @@ class ScoringPasses:
                 store.write(index, {FEATURES: rows.astype(np.float16)})
 
         self._each_missing(scorer, dataset, store, write, what, 2 * proj_dim)
-        scores = self._of_stored(store, score, scorer.device) if dist.is_main() else np.empty(0, np.float32)
-        return dist.broadcast_object(scores)
+        self.features = store.folder
+        mine = stream_scores(store, len(ids), score, scorer.device) if dist.is_main() else np.empty(0, np.float32)
+        return dist.broadcast_object(mine)
 
     def scores(
         self, scorer: Scorer, dataset: Any, call: Callable[[Ids], Floats], *, target: str = "", moments: bool = False
@@ -98,6 +117,9 @@ class ScoringPasses:
         """
         ids = np.arange(len(dataset), dtype=np.int64)
         out = np.zeros(len(ids), dtype=np.float32)
+        if self.probe is not None:
+            time_batches(self.probe, scorer, dataset, call)
+            return out
         store = self._store(dataset, ids, {"target": target}, moments, SCORES)
 
         def score(index: int) -> None:
@@ -168,17 +190,6 @@ class ScoringPasses:
                 make(index)
                 dist.barrier()
 
-    def _of_stored(self, store: ShardStore, score: Callable[[Tensor], Tensor], device: torch.device) -> Floats:
-        """Scores of stored features, block by block."""
-        out = np.zeros(len(store.ids), dtype=np.float32)
-        for index in range(len(store)):
-            rows = store.read(index, FEATURES)
-            for start in range(0, len(rows), BLOCK):
-                block = torch.from_numpy(np.array(rows[start : start + BLOCK])).to(device).float()
-                at = store.places(index).start + start
-                out[at : at + len(block)] = score(block).cpu().numpy()
-        return out
-
 
 @contextmanager
 def watched(scorer: Scorer, progress: Progress) -> Iterator[None]:
@@ -189,3 +200,18 @@ def watched(scorer: Scorer, progress: Progress) -> Iterator[None]:
             yield
         finally:
             scorer.watch = None
+
+
+def time_batches(probe: Probe, scorer: Scorer, dataset: Any, call: Callable[[Ids], Any]) -> None:
+    """Time ``call`` on about one batch of every rank, its samples taken from all over the pool; twice, since the first
+    call warms up. A collective."""
+    lengths = sample_lengths(dataset, np.arange(len(dataset), dtype=np.int64))
+    room = scorer.token_budget * dist.world_size()
+    count = int(np.clip(room // max(1, int(lengths.mean())), 1, len(dataset)))
+    ids = np.unique(np.linspace(0, len(dataset) - 1, count).astype(np.int64))
+    with scorer.keep_moments():
+        call(ids)
+        started = time.monotonic()
+        call(ids)
+    probe.samples, probe.tokens = len(ids), int(lengths[ids].sum())
+    probe.seconds = max(dist.gather_objects(time.monotonic() - started))

@@ -88,6 +88,10 @@ class LessSelector(Selector):
         self.metric = {"score": scores[picks].tolist()}
         return picks.tolist()
 
+    def use_plain_gradient(self) -> None:
+        """Go by the plain gradient: for scoring with weights that come without Adam's moments."""
+        self.adam = None
+
     def scores(self) -> NDArray[np.float32]:
         """Score of every sample of the pool with the model as it is now, float32 [n]."""
         features = self.scorer.gradient_features(self.target, proj_dim=self.proj_dim, seed=self.seed)
