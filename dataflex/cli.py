@@ -55,6 +55,7 @@ class Launched:
 
     summary: str
     description: str
+    dry_run: bool = False
 
 
 # The keys are those of `dataflex.driver.COMMANDS`.
@@ -62,6 +63,12 @@ LAUNCHED = {
     "train": Launched(
         "train as a YAML file says",
         "Train as CFG says: one process per GPU (on CPUs: one), under the DeepSpeed launcher.",
+        dry_run=True,
+    ),
+    "score": Launched(
+        "score the pool without training",
+        "Write the selector's score of every sample (or, with score_token_losses=true, every token's loss).",
+        dry_run=True,
     ),
     "check": Launched(
         "compare gradient scoring with plain autograd on this model and engine",
@@ -86,13 +93,27 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
             allow_abbrev=False,
         )
         _add_run_arguments(launched[name])
+        if command.dry_run:
+            text = "read everything, time one batch, say what the whole costs, and end"
+            launched[name].add_argument("--dry-run", action="store_true", help=text)
+    launched["select"] = commands.add_parser(
+        "select",
+        help="choose a dataset by the scores of `score`",
+        description="Write the rows that CFG's select_* keys choose; one process, no model.",
+        allow_abbrev=False,
+    )
+    _add_config(launched["select"])
     commands.add_parser("env", help="show versions, the accelerator and which kernels run", allow_abbrev=False)
     return parser, launched
 
 
-def _add_run_arguments(command: argparse.ArgumentParser) -> None:
+def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CFG", help="YAML file of the run")
     command.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="values that replace CFG's")
+
+
+def _add_run_arguments(command: argparse.ArgumentParser) -> None:
+    _add_config(command)
     command.add_argument("--num_processes", "--num_gpus", type=int, metavar="N", help="processes per machine")
     command.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     runner = command.add_argument_group("flags of the DeepSpeed launcher, passed on")
@@ -116,6 +137,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         if name in SECTION_OF:
             parser.error(f"{word}: config keys are written without dashes: {name}=VALUE")
         parser.error(f"unknown argument '{word}'{nearest(word.partition('=')[0], flags)}")
+    if getattr(args, "dry_run", False):
+        args.overrides = [*args.overrides, "dry_run=true"]  # so it reaches the workers as any other key
     return args
 
 
@@ -137,6 +160,13 @@ def _work(cfg: Config, command: str) -> int:
     from dataflex import driver
 
     return int(driver.run(cfg, command))
+
+
+def _select(cfg: Config) -> int:
+    from dataflex.driver.selecting import select
+
+    select(cfg)
+    return 0
 
 
 def _env() -> int:
@@ -165,7 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code (0 good, 2 bad input, else the launcher's)."""
     args = _parse(sys.argv[1:] if argv is None else argv)
     try:
-        return _env() if args.command == "env" else _launch(args)
+        if args.command == "env":
+            return _env()
+        return _select(load_config(args.config, args.overrides)) if args.command == "select" else _launch(args)
     except UserError as e:
         print_error(str(e))
         return USER_ERROR

@@ -112,6 +112,22 @@ def test_train_launches_itself_with_overrides_and_launcher_flags(
     assert capfd.readouterr().err.count("image_max_pixels: ignored") == 1
 
 
+@pytest.mark.parametrize("command", ["train", "score"])
+def test_a_dry_run_reaches_the_workers_as_a_key(run_yaml: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(cli, "launch", lambda *args: calls.append(args) or 0)
+    assert cli.main([command, str(run_yaml), "--dry-run", "seed=3"]) == 0
+    assert calls[0][1] == [command, str(run_yaml), "seed=3", "dry_run=true"]
+
+
+def test_select_runs_here_without_a_launcher(
+    run_yaml: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "launch", lambda *args: pytest.fail("launched"))
+    assert cli.main(["select", str(run_yaml), "select_count=3"]) == 2
+    assert "select_from: out has no scores.json" in capfd.readouterr().err
+
+
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """A stand-in for the driver that collects the configs it is given."""

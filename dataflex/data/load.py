@@ -44,7 +44,10 @@ class LoadedData:
 
 @dataclass(frozen=True)
 class Domain:
-    """One tokenised dataset without its unusable rows; ``digests`` (int64 [N]) find equal samples."""
+    """One tokenised dataset without its unusable rows; ``digests`` (int64 [N]) find equal samples.
+
+    rows: int64 [N], the raw rows of the samples; None for packed blocks.
+    """
 
     name: str
     dataset: Dataset
@@ -52,6 +55,7 @@ class Domain:
     digests: np.ndarray
     fingerprint: str
     report: DomainReport
+    rows: np.ndarray | None
 
 
 def load_data(cfg: Config, tokenizer: Any) -> LoadedData:
@@ -136,7 +140,8 @@ class _Loader:
         report.duplicates = len(digests) - len(np.unique(digests))
         if self.encoder.settings.packed_blocks:
             tokens = pack_blocks(tokens, data.cutoff_len, fingerprint)
-        return self._finish(tokens, info, fingerprint, report)
+            return self._finish(tokens, info, fingerprint, report, None)
+        return self._finish(tokens, info, fingerprint, report, rows)
 
     def _choose(self, source: Dataset, info: DatasetInfo, report: DomainReport) -> tuple[np.ndarray, list[Any]]:
         """The rows to tokenise, and what decided on them."""
@@ -175,7 +180,9 @@ class _Loader:
         }
         return load_or_make(Path(data.tokenized_path), name, fingerprint, made_from, make, data.overwrite_cache)
 
-    def _finish(self, tokens: Dataset, info: DatasetInfo, fingerprint: str, report: DomainReport) -> Domain:
+    def _finish(
+        self, tokens: Dataset, info: DatasetInfo, fingerprint: str, report: DomainReport, rows: np.ndarray | None
+    ) -> Domain:
         trained = _column(tokens, "trained")
         kept = np.flatnonzero(trained > 0)
         report.all_masked = len(trained) - len(kept)
@@ -191,7 +198,7 @@ class _Loader:
             tokens = tokens.select(kept)
         weight = ["sample_weight"] if self.cfg.data.sample_weight is not None else []
         dataset = tokens.select_columns(["input_ids", "labels", *weight])
-        return Domain(info.name, dataset, lengths, digests, fingerprint, report)
+        return Domain(info.name, dataset, lengths, digests, fingerprint, report, None if rows is None else rows[kept])
 
 
 def _usable_rows(source: Dataset, info: DatasetInfo, report: DomainReport) -> np.ndarray:
@@ -234,6 +241,7 @@ def _pool(domains: list[Domain]) -> Pool:
         domain_names=[d.name for d in domains],
         lengths=np.concatenate([d.lengths for d in domains]),
         fingerprint=fingerprint_of("pool", [[d.name, d.fingerprint] for d in domains]),
+        rows=None if any(d.rows is None for d in domains) else np.concatenate([d.rows for d in domains]),
     )
 
 
@@ -265,4 +273,5 @@ def _part(pool: Pool, ids: np.ndarray, tag: list[Any]) -> Pool:
         domain_names=[pool.domain_names[d] for d in domains],
         lengths=pool.lengths[ids],
         fingerprint=fingerprint_of("part", pool.fingerprint, tag),
+        rows=None if pool.rows is None else pool.rows[ids],
     )

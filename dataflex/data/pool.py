@@ -25,6 +25,8 @@ class Pool:
         domain_names: the datasets' names.
         lengths: int32 [N], tokens per sample.
         fingerprint: changes with the content or the tokenisation; the same in every process.
+        rows: int64 [N], the row of its dataset that each sample is made from, counted from 0 over the dataset's
+            files; None where samples are not made from one row each.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Pool:
         domain_names: list[str],
         lengths: np.ndarray,
         fingerprint: str,
+        rows: np.ndarray | None = None,
     ) -> None:
         assert len(dataset) == len(domain_ids) == len(lengths), "one domain and one length per sample"
         self.dataset = dataset
@@ -41,6 +44,7 @@ class Pool:
         self.domain_names = list(domain_names)
         self.lengths = np.asarray(lengths, dtype=np.int32)
         self.fingerprint = fingerprint
+        self.rows = rows
 
     def __len__(self) -> int:
         return len(self.domain_ids)

@@ -40,7 +40,7 @@ def read_source(info: DatasetInfo, converter: Converter) -> Dataset:
     conversion. Raises UserError with the place of what is wrong.
     """
     if info.hub_id is not None:
-        raw = _load_from_hub(info)
+        raw = load_from_hub(info)
         converter.check_columns(raw.column_names, info.where)
         content: Any = ["hub", info.hub_id, info.subset, info.folder, info.split, raw._fingerprint]
         rows = partial(_hub_rows, raw, info.hub_id, converter)
@@ -128,7 +128,7 @@ def _record(converted: Converted, where: str) -> dict[str, Any]:
     }
 
 
-def _load_from_hub(info: DatasetInfo) -> Dataset:
+def load_from_hub(info: DatasetInfo) -> Dataset:
     from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetsError
 

@@ -12,13 +12,14 @@ import torch
 
 from dataflex.config import Config
 from dataflex.driver.check import check
+from dataflex.driver.scoring import score
 from dataflex.driver.training import train
 from dataflex.engine.ds_config import check_possible
 from dataflex.report.plot import check_plotting
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 
-COMMANDS = {"check": check, "train": train}
+COMMANDS = {"check": check, "score": score, "train": train}
 
 
 def run(cfg: Config, command: str = "train") -> int:

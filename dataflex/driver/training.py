@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dataflex.config import Config
 from dataflex.core.hook import Hook
+from dataflex.driver.estimate import estimate
 from dataflex.driver.setup import Inputs, build_engine, read_inputs, with_components
 from dataflex.engine import run_folder
 from dataflex.engine.export import export
@@ -24,6 +25,10 @@ from dataflex.utils.logging import logger
 def train(cfg: Config) -> None:
     """Train as ``cfg`` says, under a started process group; a collective."""
     cfg = with_components(cfg)
+    if cfg.score.dry_run:
+        inputs = read_inputs(cfg)
+        estimate(inputs, build_engine(inputs), training=True)
+        return
     start = run_folder.prepare(cfg)
     inputs = read_inputs(cfg)
     log = LogHook(cfg.output.logging_steps)

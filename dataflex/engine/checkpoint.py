@@ -88,6 +88,23 @@ def load(engine: Any, loop: Loop, folder: Path) -> dict[str, Any]:
     return client_state
 
 
+def load_weights(engine: Any, folder: Path) -> int:
+    """Weights and optimizer state only, of whatever run's checkpoint, to score with; its step. A collective.
+
+    UserError for a broken checkpoint, another world size or another ZeRO stage.
+    """
+    problem = dist.broadcast_object(broken(folder) if dist.is_main() else None)
+    if problem:
+        raise UserError(f"{folder}: {problem}")
+    state = decode(torch.load(folder / STATE, weights_only=True))
+    now = {"world_size": dist.world_size(), "zero_stage": engine.zero_optimization_stage()}
+    _check_identity(state["identity"], now, folder)
+    with _no_code():
+        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=not state["frozen"])
+    assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+    return int(state["step"])
+
+
 def deepspeed_globals() -> list[Any]:
     """The classes in DeepSpeed's files that loading without code must be told of."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import numpy as np
 
 from dataflex.core.context import Run
+from dataflex.core.hook import Planner
+from dataflex.core.plan import Plan
 from dataflex.engine import checkpoint
 from dataflex.engine.loop import Loop, StepBatch
 from dataflex.scoring.scorer import Scorer
+from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 
 
@@ -39,6 +43,11 @@ class DataflexEngine:
             raise AttributeError(name)
         return getattr(self.engine, name)
 
+    @property
+    def planner(self) -> Planner:
+        """The hook that decides what is trained on; a `SelectPlanner` has the selector."""
+        return self._loop.planner
+
     def batches(self) -> Iterator[StepBatch]:
         """One item per optimizer step, following the plan; ends when the schedule ends.
 
@@ -49,6 +58,20 @@ class DataflexEngine:
     def training_step(self, batch: StepBatch) -> float:
         """Forward, per-sample loss, weighting, backward, optimizer step and hooks; the global batch's loss."""
         return self._loop.training_step(batch)
+
+    def trial_step(self) -> float:
+        """Seconds of an optimizer step on the pool's first samples, the second of two; a collective.
+
+        It changes the weights and nothing is saved: for a process that ends without training.
+        """
+        run = self.run
+        plan = Plan(np.arange(2 * run.global_batch) % len(run.pool), np.full(2 * run.global_batch, 1 / len(run.pool)))
+        seconds = 0.0
+        for batch in self._loop.source.batches(plan, 0, 2):
+            started = time.monotonic()
+            self._loop.stepper.step(batch)
+            seconds = time.monotonic() - started
+        return max(dist.gather_objects(seconds))
 
     def evaluate(self) -> dict[str, float]:
         """Token-mean loss of the eval dataset: ``eval_loss``, and ``eval_<domain>_loss`` where it has several.

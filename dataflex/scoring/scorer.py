@@ -67,7 +67,8 @@ class Scorer:
     """Scores samples of map-style datasets with ``engine.module`` in batches of ``token_budget`` tokens.
 
     engine: a DeepSpeed engine, any ZeRO stage. collator: list of samples to a padded batch. moments: reads
-    Adam's moments and constants of named parameters (a collective under ZeRO).
+    Adam's moments and constants of named parameters (a collective under ZeRO). watch: called with the samples and
+    tokens of each of this rank's batches, where it is set; else each pass is logged.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Scorer:
         self.token_budget = token_budget
         self._read_moments = moments
         self._kept: dict[tuple[str, ...], tuple[Moments, Transform]] | None = None
+        self.watch: Callable[[int, int], None] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -96,14 +98,34 @@ class Scorer:
         """
         ids = np.arange(len(dataset), dtype=np.int64) if ids is None else ids
         out = np.zeros((2, len(ids)), dtype=np.float32)
-        with scoring_mode(self.engine.module, gradients=False):
-            for places, batch in self._batches(dataset, ids, "scoring losses", max_samples):
-                loss = self._forward(batch, reduction)
-                if places is not None:
-                    out[0, places], out[1, places] = loss.loss.cpu().numpy(), loss.count.cpu().numpy()
-        self._release()
+
+        def keep(places: Ids, losses: SampleLoss, _cu_seqlens: Tensor) -> None:
+            out[0, places], out[1, places] = losses.loss.cpu().numpy(), losses.count.cpu().numpy()
+
+        self.stream_losses(dataset, ids, keep, reduction=reduction, max_samples=max_samples)
         merged = merge(out, self.device)
         return merged[0], merged[1]
+
+    def stream_losses(
+        self,
+        dataset: Any,
+        ids: Ids,
+        consume: Callable[[Ids, SampleLoss, Tensor], None],
+        *,
+        reduction: str = "mean",
+        max_samples: int = MOST_SAMPLES,
+    ) -> None:
+        """Call ``consume(places, losses, cu_seqlens)`` for each of this rank's batches.
+
+        places: int64 [b], positions in ``ids``; sample s of the batch is tokens cu_seqlens[s] to cu_seqlens[s + 1]
+        of ``losses.token_loss``, its padding last.
+        """
+        with scoring_mode(self.engine.module, gradients=False):
+            for places, batch in self._batches(dataset, ids, "scoring losses", max_samples):
+                losses, cu_seqlens = self._forward(batch, reduction)
+                if places is not None:
+                    consume(places, losses, cu_seqlens)
+        self._release()
 
     def gradient_features(self, dataset: Any, ids: Ids | None = None, **how: Any) -> Floats:
         """Features of the samples, float32 [n, proj_dim], all in memory: for targets and small sets.
@@ -230,10 +252,10 @@ class Scorer:
         finally:
             self._kept = None
 
-    def _forward(self, batch: dict[str, Any], reduction: str) -> SampleLoss:
+    def _forward(self, batch: dict[str, Any], reduction: str) -> tuple[SampleLoss, Tensor]:
         inputs, labels, _, cu_seqlens = split_batch(batch, self.device)
         logits = logits_of(self.engine.module(**inputs))
-        return per_sample_loss(logits.flatten(0, 1), labels, cu_seqlens, reduction=reduction)
+        return per_sample_loss(logits.flatten(0, 1), labels, cu_seqlens, reduction=reduction), cu_seqlens
 
     def moments(self, names: list[str], adam: str | None) -> tuple[Moments, Transform]:
         """({name: (exp_avg, exp_avg_sq)}, transform); no moments for the plain gradient. A collective under ZeRO."""
@@ -260,6 +282,10 @@ class Scorer:
         for places, counts in deal(batches, dist.rank(), dist.world_size()):
             batch = self.collator([dataset[int(i)] for i in ids[places]])
             yield (places if counts else None), batch
+            if self.watch is not None and counts:
+                self.watch(len(places), int(lengths[places].sum()))
+        if self.watch is not None:
+            return
         seconds = time.monotonic() - started
         logger.info(
             f"{what}: {len(ids):,} samples, {int(lengths.sum()):,} tokens in {seconds:.1f} s "

@@ -111,6 +111,20 @@ KEYS: list[tuple[str, str, Any]] = [
     ("freeze_gate: true", "flex", True),
     ("weight_normalization: tokens", "flex", "tokens"),
     ("scoring_batch_tokens: 65536", "flex", 65536),
+    ("score_shard_samples: 16", "score", 16),
+    ("keep_features: true", "score", True),
+    ("features_dir: /data/features", "score", "/data/features"),
+    ("score_token_losses: true", "score", True),
+    ("dry_run: true", "score", True),
+    ("select_from: [one, two]", "score", ("one", "two")),
+    ("select_weights: [1e-5, 2]", "score", (1e-5, 2.0)),
+    ("select_weights: 1, 2", "score", (1.0, 2.0)),
+    ("select_count: 100", "score", 100),
+    ("select_fraction: 0.05", "score", 0.05),
+    ("select_quotas: equal", "score", "equal"),
+    ("select_quotas: {a: 2, b: 1.5}", "score", {"a": 2.0, "b": 1.5}),
+    ("select_duplicates: 0.95", "score", 0.95),
+    ("select_dir: chosen", "score", "chosen"),
 ]
 
 

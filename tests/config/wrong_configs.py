@@ -53,6 +53,12 @@ TYPES = [
      "dataset, got 0.5"),
     ("val_size: 1", "val_size: expected a fraction >= 0 and < 1, or a whole number of samples >= 2, got 1"),
     ("val_size: 2.5", "val_size: expected a fraction >= 0 and < 1, or a whole number of samples >= 2, got 2.5"),
+    ("select_fraction: 0", "select_fraction: expected a number > 0 and <= 1, got 0"),
+    ("select_weights: [a]", "select_weights: expected numbers, one for each folder of select_from, got ['a']"),
+    ("select_quotas: equl", "select_quotas: expected proportional, equal or a mapping of datasets to shares, "
+     "got 'equl' (did you mean 'equal'?)"),
+    ("select_quotas: {a: -1}", "select_quotas: expected a share >= 0 for 'a', got -1"),
+    ("select_quotas: {a: 0}", "select_quotas: expected at least one share > 0"),
     ("val_size: -0.1", "val_size: expected a fraction >= 0 and < 1, or a whole number of samples >= 2, got -0.1"),
 ]  # fmt: skip
 

@@ -12,6 +12,7 @@ import dataflex
 from dataflex.data.pool import Pool
 from dataflex.scoring import self_check
 from dataflex.scoring.layers import LayerRule
+from dataflex.scoring.sharded import ScoringPasses
 from dataflex.scoring.spec import FeatureSpec
 from dataflex.train.selector.less_selector import LessSelector
 from tests import tiny_engine as tiny
@@ -45,8 +46,8 @@ def scores_of(engine: Any, within: float = 1e-5, **params: Any) -> Any:
     pool = Pool.from_datasets(tiny.samples(11, seed=5))
     selector = LessSelector(pool, None, None, "", engine.scorer, Pool.from_datasets(TARGET), **params)
     whole = selector.scores()
-    part = selector.pool_scores(selector.target_directions(), np.array([7, 2, 9]))
-    np.testing.assert_allclose(part, whole[[7, 2, 9]], rtol=0, atol=within)
+    selector.passes = ScoringPasses(shard_samples=4)
+    np.testing.assert_allclose(selector.scores(), whole, rtol=0, atol=within)
     return whole
 
 

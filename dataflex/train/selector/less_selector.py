@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from dataflex.scoring.exact import exact_dots, mean_directions
 from dataflex.scoring.layers import LayerRule
 from dataflex.scoring.scorer import Scorer
 from dataflex.scoring.self_check import check_one_sample
+from dataflex.scoring.sharded import ScoringPasses
 from dataflex.scoring.spec import FeatureSpec
 from dataflex.train.selector.base_selector import Selector
 from dataflex.utils.errors import UserError, nearest
@@ -112,6 +114,7 @@ class LessSelector(Selector):
     parameters' size for each subtask stays in memory). layers, layer_weights: see `LayerRule`. accumulate: rank by
     the sum over this run's decisions so far of learning rate x score (equation 3 of the paper, over decisions instead
     of epochs). self_check: compare one sample with plain autograd before the first decision.
+    passes: runs the pass over the pool shard by shard.
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class LessSelector(Selector):
         cache_dir: Any,
         scorer: Scorer,
         eval_dataset: Any,
+        passes: ScoringPasses | None = None,
         gradient_type: str = "adam",
         adam_form: str = "official",
         scoring: str = "projected",
@@ -142,6 +146,9 @@ class LessSelector(Selector):
         self.subtasks = subtask_ids(eval_dataset, subtask_column)
         self.accumulate, self.unchecked = accumulate, self_check
         self.total: NDArray[np.float32] | None = None
+        self.passes = passes or ScoringPasses()
+        if not self.spec.proj_dim and self.passes.keep_features:
+            raise UserError("less: keep_features: exact scoring has no features to keep; use scoring: projected")
 
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
         if self.unchecked:
@@ -157,6 +164,10 @@ class LessSelector(Selector):
         self.metric = {"score": scores[picks].tolist()}
         return picks.tolist()
 
+    def use_plain_gradient(self) -> None:
+        """Go by the plain gradient: for scoring with weights that come without Adam's moments."""
+        self.spec = replace(self.spec, adam=None)
+
     def scores(self) -> NDArray[np.float32]:
         """Score of every sample of the pool with the model as it is now, float32 [n]."""
         return self.pool_scores(self.target_directions())
@@ -168,15 +179,24 @@ class LessSelector(Selector):
         features = self.scorer.gradient_features(self.target, **self.spec.of_target().projected())
         return target_directions(features, self.subtasks).to(self.scorer.device)
 
-    def pool_scores(self, directions: Any, ids: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """Scores of the pool's samples ``ids`` (all by default) in their order, float32 [len(ids)]."""
-        if self.spec.proj_dim:
-            return self.scorer.gradient_scores(
-                self.dataset, lambda batch: cosine_scores(batch, directions), ids, **self.spec.projected()
+    def pool_scores(self, directions: Any) -> NDArray[np.float32]:
+        """Scores of the pool's samples, float32 [n]."""
+        spec, target = self.spec, self.target.fingerprint
+        if spec.proj_dim:
+            return self.passes.gradient_scores(
+                self.scorer,
+                self.dataset,
+                lambda batch: cosine_scores(batch, directions),
+                target=target,
+                **spec.projected(),
             )
-        spec = self.spec
-        dots, sqnorm = exact_dots(self.scorer, self.dataset, directions, ids, adam=spec.adam, layers=spec.layers)
-        return exact_scores(dots, sqnorm)
+
+        def exact(ids: NDArray[np.int64]) -> NDArray[np.float32]:
+            return exact_scores(
+                *exact_dots(self.scorer, self.dataset, directions, ids, adam=spec.adam, layers=spec.layers)
+            )
+
+        return self.passes.scores(self.scorer, self.dataset, exact, target=target, moments=spec.adam is not None)
 
     def _accumulated(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         """The sum with this decision's part; the plain scores while every learning rate so far was 0."""

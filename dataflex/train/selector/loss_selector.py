@@ -90,7 +90,7 @@ class LossSelector(Selector):
         self.replacement, self.temperature, self.seed = replacement, temperature, seed
 
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
-        losses, _ = self.scorer.losses(self.dataset)
+        losses = self.scores()
         weights = bucket_weights(
             losses,
             focus=self.focus,
@@ -102,3 +102,7 @@ class LossSelector(Selector):
         picks = weighted_draw(weights, num_samples, replacement=self.replacement, draw=draw)
         self.metric = {"loss": losses[picks].tolist()}
         return picks.tolist()
+
+    def scores(self) -> NDArray[np.float32]:
+        """Loss of every sample of the pool with the model as it is now, float32 [n]."""
+        return self.scorer.losses(self.dataset)[0]

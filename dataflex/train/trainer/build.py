@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,12 @@ from dataflex.core.plan import (
 from dataflex.core.registry import REGISTRY
 from dataflex.data.collate import Collator
 from dataflex.data.pool import Pool
+from dataflex.engine.identity import weights_identity
 from dataflex.engine.loop import BatchSource, Loop, Stepper
 from dataflex.engine.optimizer_state import read_moments
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.scoring.scorer import Scorer
+from dataflex.scoring.sharded import ScoringPasses
 from dataflex.train.mixer.mixture import MixtureManager
 from dataflex.train.trainer.components import load_components
 from dataflex.train.trainer.mix_trainer import MixPlanner
@@ -111,6 +114,7 @@ def attach(
     scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names))
     builder = _Builder(run, cfg.flex, collator, tokenizer)
     builder.runtime |= {"eval_dataset": eval_pool, "mixer_eval_dataset": mixer_eval_pool, "scorer": scorer}
+    builder.runtime["passes"] = _passes(run, cfg, engine)
     every = [*builder.hooks(), *hooks]
     weighted = any(isinstance(h, Weigher) for h in every) or "sample_weight" in pool[0]
     stepper = Stepper(engine, run, every, cfg.flex.weight_normalization if weighted else "tokens")
@@ -119,6 +123,22 @@ def attach(
     wrapped = DataflexEngine(engine, run, loop, scorer, eval_pool, cfg.train.per_device_eval_batch_size)
     run.engine = wrapped
     return wrapped
+
+
+def _passes(run: Run, cfg: Config, engine: Any) -> ScoringPasses:
+    """How the selector's passes over the pool are cut into shards, and where they are kept."""
+    base = f"{cfg.model.model_name_or_path} {cfg.model.adapter_name_or_path or ''}".strip()
+    component = component_params(cfg.flex, "select") if "select" in cfg.flex.kinds else ("", {})
+    features_dir = cfg.score.features_dir
+    return ScoringPasses(
+        folder=run.output_dir,
+        component=f"{component[0]} {json.dumps(component[1], sort_keys=True, default=str)}",
+        weights=lambda moments: weights_identity(engine, base, moments),
+        shard_samples=cfg.score.score_shard_samples,
+        keep_features=cfg.score.keep_features,
+        features_dir=Path(features_dir) if features_dir else None,
+        step=lambda: run.step,
+    )
 
 
 def make_schedule(

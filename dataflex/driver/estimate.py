@@ -1,0 +1,59 @@
+"""What a run will cost, from one timed batch: the lines of ``--dry-run``. Nothing is written."""
+
+from __future__ import annotations
+
+from dataflex.driver.setup import Inputs
+from dataflex.engine.plugin import DataflexEngine
+from dataflex.scoring.progress import duration, memory_in_use, size
+from dataflex.scoring.sharded import Probe, ScoringPasses, time_batches
+from dataflex.train.trainer.select_trainer import SelectPlanner
+from dataflex.utils.logging import logger
+
+
+def estimate(inputs: Inputs, engine: DataflexEngine, training: bool) -> None:
+    """Time one scoring batch and, where there is ``training``, one step, and say what the whole will take.
+
+    A collective. The engine is not to be trained with afterwards.
+    """
+    pool, run = inputs.data.train, engine.run
+    tokens = int(pool.lengths.sum())
+    lines = [f"dry run: the pool has {len(pool):,} samples, {tokens:,} tokens"]
+    seconds = 0.0
+    passes = sum(phase.decides for phase in run.schedule.phases) if training else 1
+    if inputs.cfg.score.score_token_losses or isinstance(engine.planner, SelectPlanner):
+        probe = _probe(inputs, engine)
+        each = probe.seconds * tokens / max(1, probe.tokens)
+        seconds += passes * each
+        lines.append(
+            f"  scoring: {duration(each)} a pass, {passes} passes = {duration(passes * each)} "
+            f"({probe.samples / probe.seconds:,.1f} samples/s, {probe.tokens / probe.seconds:,.0f} tokens/s "
+            f"in a batch of {probe.samples:,} samples)"
+        )
+        kept = 4 * tokens if inputs.cfg.score.score_token_losses else probe.row_bytes * len(pool)
+        what = "token losses" if inputs.cfg.score.score_token_losses else _kept(inputs)
+        lines.append(f"  disk: {size(kept)} of {what} a pass, {size(passes * kept)} in all")
+    if training:
+        step = engine.trial_step()
+        seconds += run.total_steps * step
+        lines.append(f"  training: {run.total_steps:,} steps of {step:.2f} s = {duration(run.total_steps * step)}")
+    lines.append(f"  expected time: {duration(seconds)} and the start; memory of a process: {memory_in_use()}")
+    for line in lines:
+        logger.info(line)
+
+
+def _kept(inputs: Inputs) -> str:
+    return "features (fp16)" if inputs.cfg.score.keep_features else "scores"
+
+
+def _probe(inputs: Inputs, engine: DataflexEngine) -> Probe:
+    """What a batch of the pass takes: of the selector's own, or of losses."""
+    probe, pool = Probe(), inputs.data.train
+    planner = engine.planner
+    passes = getattr(planner.selector, "passes", None) if isinstance(planner, SelectPlanner) else None
+    if isinstance(planner, SelectPlanner) and isinstance(passes, ScoringPasses):
+        passes.probe = probe
+        getattr(planner.selector, "scores")()  # noqa: B009 (a selector with passes has scores)
+        passes.probe = None
+    else:
+        time_batches(probe, engine.scorer, pool, lambda ids: engine.scorer.losses(pool, ids))
+    return probe

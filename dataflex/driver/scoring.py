@@ -1,0 +1,107 @@
+"""`dataflex-cli score`: scores, features or token losses of the pool, without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataflex.config import Config
+from dataflex.data.info import find_dataset_dir, read_dataset_infos
+from dataflex.data.rows import content_of
+from dataflex.driver import scores
+from dataflex.driver.estimate import estimate
+from dataflex.driver.setup import Inputs, build_engine, read_inputs, with_components
+from dataflex.engine import checkpoint
+from dataflex.engine.identity import weights_identity
+from dataflex.engine.plugin import DataflexEngine
+from dataflex.report.trainer_log import read_log
+from dataflex.scoring.token_losses import write_token_losses
+from dataflex.train.trainer.select_trainer import SelectPlanner
+from dataflex.utils import dist
+from dataflex.utils.errors import UserError
+from dataflex.utils.logging import logger
+
+
+def score(cfg: Config) -> None:
+    """Score as ``cfg`` says, under a started process group; a collective."""
+    if not cfg.score.score_token_losses and "select" not in cfg.flex.kinds:
+        raise UserError("score: needs train_type: dynamic_select with a component_name, or score_token_losses: true")
+    cfg = with_components(cfg)
+    inputs = read_inputs(cfg)
+    start = _checkpoint(cfg)
+    engine = build_engine(inputs)
+    if start is not None:
+        engine.run.step = checkpoint.load_weights(engine.engine, start)
+        logger.info(f"scoring with the weights of {start}, after step {engine.run.step}")
+    if cfg.score.dry_run:
+        estimate(inputs, engine, training=False)
+        return
+    folder = Path(cfg.output.output_dir)
+    if cfg.score.score_token_losses:
+        parts = weights_identity(engine, cfg.model.model_name_or_path, moments=False)
+        where = folder / "token_losses"
+        write_token_losses(engine.scorer, inputs.data.train, where, parts, cfg.score.score_shard_samples)
+        logger.info(f"token losses of {len(inputs.data.train):,} samples: {where}")
+        return
+    _write_scores(inputs, engine, start, folder)
+
+
+def _checkpoint(cfg: Config) -> Path | None:
+    """The checkpoint to score with; None for the weights of model_name_or_path and adapter_name_or_path."""
+    named, folder = cfg.output.resume_from_checkpoint, Path(cfg.output.output_dir)
+    if isinstance(named, str):
+        return Path(named).expanduser()
+    if not named:
+        return None
+    newest = checkpoint.newest_whole(folder)
+    if newest is None:
+        raise UserError(f"resume_from_checkpoint: there is no whole checkpoint in {folder}")
+    return newest
+
+
+def _write_scores(inputs: Inputs, engine: DataflexEngine, start: Path | None, folder: Path) -> None:
+    cfg, pool = inputs.cfg, inputs.data.train
+    name = str(cfg.flex.component("select"))
+    selector = _selector(engine, name)
+    if start is None and getattr(selector, "adam", None) is not None:
+        logger.info(f"{name}: gradient_type: sgd, since Adam's moments come only with resume_from_checkpoint")
+        selector.use_plain_gradient()
+    found = np.asarray(selector.scores(), dtype=np.float32)
+    if dist.is_main():
+        passes = getattr(selector, "passes", None)
+        features = None if passes is None or passes.features is None else str(passes.features.resolve())
+        infos = read_dataset_infos(pool.domain_names, find_dataset_dir(cfg.data.dataset_dir, cfg.source))
+        facts = scores.Facts(
+            pool=pool.fingerprint,
+            domains=pool.domain_names,
+            contents=[content_of(info) for info in infos],
+            component=name,
+            checkpoint=None if start is None else str(start),
+            step=engine.run.step,
+            learning_rate=None if start is None else _learning_rate(start),
+            features=features,
+        )
+        scores.write(folder, facts, pool, found)
+        logger.info(f"scores of {len(pool):,} samples: {folder / scores.ARRAY}, {folder / scores.LINES}")
+    dist.barrier()
+
+
+def _selector(engine: DataflexEngine, name: str) -> Any:
+    planner = engine.planner
+    assert isinstance(planner, SelectPlanner)
+    if not hasattr(planner.selector, "scores"):
+        raise UserError(f"component_name: selector '{name}' has no score for each sample; less and loss have")
+    return planner.selector
+
+
+def _learning_rate(start: Path) -> float | None:
+    """Mean rate of the steps that were logged between the checkpoint before ``start`` and it."""
+    if not (start.parent / "trainer_log.jsonl").exists():
+        return None
+    step = checkpoint.step_of(start)
+    earlier = [checkpoint.step_of(p) for p in start.parent.glob("checkpoint-*") if checkpoint.step_of(p) < step]
+    since = max(earlier, default=0)
+    rates = [e["lr"] for e in read_log(start.parent) if "lr" in e and since < e["current_steps"] <= step]
+    return float(np.mean(rates)) if rates else None

@@ -1,0 +1,119 @@
+"""From scores to chosen samples: how many of each domain, the best of each, near-duplicates left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dataflex.core.plan import largest_remainder
+from dataflex.scoring.batches import Ids
+from dataflex.utils.errors import UserError, nearest
+
+RowsOf = Callable[[Ids], NDArray[Any]]
+BLOCK = 512
+
+
+def domain_quotas(
+    quotas: str | Mapping[str, float] | None, count: int, names: Sequence[str], sizes: NDArray[Any]
+) -> NDArray[np.int64] | None:
+    """Samples to take of each domain, int64 [domains], by largest remainder; None where scores alone decide.
+
+    quotas: ``proportional`` (to ``sizes``), ``equal``, or {domain: share}, domains that are not named getting none.
+    UserError for an unknown domain, and where a domain has fewer samples than its quota.
+    """
+    if quotas is None:
+        return None
+    if isinstance(quotas, str):
+        shares = np.asarray(sizes, dtype=np.float64) if quotas == "proportional" else np.ones(len(names))
+    else:
+        for name in quotas:
+            if name not in names:
+                raise UserError(f"select_quotas: no dataset '{name}'{nearest(name, names)}; scored: {', '.join(names)}")
+        shares = np.array([quotas.get(name, 0.0) for name in names])
+    counts = largest_remainder(shares / shares.sum(), count)
+    for name, asked, there in zip(names, counts, sizes, strict=True):
+        if asked > there:
+            raise UserError(f"select_quotas: {asked:,} samples of '{name}' are asked for, it has {there:,}")
+    return counts
+
+
+def best_first(scores: NDArray[Any]) -> Ids:
+    """Positions by score, best first; ties by position. UserError where a score is not finite."""
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if len(bad):
+        raise UserError(f"scores of sample ids {bad[:16].tolist()} are not finite")
+    return np.argsort(-scores, kind="stable").astype(np.int64)
+
+
+def choose(
+    scores: NDArray[Any],
+    domains: NDArray[Any],
+    count: int,
+    quotas: NDArray[np.int64] | None = None,
+    rows_of: RowsOf | None = None,
+    alike: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> Ids:
+    """Positions of at most ``count`` samples, best first.
+
+    scores, domains: [n]. quotas: at most so many of each domain. rows_of: features [k, d] of positions [k]; with it
+    a sample is passed over where its cosine with a better one that was taken is ``alike`` or more, which may leave
+    fewer than ``count``.
+    """
+    order = best_first(scores)
+    if rows_of is None:
+        if quotas is None:
+            return order[:count]
+        place = domains[order]
+        picks = [order[place == d][:quota] for d, quota in enumerate(quotas)]
+        return order[np.isin(order, np.concatenate(picks))]
+    return _without_duplicates(order, domains, count, quotas, _Taken(rows_of, alike, torch.device(device)))
+
+
+def _without_duplicates(
+    order: Ids, domains: NDArray[Any], count: int, quotas: NDArray[np.int64] | None, taken: _Taken
+) -> Ids:
+    left = np.full(int(domains.max()) + 1, count, dtype=np.int64) if quotas is None else quotas.copy()
+    picks: list[int] = []
+    for start in range(0, len(order), BLOCK):
+        open_ones = order[start : start + BLOCK]
+        open_ones = open_ones[left[domains[open_ones]] > 0]
+        if len(open_ones) == 0:
+            continue
+        for place in taken.offer(open_ones, left, domains, count - len(picks)):
+            picks.append(place)
+        if len(picks) == count:
+            break
+    return np.array(picks, dtype=np.int64)
+
+
+class _Taken:
+    """The unit features of what was taken, fp16 on the device."""
+
+    def __init__(self, rows_of: RowsOf, alike: float, device: torch.device) -> None:
+        self.rows_of, self.alike, self.device = rows_of, alike, device
+        self.parts: list[torch.Tensor] = []
+
+    def offer(self, places: Ids, left: NDArray[np.int64], domains: NDArray[Any], most: int) -> list[int]:
+        """Those of ``places``, in order, that are like none taken before; ``left`` is counted down by domain."""
+        rows = torch.from_numpy(np.ascontiguousarray(self.rows_of(places))).to(self.device).float()
+        unit = torch.nn.functional.normalize(rows, dim=1)
+        alike = torch.zeros(len(places), dtype=torch.bool, device=self.device)
+        for part in self.parts:
+            alike |= (unit @ part.float().T >= self.alike).any(dim=1)
+        among = (unit @ unit.T >= self.alike).cpu().numpy()
+        known = alike.cpu().numpy()
+        mine: list[int] = []
+        for i, place in enumerate(places.tolist()):
+            if len(mine) == most:
+                break
+            if known[i] or left[domains[place]] == 0 or among[i, mine].any():
+                continue
+            mine.append(i)
+            left[domains[place]] -= 1
+        self.parts.append(unit[mine].half())
+        return [int(places[i]) for i in mine]
