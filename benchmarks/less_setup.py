@@ -135,6 +135,11 @@ def start_process() -> None:
     deepspeed.init_distributed(verbose=False)
 
 
+def end_process() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def engine_for(
     net: Any, pool: Any, target: Any, *, micro_batch: int, steps: int, lr: float, collator: Any = None, **flex: Any
 ) -> Any:

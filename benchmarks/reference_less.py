@@ -29,6 +29,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from less_setup import (
     Sample,
+    end_process,
     engine_for,
     llama,
     no_data,
@@ -212,8 +213,8 @@ def main() -> None:
     size: dict[str, int] = dict(width=32, layers=1, rank=4, steps=2, proj_dim=512)
     size = size if asked.smoke else dict(width=128, layers=4, rank=16, steps=80, proj_dim=8192)
     finish(compare(data, **size), ("a", "b", "overlap_at_10%", "spearman"), asked.csv)
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    end_process()
