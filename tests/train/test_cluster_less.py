@@ -125,6 +125,13 @@ def test_k_means_finds_planted_clusters_by_direction() -> None:
     assert np.array_equal(again.of, clusters.of) and np.array_equal(again.distance, clusters.distance)
 
 
+def test_more_clusters_than_samples_leave_each_its_own() -> None:
+    vectors = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
+    assert sorted(k_means(vectors, 7, seed=1).of) == list(range(7))
+    selector = ClusterLessSelector([0] * 8, None, None, "", None, [0], n_clusters=9)  # type: ignore[arg-type]
+    assert selector.n_clusters == 8
+
+
 def test_representatives_and_picks_are_the_nearest_of_the_best() -> None:
     clusters = Clusters(np.array([2, 0, 2, 0, 2]), np.array([0.3, 0.2, 0.1, 0.0, 0.3], dtype=np.float32))
     assert [ids.tolist() for ids in representatives(clusters, 2)] == [[3, 1], [2, 0]]
@@ -135,7 +142,7 @@ def test_representatives_and_picks_are_the_nearest_of_the_best() -> None:
 @pytest.mark.parametrize(
     ("params", "text"),
     [
-        ({"n_clusters": 9}, "cluster_less: n_clusters: expected 1 to 8 (the pool), got 9"),
+        ({"n_clusters": 0}, "cluster_less: n_clusters: expected at least 1, got 0"),
         ({"n_clusters": 4, "representatives": 0}, "cluster_less: representatives: expected at least 1, got 0"),
         (
             {"n_clusters": 4, "pooling": "meen"},

@@ -15,6 +15,7 @@ from dataflex.scoring.scorer import Scorer
 from dataflex.train.selector.less_selector import LessSelector, cosine_scores, target_directions
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError, nearest
+from dataflex.utils.logging import logger
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -60,8 +61,9 @@ class ClusterLessSelector(LessSelector):
 
     The pool's embeddings (hidden states of the last layer through the current model) are clustered by k-means; the
     mean gradient feature of the representatives nearest to a centre stands for the cluster, and is scored as `less`
-    scores a sample (arXiv 2402.04333). n_clusters, representatives: per decision. pooling: ``mean`` or ``last``
-    token. gradient_type, adam_form, proj_dim, seed: as `less` has them; the seed is the clustering's as well.
+    scores a sample (arXiv 2402.04333). n_clusters: at most, per decision. representatives: per cluster. pooling:
+    ``mean`` or ``last`` token. gradient_type, adam_form, proj_dim, seed: as `less` has them; the seed is the
+    clustering's as well.
     """
 
     def __init__(
@@ -94,15 +96,17 @@ class ClusterLessSelector(LessSelector):
         )
         if find_spec("faiss") is None:
             raise UserError("cluster_less: needs faiss: pip install 'dataflex[cluster]' (or faiss-cpu)")
-        if not 1 <= n_clusters <= len(dataset):
-            raise UserError(f"cluster_less: n_clusters: expected 1 to {len(dataset)} (the pool), got {n_clusters}")
-        if representatives < 1:
-            raise UserError(f"cluster_less: representatives: expected at least 1, got {representatives}")
+        for key, value in (("n_clusters", n_clusters), ("representatives", representatives)):
+            if value < 1:
+                raise UserError(f"cluster_less: {key}: expected at least 1, got {value}")
+        if n_clusters > len(dataset):
+            logger.warning(f"cluster_less: n_clusters: {n_clusters}, but the pool has {len(dataset)} samples")
         if pooling not in POOLINGS:
             raise UserError(
                 f"cluster_less: pooling: '{pooling}'{nearest(pooling, POOLINGS)}; valid: {', '.join(POOLINGS)}"
             )
-        self.n_clusters, self.representatives, self.pooling = n_clusters, representatives, pooling
+        self.n_clusters = min(n_clusters, len(dataset))
+        self.representatives, self.pooling = representatives, pooling
 
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
         clusters, scores = self._scored()
