@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +89,14 @@ def takes_best_scores(outcome: Outcome) -> None:
         assert scores == sorted(scores, reverse=True) and -1 <= scores[-1] < scores[0] <= 1
 
 
+def takes_best_clusters(outcome: Outcome) -> None:
+    picks_distinct_samples(outcome)
+    for decision in outcome.decisions:
+        scores, clusters = decision["metric"]["score"], decision["metric"]["cluster"]
+        assert scores == sorted(scores, reverse=True)
+        assert len(set(clusters)) == 1 + sum(a != b for a, b in itertools.pairwise(clusters))
+
+
 def mixes(*shares: float) -> Callable[[Outcome], None]:
     def expect(outcome: Outcome) -> None:
         for counts in outcome.counts[1:]:
@@ -110,6 +119,7 @@ _LESS_EXACT = {"scoring": "exact", "accumulate": True, "layers": ["layers"], "la
 CASES = [
     Case("selector", "less", _LESS, takes_best_scores),
     Case("selector", "less", _LESS_EXACT, takes_best_scores, "exact"),
+    Case("selector", "cluster_less", {**_LESS, "n_clusters": 6, "representatives": 2}, takes_best_clusters),
     Case("selector", "loss", {"focus": "high", "focus_weight": 3.0, "temperature": 0.5}, decides_anew),
     Case("selector", "random", {"seed": 5}, decides_anew),
     Case("selector", "custom", {}, picks_the_first_samples),

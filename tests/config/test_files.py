@@ -33,7 +33,7 @@ def test_component_params_come_from_the_packaged_file_as_a_copy() -> None:
 def test_packaged_components_are_complete() -> None:
     groups = read_components(packaged("components.yaml"))
     assert {group: list(entries) for group, entries in groups.items()} == {
-        "selectors": ["less", "less_exact", "loss", "random", "custom"],
+        "selectors": ["less", "less_exact", "cluster_less", "loss", "random", "custom"],
         "mixers": ["random", "static", "stratified"],
         "weighters": ["loss", "custom"],
     }

@@ -1,8 +1,9 @@
 """Selectors; importing this package registers those that come with dataflex."""
 
+from dataflex.train.selector.cluster_less_selector import ClusterLessSelector
 from dataflex.train.selector.custom_selector import CustomSelector
 from dataflex.train.selector.less_selector import LessSelector
 from dataflex.train.selector.loss_selector import LossSelector
 from dataflex.train.selector.random_selector import RandomSelector
 
-__all__ = ["CustomSelector", "LessSelector", "LossSelector", "RandomSelector"]
+__all__ = ["ClusterLessSelector", "CustomSelector", "LessSelector", "LossSelector", "RandomSelector"]

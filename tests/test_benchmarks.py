@@ -1,0 +1,107 @@
+"""The LESS benchmarks run, on tiny models; their figures mean nothing here."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataflex.config import load_config
+from tests.distributed import ROOT, run_ranks
+
+FOLDER = str(ROOT / "benchmarks")
+SCRIPTS = ("reference_less", "fidelity", "bench_less")
+
+
+def module(name: str) -> Any:
+    if FOLDER not in sys.path:
+        sys.path.insert(0, FOLDER)
+    return importlib.import_module(name)
+
+
+def smoke(folder: str) -> list[str]:
+    """Run the scripts one after the other in this process; returns the CSVs that they wrote."""
+    written = []
+    for name in SCRIPTS:
+        written.append(f"{folder}/{name}.csv")
+        sys.argv = [name, "--smoke", "--csv", written[-1]]
+        module(name).main()
+    return written
+
+
+def rows_of(file: str) -> list[dict[str, str]]:
+    with Path(file).open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_the_scripts_run(tmp_path: Path) -> None:
+    (files,) = run_ranks("tests.test_benchmarks:smoke", 1, folder=str(tmp_path))
+    agreement, fidelity, speed = map(rows_of, files)
+    assert {row["a"] for row in agreement} >= {"dataflex seed 1", "reference seed 1"}
+    assert {row["scoring"] for row in fidelity} == {"exact", *module("fidelity").PROJECTIONS}
+    (exact,) = (row for row in fidelity if row["scoring"] == "exact")
+    assert float(exact["each_spearman"]) >= 0.999
+    assert {"training", "scoring"} <= {row["what"] for row in speed}
+
+
+def test_the_reference_scores_by_hand() -> None:
+    import torch
+
+    reference = module("reference_less")
+    adam = reference.Adam(torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0]))
+    got = adam.direction(torch.tensor([2.0, 1.0], dtype=torch.float64))
+    assert got.tolist() == pytest.approx([1.1 / (4.0 * 0.999 + 0.004) ** 0.5, 0.1 / (0.001 + 1e-8) ** 0.5], rel=1e-6)
+    train = torch.tensor([[3.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    target = torch.tensor([[1.0, 0.0], [0.0, 5.0], [1.0, 0.0]])
+    half = 0.5**0.5
+    assert reference.influence(train, target, [0, 0, 0]).tolist() == pytest.approx([2 / 3, 1 / 3, half])
+    assert reference.influence(train, target, [0, 1, 0]).tolist() == pytest.approx([1.0, 1.0, half])
+
+
+def test_a_dense_projection_keeps_inner_products() -> None:
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(6, 3000, generator=draw, dtype=torch.float64)
+    sketch = module("reference_less").dense_rademacher(rows, 4096, seed=1)
+    assert ((sketch @ sketch.T - rows @ rows.T).abs() / 3000).max() < 0.1
+
+
+@pytest.mark.parametrize("suite", ["demo", "real", "shares"])
+def test_the_downstream_runs_are_valid(suite: str, tmp_path: Path) -> None:
+    downstream = module("downstream")
+    sys.argv = ["downstream", suite, "--csv", "x.csv"]
+    asked = downstream.arguments()
+    shared = downstream.settings(asked, downstream.SUITES[suite], tmp_path)
+    for method in downstream.METHODS:
+        config = downstream.run_config(shared, method, 3)
+        cfg = load_config(config | {"output_dir": str(tmp_path / "out")}, quiet=True)
+        steps = cfg.flex.warmup_step + (cfg.flex.update_step or 0) * cfg.flex.update_times
+        assert shared["eval_steps"] == (cfg.fixed_steps if method == "full" else steps)
+        assert downstream.components(method, 3)["selectors"]
+
+
+def test_without_real_text_the_scripts_say_so() -> None:
+    done = subprocess.run([sys.executable, f"{FOLDER}/fidelity.py"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("skipped: no --data FOLDER given")
+
+
+@pytest.mark.slow
+def test_a_downstream_run_is_a_line_and_is_not_run_again(tmp_path: Path) -> None:
+    words = ["demo", "--smoke", "--seeds", "1", "--methods", "random", "full", "--csv", "all.csv", "--work", "work"]
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, f"{FOLDER}/downstream.py", *words], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    found = rows_of(str(tmp_path / "all.csv"))
+    assert [row["method"] for row in found] == ["random", "full"]
+    assert all(float(row["held_out_loss"]) > 0 for row in found)
+    assert found[0]["share_of_target_domain"] and not found[1]["share_of_target_domain"]
+    assert json.loads((tmp_path / "work" / "demo" / "random_1" / "all_results.json").read_text())
