@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from dataflex.config import deepspeed_json
 from dataflex.config.fields import (
@@ -37,17 +37,13 @@ from dataflex.config.fields import (
     choice,
     choices,
 )
+from dataflex.config.section import Section
+from dataflex.config.weighting import WeightingSection
 
 Kind = Literal["select", "mix", "weight"]
 KINDS: tuple[Kind, ...] = ("select", "mix", "weight")
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
-
-
-class Section(BaseModel):
-    """Frozen; an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class ModelSection(Section):
@@ -224,6 +220,7 @@ class Config(Section):
     train: TrainSection = TrainSection()
     output: OutputSection = OutputSection()
     flex: FlexSection = FlexSection()
+    weighting: WeightingSection = WeightingSection()
     source: Path | None = None
     notes: tuple[str, ...] = ()
 
@@ -258,5 +255,6 @@ SECTIONS: dict[str, type[Section]] = {
     "train": TrainSection,
     "output": OutputSection,
     "flex": FlexSection,
+    "weighting": WeightingSection,
 }
 SECTION_OF: dict[str, str] = {key: name for name, section in SECTIONS.items() for key in section.model_fields}

@@ -10,7 +10,8 @@ import numpy as np
 
 from dataflex.core.context import Run
 from dataflex.engine import checkpoint
-from dataflex.engine.loop import Loop, StepBatch
+from dataflex.engine.batches import StepBatch
+from dataflex.engine.loop import Loop
 from dataflex.scoring.scorer import Scorer
 from dataflex.utils.errors import UserError
 
