@@ -88,6 +88,9 @@ def _deepspeed(cfg: Config) -> Iterator[Problem]:
     value = cfg.train.deepspeed
     if value is None:
         return
+    if cfg.train.layer_lr_multipliers is not None and "optimizer" in _deepspeed_keys(cfg):
+        text = "has no effect where the DeepSpeed config has an optimizer of its own; drop one of them"
+        yield Problem(("layer_lr_multipliers", "deepspeed"), text)
     keys = ("deepspeed", *deepspeed_json.SAME_AS_YAML.values())
     try:
         config = cfg.train.deepspeed_config()
@@ -97,6 +100,14 @@ def _deepspeed(cfg: Config) -> Iterator[Problem]:
         return
     for text in deepspeed_json.problems(config, cfg.train.model_dump()):
         yield Problem(keys, prefix + text)
+
+
+def _deepspeed_keys(cfg: Config) -> set[str]:
+    """The top-level keys of the DeepSpeed config; none where it cannot be read."""
+    try:
+        return set(cfg.train.deepspeed_config())
+    except UserError:
+        return set()
 
 
 def _length(cfg: Config) -> Iterator[Problem]:

@@ -189,12 +189,28 @@ def _to_resume(value: Any) -> str | bool:
     return to_flag(value)
 
 
+def to_weight(value: Any, of: str) -> float:
+    """A finite number >= 0; ``of`` says whose."""
+    number = to_number(value, f"a finite weight >= 0 for {of}")
+    if number < 0:
+        raise ValueError(f"expected a finite weight >= 0 for {of}, got {value!r}")
+    return number
+
+
+def to_weights(value: Any) -> dict[str, float]:
+    """A mapping of names to finite numbers >= 0."""
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(f"expected a mapping of names to weights, got {shown(value)}")
+    return {str(name): to_weight(weight, f"'{name}'") for name, weight in value.items()}
+
+
 Flag = Annotated[bool, check(to_flag)]
 OptionalFlag = Annotated[bool | None, check(to_flag)]
 Text = Annotated[str, check(to_text)]
 OptionalText = Annotated[str | None, check(to_text)]
 Names = Annotated[tuple[str, ...], check(to_names)]
 Report = Annotated[tuple[str, ...], check(_to_report)]
+Weights = Annotated[dict[str, float] | None, check(to_weights)]
 Proportions = Annotated[tuple[float, ...] | None, check(_to_proportions)]
 ValSize = Annotated[float, check(_to_val_size)]
 Layers = Annotated[int, check(_to_layers)]

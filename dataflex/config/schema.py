@@ -34,6 +34,7 @@ from dataflex.config.fields import (
     ShareBelowOne,
     Text,
     ValSize,
+    Weights,
     choice,
     choices,
 )
@@ -135,6 +136,7 @@ class TrainSection(Section):
     deepspeed: DeepSpeedConfig = None
     ddp_timeout: Positive = 1800
     group_by_length: Flag = False
+    layer_lr_multipliers: Weights = None
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The DeepSpeed config as a new dict ("auto" values as they are); empty where none is named."""

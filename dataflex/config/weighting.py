@@ -10,11 +10,13 @@ from dataflex.config.fields import (
     OptionalFlag,
     OptionalPositive,
     OptionalText,
+    Weights,
     check,
     choice,
     shown,
-    to_number,
     to_text,
+    to_weight,
+    to_weights,
 )
 from dataflex.config.section import Section
 from dataflex.utils.errors import nearest
@@ -23,25 +25,12 @@ PRESETS = ("inverse_domain", "inverse_class", "temperature")
 ROLES = ("prompt", "answer")
 
 
-def _to_weight(value: Any, of: str) -> float:
-    number = to_number(value, f"a finite weight >= 0 for {of}")
-    if number < 0:
-        raise ValueError(f"expected a finite weight >= 0 for {of}, got {value!r}")
-    return number
-
-
-def _to_weights(value: Any) -> dict[str, float]:
-    if not isinstance(value, Mapping) or not value:
-        raise ValueError(f"expected a mapping of names to weights, got {shown(value)}")
-    return {str(name): _to_weight(weight, f"'{name}'") for name, weight in value.items()}
-
-
 def _to_class_weights(value: Any) -> str | dict[str, float]:
-    return to_text(value) if isinstance(value, str) else _to_weights(value)
+    return to_text(value) if isinstance(value, str) else to_weights(value)
 
 
 def _to_role_weights(value: Any) -> dict[str, float]:
-    weights = _to_weights(value)
+    weights = to_weights(value)
     for role in weights:
         if role not in ROLES:
             raise ValueError(f"unknown role '{role}', expected {' or '.join(ROLES)}{nearest(role, ROLES)}")
@@ -51,7 +40,7 @@ def _to_role_weights(value: Any) -> dict[str, float]:
 def _to_turn_weights(value: Any) -> tuple[float, ...]:
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(f"expected a list of weights, the last turn's last, got {shown(value)}")
-    return tuple(_to_weight(weight, f"turn {i - len(value)}") for i, weight in enumerate(value))
+    return tuple(to_weight(weight, f"turn {i - len(value)}") for i, weight in enumerate(value))
 
 
 def _to_spans(value: Any) -> dict[str, tuple[str | None, float]]:
@@ -61,7 +50,7 @@ def _to_spans(value: Any) -> dict[str, tuple[str | None, float]]:
     for start, pair in value.items():
         if not start or not isinstance(pair, list | tuple) or len(pair) != 2 or pair[0] == "":
             raise ValueError(f"expected [end or null, weight] for {start!r}, got {pair!r}")
-        spans[str(start)] = (None if pair[0] is None else str(pair[0]), _to_weight(pair[1], repr(start)))
+        spans[str(start)] = (None if pair[0] is None else str(pair[0]), to_weight(pair[1], repr(start)))
     return spans
 
 
@@ -73,7 +62,7 @@ class WeightingSection(Section):
     """
 
     sample_weight_as: Annotated[Literal["loss", "probability", "both"], choice("loss", "probability", "both")] = "loss"
-    domain_weights: Annotated[dict[str, float] | None, check(_to_weights)] = None
+    domain_weights: Weights = None
     class_weights: Annotated[str | dict[str, float] | None, check(_to_class_weights)] = None
     role_weights: Annotated[dict[str, float] | None, check(_to_role_weights)] = None
     turn_weights: Annotated[tuple[float, ...] | None, check(_to_turn_weights)] = None

@@ -89,6 +89,7 @@ KEYS: list[tuple[str, str, Any]] = [
     ("deepspeed: ds_zero3.json", "train", "ds_zero3.json"),
     ("ddp_timeout: 180000000", "train", 180000000),
     ("group_by_length: true", "train", True),
+    ("layer_lr_multipliers: {layers.0: 0.5}", "train", {"layers.0": 0.5}),
     ("output_dir: saves/x", "output", "saves/x"),
     ("overwrite_output_dir: true", "output", True),
     ("resume_from_checkpoint: saves/x/checkpoint-5", "output", "saves/x/checkpoint-5"),
