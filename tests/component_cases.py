@@ -127,5 +127,6 @@ CASES = [
     Case("mixer", "static", {"proportions": [3, 1]}, mixes(0.75, 0.25)),
     Case("mixer", "stratified", {}, mixes(24 / 64, 40 / 64)),
     Case("weighter", "loss", {"strategy": "linupper", "r_start": 1.0, "r_end": 0.25}),
+    Case("weighter", "adapt", {"num_anchors": 4, "refresh_step": 2, "similarity": "max", "temperature": 0.05}),
     Case("weighter", "custom", {"strategy": "uniform"}),
 ]

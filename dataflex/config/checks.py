@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataflex.config import deepspeed_json
+from dataflex.config import deepspeed_json, weighting
 from dataflex.config.components import component_params
 from dataflex.config.paths import resolve
 from dataflex.config.schema import Config
@@ -36,6 +36,8 @@ def problems(cfg: Config, embedded: bool) -> Iterator[Problem]:
     yield from _length(cfg)
     yield from _schedule(cfg)
     yield from _mixing(cfg)
+    for keys, text in weighting.problems(cfg.weighting, cfg.data, cfg.flex.kinds, embedded):
+        yield Problem(keys, text)
     yield from _components(cfg, embedded)
     yield from _paths(cfg)
 
@@ -86,6 +88,9 @@ def _deepspeed(cfg: Config) -> Iterator[Problem]:
     value = cfg.train.deepspeed
     if value is None:
         return
+    if cfg.train.layer_lr_multipliers is not None and "optimizer" in _deepspeed_keys(cfg):
+        text = "has no effect where the DeepSpeed config has an optimizer of its own; drop one of them"
+        yield Problem(("layer_lr_multipliers", "deepspeed"), text)
     keys = ("deepspeed", *deepspeed_json.SAME_AS_YAML.values())
     try:
         config = cfg.train.deepspeed_config()
@@ -95,6 +100,14 @@ def _deepspeed(cfg: Config) -> Iterator[Problem]:
         return
     for text in deepspeed_json.problems(config, cfg.train.model_dump()):
         yield Problem(keys, prefix + text)
+
+
+def _deepspeed_keys(cfg: Config) -> set[str]:
+    """The top-level keys of the DeepSpeed config; none where it cannot be read."""
+    try:
+        return set(cfg.train.deepspeed_config())
+    except UserError:
+        return set()
 
 
 def _length(cfg: Config) -> Iterator[Problem]:
@@ -161,8 +174,9 @@ def _components(cfg: Config, embedded: bool) -> Iterator[Problem]:
             for line in str(e).splitlines():
                 yield Problem((key, "component_name", "components_cfg_file", "component_modules"), line)
             continue
-        if name == "less" and not embedded and not (cfg.data.eval_dataset or cfg.data.val_size):
-            text = "less needs a target to select for: set eval_dataset (or val_size)"
+        aims = {"less": "a target to select for", "adapt": "a target to compare with"}
+        if name in aims and not embedded and not (cfg.data.eval_dataset or cfg.data.val_size):
+            text = f"{name} needs {aims[name]}: set eval_dataset (or val_size)"
             yield Problem(("component_name", "eval_dataset", "val_size"), text)
 
 
@@ -194,6 +208,9 @@ def notes(cfg: Config, embedded: bool) -> Iterator[Problem]:
         yield Problem(("eval_steps",), "not used: eval_strategy is 'no'")
     if "mix" in cfg.flex.kinds and len(cfg.data.dataset) == 1 and not embedded:
         yield Problem(("dataset",), "dynamic_mix has one dataset, so there is nothing to mix")
+    idle = weighting.unused(cfg.weighting)
+    if idle:
+        yield Problem((idle[0],), f"not used without weighted sampling of that kind: {', '.join(idle)}")
     unused = _unused(cfg)
     if unused:
         types = ", ".join(cfg.flex.train_type)

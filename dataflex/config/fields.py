@@ -18,11 +18,13 @@ Validator = Callable[[Any], Any]
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as errors show it."""
     return kind_of(value) if isinstance(value, Mapping | list | tuple) else repr(value)
 
 
-def _check(convert: Validator) -> BeforeValidator:
+def check(convert: Validator) -> BeforeValidator:
+    """The field type's validator; a null passes."""
     return BeforeValidator(lambda value: value if value is None else convert(value))
 
 
@@ -32,10 +34,11 @@ def to_flag(value: Any) -> bool:
         return value
     if isinstance(value, str) and value.strip().lower() in _WORDS:
         return _WORDS[value.strip().lower()]
-    raise ValueError(f"expected true or false, got {_shown(value)}")
+    raise ValueError(f"expected true or false, got {shown(value)}")
 
 
-def _to_number(value: Any, expected: str) -> float:
+def to_number(value: Any, expected: str) -> float:
+    """A finite number; ``expected`` says in the error what would be one."""
     if not isinstance(value, bool):
         try:
             number = float(value)
@@ -43,7 +46,7 @@ def _to_number(value: Any, expected: str) -> float:
             number = math.nan
         if math.isfinite(number):
             return number
-    raise ValueError(f"expected {expected}, got {_shown(value)}")
+    raise ValueError(f"expected {expected}, got {shown(value)}")
 
 
 def whole(low: int, also: int | None = None) -> BeforeValidator:
@@ -51,12 +54,12 @@ def whole(low: int, also: int | None = None) -> BeforeValidator:
     expected = f"a whole number >= {low}" + (f" or {also}" if also is not None else "")
 
     def convert(value: Any) -> int:
-        number = _to_number(value, expected)
+        number = to_number(value, expected)
         if number != int(number) or (number < low and number != also):
-            raise ValueError(f"expected {expected}, got {_shown(value)}")
+            raise ValueError(f"expected {expected}, got {shown(value)}")
         return value if isinstance(value, int) else int(number)
 
-    return _check(convert)
+    return check(convert)
 
 
 def real(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> BeforeValidator:
@@ -66,12 +69,12 @@ def real(low: float, high: float = math.inf, *, above: bool = False, below: bool
         expected += f" and {'<' if below else '<='} {high:g}"
 
     def convert(value: Any) -> float:
-        number = _to_number(value, expected)
+        number = to_number(value, expected)
         if number < low or number > high or (above and number == low) or (below and number == high):
-            raise ValueError(f"expected {expected}, got {_shown(value)}")
+            raise ValueError(f"expected {expected}, got {shown(value)}")
         return number
 
-    return _check(convert)
+    return check(convert)
 
 
 def to_text(value: Any) -> str:
@@ -79,7 +82,7 @@ def to_text(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise ValueError(f"expected text, got {_shown(value)} (put it in quotes)")
+        raise ValueError(f"expected text, got {shown(value)} (put it in quotes)")
     if not value.strip():
         raise ValueError("expected text, got an empty string")
     return value.strip()
@@ -91,7 +94,7 @@ def to_names(value: Any) -> tuple[str, ...]:
     if isinstance(items, int) and not isinstance(items, bool):
         items = [items]
     if not isinstance(items, list | tuple):
-        raise ValueError(f"expected names (a list, or text with commas), got {_shown(value)}")
+        raise ValueError(f"expected names (a list, or text with commas), got {shown(value)}")
     names = tuple(to_text(item) if not isinstance(item, str) else item.strip() for item in items)
     if any(not name for name in names):
         raise ValueError("expected names, got an empty one (a comma too many?)")
@@ -104,7 +107,7 @@ def _to_choice(valid: tuple[str, ...], same: Mapping[str, str]) -> Validator:
         word = same.get(word, word) if isinstance(word, str) else word
         if word not in valid:
             hint = nearest(str(value), valid)
-            raise ValueError(f"expected one of {', '.join(valid)}, got {_shown(value)}{hint}")
+            raise ValueError(f"expected one of {', '.join(valid)}, got {shown(value)}{hint}")
         return str(word)
 
     return convert
@@ -112,7 +115,7 @@ def _to_choice(valid: tuple[str, ...], same: Mapping[str, str]) -> Validator:
 
 def choice(*valid: str, **same: str) -> BeforeValidator:
     """One of ``valid``; ``same`` maps other spellings to them; false means "no" where that is valid."""
-    return _check(_to_choice(valid, same))
+    return check(_to_choice(valid, same))
 
 
 def choices(*valid: str, **same: str) -> BeforeValidator:
@@ -126,7 +129,7 @@ def choices(*valid: str, **same: str) -> BeforeValidator:
                 raise ValueError(f"'{word}' is listed twice")
         return words
 
-    return _check(convert)
+    return check(convert)
 
 
 def _to_report(value: Any) -> tuple[str, ...]:
@@ -140,8 +143,8 @@ def _to_report(value: Any) -> tuple[str, ...]:
 def _to_proportions(value: Any) -> tuple[float, ...]:
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, list | tuple) or not items:
-        raise ValueError(f"expected a list of proportions, one per dataset, got {_shown(value)}")
-    shares = tuple(_to_number(item, "finite proportions") for item in items)
+        raise ValueError(f"expected a list of proportions, one per dataset, got {shown(value)}")
+    shares = tuple(to_number(item, "finite proportions") for item in items)
     if any(share < 0 for share in shares):
         raise ValueError(f"expected proportions >= 0, got {min(shares):g}")
     if sum(shares) == 0:
@@ -151,17 +154,17 @@ def _to_proportions(value: Any) -> tuple[float, ...]:
 
 def _to_val_size(value: Any) -> float:
     expected = "a fraction >= 0 and < 1, or a whole number of samples >= 2"
-    number = _to_number(value, expected)
+    number = to_number(value, expected)
     if number < 0 or number == 1 or (number > 1 and number != int(number)):
-        raise ValueError(f"expected {expected}, got {_shown(value)}")
+        raise ValueError(f"expected {expected}, got {shown(value)}")
     return number
 
 
 def _to_layers(value: Any) -> int:
     expected = "a whole number of layers, > 0 counted from the end, < 0 from the start"
-    number = _to_number(value, expected)
+    number = to_number(value, expected)
     if number != int(number) or number == 0:
-        raise ValueError(f"expected {expected}, got {_shown(value)}")
+        raise ValueError(f"expected {expected}, got {shown(value)}")
     return int(number)
 
 
@@ -186,18 +189,34 @@ def _to_resume(value: Any) -> str | bool:
     return to_flag(value)
 
 
-Flag = Annotated[bool, _check(to_flag)]
-OptionalFlag = Annotated[bool | None, _check(to_flag)]
-Text = Annotated[str, _check(to_text)]
-OptionalText = Annotated[str | None, _check(to_text)]
-Names = Annotated[tuple[str, ...], _check(to_names)]
-Report = Annotated[tuple[str, ...], _check(_to_report)]
-Proportions = Annotated[tuple[float, ...] | None, _check(_to_proportions)]
-ValSize = Annotated[float, _check(_to_val_size)]
-Layers = Annotated[int, _check(_to_layers)]
-Components = Annotated[str | dict[str, str] | None, _check(_to_components)]
-DeepSpeedConfig = Annotated[str | dict[str, Any] | None, _check(_to_deepspeed)]
-Resume = Annotated[str | bool | None, _check(_to_resume)]
+def to_weight(value: Any, of: str) -> float:
+    """A finite number >= 0; ``of`` says whose."""
+    number = to_number(value, f"a finite weight >= 0 for {of}")
+    if number < 0:
+        raise ValueError(f"expected a finite weight >= 0 for {of}, got {value!r}")
+    return number
+
+
+def to_weights(value: Any) -> dict[str, float]:
+    """A mapping of names to finite numbers >= 0."""
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(f"expected a mapping of names to weights, got {shown(value)}")
+    return {str(name): to_weight(weight, f"'{name}'") for name, weight in value.items()}
+
+
+Flag = Annotated[bool, check(to_flag)]
+OptionalFlag = Annotated[bool | None, check(to_flag)]
+Text = Annotated[str, check(to_text)]
+OptionalText = Annotated[str | None, check(to_text)]
+Names = Annotated[tuple[str, ...], check(to_names)]
+Report = Annotated[tuple[str, ...], check(_to_report)]
+Weights = Annotated[dict[str, float] | None, check(to_weights)]
+Proportions = Annotated[tuple[float, ...] | None, check(_to_proportions)]
+ValSize = Annotated[float, check(_to_val_size)]
+Layers = Annotated[int, check(_to_layers)]
+Components = Annotated[str | dict[str, str] | None, check(_to_components)]
+DeepSpeedConfig = Annotated[str | dict[str, Any] | None, check(_to_deepspeed)]
+Resume = Annotated[str | bool | None, check(_to_resume)]
 Count = Annotated[int, whole(0)]
 Positive = Annotated[int, whole(1)]
 OptionalCount = Annotated[int | None, whole(0)]

@@ -128,6 +128,10 @@ def _settle_paths(flat: _Flat, base: Path | None) -> None:
     for key in ("deepspeed", "components_cfg_file"):
         if isinstance(flat.values.get(key), str):
             flat.values[key] = _settled(flat, key, flat.values[key], base)
+    for key, ends in (("sample_weight", ".npy"), ("class_weights", (".npy", ".json"))):
+        value = flat.values.get(key)
+        if isinstance(value, str) and value.endswith(ends):
+            flat.values[key] = _settled(flat, key, value, base)
     modules = flat.values.get("component_modules")
     if isinstance(modules, str):
         modules = [name.strip() for name in modules.split(",")]

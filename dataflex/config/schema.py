@@ -34,11 +34,13 @@ from dataflex.config.fields import (
     ShareBelowOne,
     Text,
     ValSize,
+    Weights,
     choice,
     choices,
 )
 from dataflex.config.score_section import ScoreSection
 from dataflex.config.section import Section
+from dataflex.config.weighting import WeightingSection
 
 Kind = Literal["select", "mix", "weight"]
 KINDS: tuple[Kind, ...] = ("select", "mix", "weight")
@@ -135,6 +137,7 @@ class TrainSection(Section):
     deepspeed: DeepSpeedConfig = None
     ddp_timeout: Positive = 1800
     group_by_length: Flag = False
+    layer_lr_multipliers: Weights = None
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The DeepSpeed config as a new dict ("auto" values as they are); empty where none is named."""
@@ -221,6 +224,7 @@ class Config(Section):
     output: OutputSection = OutputSection()
     flex: FlexSection = FlexSection()
     score: ScoreSection = ScoreSection()
+    weighting: WeightingSection = WeightingSection()
     source: Path | None = None
     notes: tuple[str, ...] = ()
 
@@ -256,5 +260,6 @@ SECTIONS: dict[str, type[Section]] = {
     "output": OutputSection,
     "flex": FlexSection,
     "score": ScoreSection,
+    "weighting": WeightingSection,
 }
 SECTION_OF: dict[str, str] = {key: name for name, section in SECTIONS.items() for key in section.model_fields}

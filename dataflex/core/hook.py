@@ -14,8 +14,9 @@ The loop (dataflex/engine/loop.py is the only one) in pseudo-code, with every ev
                 outputs = model(micro.inputs)
                 losses = per_sample_loss(outputs.logits, micro.labels)
                 for hook in hooks: hook.on_losses(run, micro, losses, outputs)  # look at the training forward
-                weights = micro.weights                         # the samples' own, or 1
+                weights = micro.weights      # sample_weight x domain weight x 1 / (pool size x q), or 1
                 for hook in weighers: weights *= hook.weigh(run, micro, losses, outputs)
+                for hook in hooks: hook.on_weights(run, micro, weights)  # look at the product
                 engine.backward((weights * losses).sum() / denominator); engine.step()
             run.step += 1
             for hook in hooks: hook.on_step_end(run, batch)         # logging, evaluation, checkpoints
@@ -49,13 +50,19 @@ class Hook:
         """After the phase's plan is made; not called again for a phase that a resume goes on with."""
 
     def on_step_start(self, run: Run, batch: Any) -> None:
-        """Before the first forward of a step. ``batch`` is a `dataflex.engine.loop.StepBatch`."""
+        """Before the first forward of a step. ``batch`` is a `dataflex.engine.batches.StepBatch`."""
 
     def on_losses(self, run: Run, micro: Any, losses: Any, outputs: Any) -> None:
         """After a micro-batch's forward, before its weights are asked for and its backward: look, change nothing.
 
-        micro: a `dataflex.engine.loop.MicroBatch`. losses: its `dataflex.ops.SampleLoss`, reduction ``mean``, with
+        micro: a `dataflex.engine.batches.MicroBatch`. losses: its `dataflex.ops.SampleLoss`, reduction ``mean``, with
         gradient. outputs: what the model returned.
+        """
+
+    def on_weights(self, run: Run, micro: Any, weights: Any) -> None:
+        """After the weights are multiplied, before the backward: look, change nothing.
+
+        weights: float [samples of the micro-batch], or None for 1. Not called for a weigher's own scalar loss.
         """
 
     def on_step_end(self, run: Run, batch: Any) -> None:
@@ -86,7 +93,10 @@ class Planner(Hook, ABC):
 
 
 class Weigher(Hook, ABC):
-    """A hook that says how much each sample counts. The weights of several are multiplied, in the hooks' order.
+    """A hook that says how much each sample counts.
+
+    The weights of several are multiplied in the hooks' order (the planner, then the weighter, then further hooks)
+    onto the samples' own; weights of classes and tokens are inside the losses already.
 
     A planner may be one as well: a mixer that reweights the loss.
     """

@@ -27,7 +27,8 @@ class Collator:
     only for B = 1 (a cutoff_len of micro-batch * the longest sample gives one row). Otherwise it lets
     samples see one another without a word.
 
-    `sample_weight`, where every sample has one, is added as float32 [number of samples].
+    `sample_weight`, where every sample has one, is added as float32 [number of samples], and `token_weight` (one
+    number per token, of its own loss) as float32 [B, T], 1 in the padding.
 
     Args:
         pad_token_id: what fills up input_ids (labels are -100 there).
@@ -62,10 +63,19 @@ class Collator:
             if not all(sample.get("attention_mask", ())):
                 raise UserError("a sample arrives padded (zeros in its attention_mask); the collator pads itself")
         batch = self._pack(ids, labels) if self.packing else self._pad(ids, labels)
+        if "token_weight" in samples[0]:
+            batch["token_weight"] = self._token_weight(samples, ids, batch["input_ids"].shape[1])
         if all(sample.get("sample_weight") is not None for sample in samples):
             weights = [float(sample["sample_weight"]) for sample in samples]
             batch["sample_weight"] = torch.tensor(weights, dtype=torch.float32)
         return batch
+
+    def _token_weight(self, samples: Sequence[Sample], ids: list[Tensor], width: int) -> Tensor:
+        weights = [torch.as_tensor(sample["token_weight"], dtype=torch.float32) for sample in samples]
+        for row, weight in zip(ids, weights, strict=True):
+            assert row.shape == weight.shape, (row.shape, weight.shape)
+        places = self._rows([len(row) for row in ids]) if self.packing else [[s] for s in range(len(ids))]
+        return _stack([torch.cat([weights[s] for s in row]) for row in places], width, 1)
 
     def _width(self, longest: int) -> int:
         multiple = self.pad_to_multiple_of
@@ -125,7 +135,7 @@ def _mask_first(labels: Tensor) -> Tensor:
 
 
 def _stack(rows: list[Tensor], width: int, fill: int) -> Tensor:
-    out = torch.full((len(rows), width), fill, dtype=torch.int64)
+    out = torch.full((len(rows), width), fill, dtype=rows[0].dtype)
     for target, row in zip(out, rows, strict=True):
         target[: len(row)] = row
     return out

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dataflex.data.expression import Expression, is_expression
 from dataflex.data.info import DatasetInfo
 from dataflex.utils.errors import UserError, nearest
 
@@ -29,6 +30,7 @@ class Converted:
     turns: tuple[Turn, ...]
     problem: str = ""
     weight: float = 1.0
+    token_weight: tuple[float, ...] = ()
 
 
 class Converter:
@@ -37,10 +39,13 @@ class Converter:
     Args:
         info: the dataset's entry.
         stage: `sft` (turns) or `pt` (one turn of the role `text`).
-        weight_column: a column of sample weights (finite, not negative), or None.
+        weight_column: a column of sample weights (finite, not negative), arithmetic over columns, or None.
+        token_column: a column of lists of token weights (finite, not negative), or None.
     """
 
-    def __init__(self, info: DatasetInfo, stage: str, weight_column: str | None = None) -> None:
+    def __init__(
+        self, info: DatasetInfo, stage: str, weight_column: str | None = None, token_column: str | None = None
+    ) -> None:
         if stage == "pt" and info.formatting != "alpaca":
             raise UserError(
                 f"{info.where}.formatting: '{info.formatting}' has no plain text for stage pt; "
@@ -49,6 +54,8 @@ class Converter:
         self.info = info
         self.stage = stage
         self.weight_column = weight_column
+        self.token_column = token_column
+        self.expression = Expression(weight_column) if weight_column and is_expression(weight_column) else None
         self.required, self.optional = self._needed_columns()
 
     def _needed_columns(self) -> tuple[dict[str, str], dict[str, str]]:
@@ -68,8 +75,12 @@ class Converter:
                 raise UserError(f"{self.info.where}.columns.{key}: stage {self.stage} cannot do without it")
             if name is not None:
                 (required if key in keys or key in columns.given else optional)[key] = name
-        if self.weight_column is not None:
+        if self.expression is not None:
+            required |= {f"sample_weight: {name}": name for name in self.expression.columns}
+        elif self.weight_column is not None:
             required["sample_weight"] = self.weight_column
+        if self.token_column is not None:
+            required["token_weight"] = self.token_column
         return required, optional
 
     @property
@@ -94,7 +105,7 @@ class Converter:
 
     def __call__(self, row: Mapping[str, Any], where: str) -> Converted:
         """Convert one row; ``where`` (file:row) goes into the text of a UserError."""
-        weight = self._weight(row, where)
+        weight, tokens = self._weight(row, where), self._token_weight(row, where)
         try:
             if self.stage == "pt":
                 turns = self._plain_text(row, where)
@@ -106,27 +117,43 @@ class Converter:
                 if not content.isascii():
                     content.encode("utf-8")
         except BadRow as reason:
-            return Converted((), str(reason), weight)
+            return Converted((), str(reason), weight, tokens)
         except UnicodeEncodeError:
-            return Converted((), "text with half a surrogate pair", weight)
-        return Converted(tuple(turns), "", weight)
+            return Converted((), "text with half a surrogate pair", weight, tokens)
+        return Converted(tuple(turns), "", weight, tokens)
 
     def _weight(self, row: Mapping[str, Any], where: str) -> float:
         if self.weight_column is None:
             return 1.0
-        if self.weight_column not in row:
-            raise UserError(
-                f"{where}: no column '{self.weight_column}' (sample_weight)"
-                f"{nearest(self.weight_column, row)}; it has {', '.join(row)}"
-            )
-        value = row[self.weight_column]
-        try:
-            weight = math.nan if isinstance(value, bool) or value is None else float(value)
-        except (TypeError, ValueError):
-            weight = math.nan
+        if self.expression is None:
+            value = _cell(row, self.weight_column, "sample_weight", where)
+            weight = _number(value)
+            if not (math.isfinite(weight) and weight >= 0):
+                raise UserError(f"{where}: {self.weight_column}: expected a number >= 0, got {value!r}")
+            return weight
+        numbers = {}
+        for name in self.expression.columns:
+            value = _cell(row, name, "sample_weight", where)
+            numbers[name] = _number(value)
+            if not math.isfinite(numbers[name]):
+                raise UserError(f"{where}: {name} (in sample_weight): expected a number, got {value!r}")
+        weight = self.expression(numbers)
         if not (math.isfinite(weight) and weight >= 0):
-            raise UserError(f"{where}: {self.weight_column}: expected a number >= 0, got {value!r}")
+            raise UserError(f"{where}: sample_weight: '{self.weight_column}' is {weight:g}, expected a number >= 0")
         return weight
+
+    def _token_weight(self, row: Mapping[str, Any], where: str) -> tuple[float, ...]:
+        if self.token_column is None:
+            return ()
+        values = _cell(row, self.token_column, "token_weight", where)
+        if not isinstance(values, list):
+            raise _wrong_type(where, self.token_column, "a list of numbers", values)
+        weights = tuple(_number(value) for value in values)
+        for place, weight in enumerate(weights):
+            if not (math.isfinite(weight) and weight >= 0):
+                got = f"got {values[place]!r} at {place}"
+                raise UserError(f"{where}: {self.token_column}: expected numbers >= 0, {got}")
+        return weights
 
     def _text(self, row: Mapping[str, Any], key: str, where: str) -> str | None:
         name = self.required.get(key) or self.optional.get(key)
@@ -202,6 +229,21 @@ class Converter:
         if not content and role in ("assistant", "user"):
             raise BadRow("no answer" if role == "assistant" else "an empty question")
         return role, content
+
+
+def _cell(row: Mapping[str, Any], name: str, key: str, where: str) -> Any:
+    """The row's value in a column that ``key`` names; UserError where it has none."""
+    if name not in row:
+        raise UserError(f"{where}: no column '{name}' ({key}){nearest(name, row)}; it has {', '.join(row)}")
+    return row[name]
+
+
+def _number(value: Any) -> float:
+    """The number, or NaN for what is none."""
+    try:
+        return math.nan if isinstance(value, bool) or value is None else float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _content(content: Any, tool_calls: Any, where: str) -> str:

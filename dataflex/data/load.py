@@ -21,6 +21,7 @@ from dataflex.data.saved import load_or_make
 from dataflex.data.source import fingerprint_of, read_source
 from dataflex.data.template import get_template
 from dataflex.data.tokenize import Encoder, Settings, pack_blocks, tokenise
+from dataflex.data.weight_file import WeightFile, token_weights
 from dataflex.utils.dist import main_first
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
@@ -47,6 +48,7 @@ class Domain:
     """One tokenised dataset without its unusable rows; ``digests`` (int64 [N]) find equal samples.
 
     rows: int64 [N], the raw rows of the samples; None for packed blocks.
+    weights: float64 [N], the samples' own, or None.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Domain:
     fingerprint: str
     report: DomainReport
     rows: np.ndarray | None
+    weights: np.ndarray | None = None
 
 
 def load_data(cfg: Config, tokenizer: Any) -> LoadedData:
@@ -72,9 +75,8 @@ def load_data(cfg: Config, tokenizer: Any) -> LoadedData:
             "buffer_size are ignored, since selection needs every sample to have an id"
         )
     with main_first(), _bars_on_terminals_only():
-        loader = _Loader(cfg, tokenizer)
-        train = loader.domains(data.dataset, "dataset")
-        evaluation = loader.domains(data.eval_dataset, "eval_dataset") if data.eval_dataset else []
+        train = _Loader(cfg, tokenizer, weighted=True).domains(data.dataset, "dataset")
+        evaluation = _Loader(cfg, tokenizer).domains(data.eval_dataset, "eval_dataset") if data.eval_dataset else []
     report = DataReport([d.report for d in train], [d.report for d in evaluation])
     if evaluation:
         seen = np.unique(np.concatenate([d.digests for d in train]))
@@ -111,28 +113,43 @@ def _bars_on_terminals_only() -> Iterator[None]:
 
 
 class _Loader:
-    def __init__(self, cfg: Config, tokenizer: Any) -> None:
+    """``weighted``: with the weights of samples and tokens, which only training uses."""
+
+    def __init__(self, cfg: Config, tokenizer: Any, weighted: bool = False) -> None:
         self.cfg = cfg
         stage, data = cfg.method.stage, cfg.data
         packed = stage == "pt" and cfg.packs
         if packed and data.sample_weight is not None:
             raise UserError("sample_weight: a packed block of stage pt has no one weight; set packing: false")
+        if stage == "pt" and cfg.weighting.weighs_tokens:
+            raise UserError("token weights: stage pt has no roles, turns and answers; they need stage sft")
         template = None if stage == "pt" else get_template(data.template, tokenizer)
-        settings = Settings(stage, data.cutoff_len, data.train_on_prompt, data.mask_history, packed)
+        tokens = token_weights(cfg) if weighted else None
+        settings = Settings(stage, data.cutoff_len, data.train_on_prompt, data.mask_history, packed, tokens)
         self.encoder = Encoder(tokenizer, template, settings)
         self.dataset_dir = find_dataset_dir(data.dataset_dir, cfg.source)
+        self.weight_column = data.sample_weight if weighted else None
+        self.weight_file = None
+        if self.weight_column is not None and self.weight_column.endswith(".npy"):
+            self.weight_file, self.weight_column = WeightFile(self.weight_column), None
 
     def domains(self, names: Sequence[str], key: str) -> list[Domain]:
         if not names:
             raise UserError(f"{key}: names no dataset; valid are the entries of {self.dataset_dir}")
-        return [self._domain(info) for info in read_dataset_infos(names, self.dataset_dir)]
+        found = [self._domain(info) for info in read_dataset_infos(names, self.dataset_dir)]
+        if self.weight_file is not None:
+            self.weight_file.check_used()
+        return found
 
     def _domain(self, info: DatasetInfo) -> Domain:
         data = self.cfg.data
         report = DomainReport(info.name)
-        source = read_source(info, Converter(info, self.encoder.settings.stage, data.sample_weight))
+        tokens = self.encoder.settings.token_weights
+        column = None if tokens is None else tokens.column
+        source = read_source(info, Converter(info, self.encoder.settings.stage, self.weight_column, column))
         report.read = len(source)
         rows, choice = self._choose(source, info, report)
+        weights = None if self.weight_file is None else self.weight_file.take(len(source), rows, info.name)
         fingerprint = fingerprint_of("tokens", source._fingerprint, choice, self.encoder.identity())
         tokens = self._tokens(source.select(rows), info.name, fingerprint, [source._fingerprint, *choice])
         digests = _column(tokens, "digest")
@@ -140,8 +157,12 @@ class _Loader:
         report.duplicates = len(digests) - len(np.unique(digests))
         if self.encoder.settings.packed_blocks:
             tokens = pack_blocks(tokens, data.cutoff_len, fingerprint)
-            return self._finish(tokens, info, fingerprint, report, None)
-        return self._finish(tokens, info, fingerprint, report, rows)
+        made_from = None if self.encoder.settings.packed_blocks else rows
+        if weights is not None:
+            fingerprint = fingerprint_of(fingerprint, hashlib.sha256(weights.tobytes()).hexdigest())
+        elif self.weight_column is not None:
+            weights = _column(tokens, "sample_weight").astype(np.float64)
+        return self._finish(tokens, info, fingerprint, report, made_from, weights)
 
     def _choose(self, source: Dataset, info: DatasetInfo, report: DomainReport) -> tuple[np.ndarray, list[Any]]:
         """The rows to tokenise, and what decided on them."""
@@ -178,10 +199,18 @@ class _Loader:
             "mask_history": str(settings.mask_history),
             "packing": str(settings.packed_blocks),
         }
+        if settings.token_weights is not None:
+            made_from["token weights"] = fingerprint_of(settings.token_weights.parts())
         return load_or_make(Path(data.tokenized_path), name, fingerprint, made_from, make, data.overwrite_cache)
 
     def _finish(
-        self, tokens: Dataset, info: DatasetInfo, fingerprint: str, report: DomainReport, rows: np.ndarray | None
+        self,
+        tokens: Dataset,
+        info: DatasetInfo,
+        fingerprint: str,
+        report: DomainReport,
+        rows: np.ndarray | None,
+        weights: np.ndarray | None,
     ) -> Domain:
         trained = _column(tokens, "trained")
         kept = np.flatnonzero(trained > 0)
@@ -196,9 +225,10 @@ class _Loader:
         digests = _column(tokens, "digest")[kept]
         if report.all_masked:
             tokens = tokens.select(kept)
-        weight = ["sample_weight"] if self.cfg.data.sample_weight is not None else []
-        dataset = tokens.select_columns(["input_ids", "labels", *weight])
-        return Domain(info.name, dataset, lengths, digests, fingerprint, report, None if rows is None else rows[kept])
+        of_tokens = ["token_weight"] if self.encoder.settings.token_weights is not None else []
+        dataset = tokens.select_columns(["input_ids", "labels", *of_tokens])
+        kept_rows, kept_weights = (None if values is None else values[kept] for values in (rows, weights))
+        return Domain(info.name, dataset, lengths, digests, fingerprint, report, kept_rows, kept_weights)
 
 
 def _usable_rows(source: Dataset, info: DatasetInfo, report: DomainReport) -> np.ndarray:
@@ -242,6 +272,7 @@ def _pool(domains: list[Domain]) -> Pool:
         lengths=np.concatenate([d.lengths for d in domains]),
         fingerprint=fingerprint_of("pool", [[d.name, d.fingerprint] for d in domains]),
         rows=None if any(d.rows is None for d in domains) else np.concatenate([d.rows for d in domains]),
+        sample_weights=None if domains[0].weights is None else np.concatenate([d.weights for d in domains]),
     )
 
 
@@ -274,4 +305,5 @@ def _part(pool: Pool, ids: np.ndarray, tag: list[Any]) -> Pool:
         lengths=pool.lengths[ids],
         fingerprint=fingerprint_of("part", pool.fingerprint, tag),
         rows=None if pool.rows is None else pool.rows[ids],
+        sample_weights=None if pool.sample_weights is None else pool.sample_weights[ids],
     )

@@ -13,6 +13,7 @@ from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
 DEFAULT_DOMAIN = "train"
+WEIGHTS = ("sample_weight", "token_weight")
 
 
 class Pool:
@@ -20,13 +21,14 @@ class Pool:
 
     Attributes:
         dataset: map-style; items are dicts with `input_ids` and `labels` (-100: not trained on; unshifted)
-            and, where asked for, `sample_weight`. Kept on disk; nothing here holds the samples in memory.
+            and, where asked for, `token_weight`. Kept on disk; nothing here holds the samples in memory.
         domain_ids: int32 [N], indices into domain_names.
         domain_names: the datasets' names.
         lengths: int32 [N], tokens per sample.
         fingerprint: changes with the content or the tokenisation; the same in every process.
         rows: int64 [N], the row of its dataset that each sample is made from, counted from 0 over the dataset's
             files; None where samples are not made from one row each.
+        sample_weights: float64 [N], finite and not negative, the samples' own weights; or None.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Pool:
         lengths: np.ndarray,
         fingerprint: str,
         rows: np.ndarray | None = None,
+        sample_weights: np.ndarray | None = None,
     ) -> None:
         assert len(dataset) == len(domain_ids) == len(lengths), "one domain and one length per sample"
         self.dataset = dataset
@@ -45,6 +48,8 @@ class Pool:
         self.lengths = np.asarray(lengths, dtype=np.int32)
         self.fingerprint = fingerprint
         self.rows = rows
+        self.sample_weights = None if sample_weights is None else np.asarray(sample_weights, dtype=np.float64)
+        assert self.sample_weights is None or len(self.sample_weights) == len(self), "one weight per sample"
 
     def __len__(self) -> int:
         return len(self.domain_ids)
@@ -61,7 +66,8 @@ class Pool:
     def from_datasets(cls, datasets: Any) -> Pool:
         """A pool over tokenised map-style datasets: one, or {domain name: dataset} for several domains.
 
-        Items must be dicts with `input_ids` and `labels` of the same length (lists, arrays or 1-D tensors).
+        Items must be dicts with `input_ids` and `labels` of the same length (lists, arrays or 1-D tensors), and
+        may have a `sample_weight` and a `token_weight` (one number per token), in all of them or in none.
         Every item is read once, for its length and the fingerprint. Raises UserError naming the sample.
         """
         if isinstance(datasets, Pool):
@@ -70,11 +76,17 @@ class Pool:
         if not named:
             raise UserError("train_dataset: there is no dataset in the mapping")
         digest = hashlib.sha256()
-        lengths = []
+        lengths: list[np.ndarray] = []
+        weights: list[np.ndarray | None] = []
         for name, dataset in named.items():
             scan = _scan(name, dataset)
             lengths.append(scan[0])
+            weights.append(scan[2])
             digest.update(repr((str(name), len(scan[0]), scan[1])).encode())
+        given = [weight for weight in weights if weight is not None]
+        if given and len(given) < len(weights):
+            without = next(name for name, weight in zip(named, weights, strict=True) if weight is None)
+            raise UserError(f"train_dataset '{without}': has no sample_weight, other datasets have it")
         from torch.utils.data import ConcatDataset
 
         parts = list(named.values())
@@ -84,6 +96,7 @@ class Pool:
             domain_names=[str(name) for name in named],
             lengths=np.concatenate(lengths),
             fingerprint=digest.hexdigest()[:32],
+            sample_weights=np.concatenate(given) if given else None,
         )
 
 
@@ -116,19 +129,29 @@ def _to_array(values: Any) -> np.ndarray:
     return np.asarray(values, dtype=np.int64)
 
 
-def _scan(name: str, dataset: Any) -> tuple[np.ndarray, str]:
-    """Lengths (int32 [N]) and a content hash that does not depend on how the dataset is stored."""
+def _scan(name: str, dataset: Any) -> tuple[np.ndarray, str, np.ndarray | None]:
+    """Lengths (int32 [N]), a content hash that does not depend on how the dataset is stored, and sample weights."""
     where = f"train_dataset '{name}'"
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UserError(f"{where}: a {type(dataset).__name__} has no length; sample ids need a map-style dataset")
     if len(dataset) == 0:
         raise UserError(f"{where}: is empty")
-    hashes = {"input_ids": hashlib.sha256(), "labels": hashlib.sha256()}
+    hashes = {key: hashlib.sha256() for key in ("input_ids", "labels", *WEIGHTS)}
     lengths = np.zeros(len(dataset), dtype=np.int32)
+    weights: list[float] = []
     untrained = 0
-    for index, ids, labels in _items(dataset, where):
+    for index, ids, labels, weight, token_weight in _items(dataset, where):
         if len(ids) != len(labels):
             raise UserError(f"{where}: sample {index} has {len(ids)} input_ids but {len(labels)} labels")
+        if weight is not None:
+            own = check_weights([weight], 1, f"{where}: sample {index}: sample_weight")
+            weights += own.tolist()
+            hashes["sample_weight"].update(own.tobytes())
+        if token_weight is not None:
+            own = check_weights(token_weight, len(ids), f"{where}: sample {index}: token_weight")
+            hashes["token_weight"].update(own.tobytes())
+        if bool(weights) and len(weights) != index + 1:
+            raise UserError(f"{where}: sample {index} has no sample_weight, others have it")
         lengths[index] = len(ids)
         untrained += not (labels[1:] != IGNORE_INDEX).any()
         hashes["input_ids"].update(ids.tobytes())
@@ -138,26 +161,50 @@ def _scan(name: str, dataset: Any) -> tuple[np.ndarray, str]:
     if untrained:
         logger.warning(f"{where}: {untrained} of {len(dataset)} samples have no label that counts in the loss")
     sizes = hashlib.sha256(lengths.tobytes()).hexdigest()
-    return lengths, ":".join([sizes, *(h.hexdigest() for h in hashes.values())])
+    content = ":".join([sizes, *(h.hexdigest() for h in hashes.values())])
+    return lengths, content, np.array(weights) if weights else None
 
 
-def _items(dataset: Any, where: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(index, input_ids, labels) as int64 arrays; in large batches where the dataset is an Arrow one."""
+def check_weights(values: Any, count: int, what: str) -> np.ndarray:
+    """``values`` as float64 [count]; UserError unless they are ``count`` finite numbers >= 0."""
+    try:
+        weights = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UserError(f"{what}: expected {count} numbers >= 0, got {values!r:.60}") from None
+    if weights.shape != (count,):
+        raise UserError(f"{what}: expected {count} numbers, got shape {weights.shape}")
+    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if bad.size:
+        at = f" at {bad[0]}" if count > 1 else ""
+        raise UserError(f"{what}: expected numbers >= 0, got {weights[bad[0]]:g}{at}")
+    return weights
+
+
+def _items(dataset: Any, where: str) -> Iterator[tuple[int, np.ndarray, np.ndarray, Any, Any]]:
+    """(index, input_ids, labels, sample_weight, token_weight), ids as int64 arrays, weights None where there are none.
+
+    In large batches where the dataset is an Arrow one.
+    """
     columns = getattr(dataset, "column_names", None)
     if hasattr(dataset, "with_format") and isinstance(columns, list):
         _check_keys(columns, where)
-        plain = dataset.with_format(None).select_columns(["input_ids", "labels"])
-        batches = plain.iter(batch_size=1000)
-        rows = (row for b in batches for row in zip(b["input_ids"], b["labels"], strict=True))
-        for index, (ids, labels) in enumerate(rows):
-            yield index, _to_array(ids), _to_array(labels)
+        also = [key for key in WEIGHTS if key in columns]
+        plain = dataset.with_format(None).select_columns(["input_ids", "labels", *also])
+        nothing = [None] * 1000
+        at = 0
+        for batch in plain.iter(batch_size=1000):
+            own = [batch.get(key, nothing[: len(batch["labels"])]) for key in WEIGHTS]
+            for ids, labels, weight, token_weight in zip(batch["input_ids"], batch["labels"], *own, strict=True):
+                yield at, _to_array(ids), _to_array(labels), weight, token_weight
+                at += 1
         return
     for index in range(len(dataset)):
         item = dataset[index]
         if not isinstance(item, Mapping):
             raise UserError(f"{where}: sample {index} is a {type(item).__name__}, not a dict")
         _check_keys(list(item), f"{where}: sample {index}")
-        yield index, _to_array(item["input_ids"]), _to_array(item["labels"])
+        ids, labels = _to_array(item["input_ids"]), _to_array(item["labels"])
+        yield index, ids, labels, item.get("sample_weight"), item.get("token_weight")
 
 
 def _check_keys(keys: list[str], where: str) -> None:

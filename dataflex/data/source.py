@@ -36,8 +36,9 @@ def read_source(info: DatasetInfo, converter: Converter) -> Dataset:
     """Every row of a dataset as turns.
 
     Columns: `turns` (list of {role, content}), `problem` ('' or why the row cannot be used), `weight`
-    (float32) and `where` (file:row). Its `_fingerprint` covers the content of the raw data and the
-    conversion. Raises UserError with the place of what is wrong.
+    (float32) and `where` (file:row), and with a column of token weights `token_weight` (float32). Its
+    `_fingerprint` covers the content of the raw data and the conversion. Raises UserError with the place of
+    what is wrong.
     """
     if info.hub_id is not None:
         raw = load_from_hub(info)
@@ -52,11 +53,11 @@ def read_source(info: DatasetInfo, converter: Converter) -> Dataset:
         content = [sha256_of(path) for path in files]
         rows = partial(_file_rows, files, converter)
     fingerprint = fingerprint_of("source", content, _conversion(converter))
-    return cached_dataset(rows, source_features(), fingerprint)
+    return cached_dataset(rows, source_features(converter.token_column is not None), fingerprint)
 
 
-def source_features() -> Features:
-    from datasets import Features, Value
+def source_features(token_weight: bool = False) -> Features:
+    from datasets import Features, List, Value
 
     return Features(
         {
@@ -65,6 +66,7 @@ def source_features() -> Features:
             "weight": Value("float32"),
             "where": Value("string"),
         }
+        | ({"token_weight": List(Value("float32"))} if token_weight else {})
     )
 
 
@@ -90,7 +92,8 @@ def _conversion(converter: Converter) -> list[Any]:
     info = converter.info
     columns = {key: getattr(info.columns, key) for key in ("prompt", "query", "response", "history")}
     columns |= {"messages": info.columns.messages, "system": info.columns.system}
-    return [converter.stage, converter.weight_column, info.formatting, columns, vars(info.tags)]
+    token_weight = [] if converter.token_column is None else [converter.token_column]
+    return [converter.stage, converter.weight_column, info.formatting, columns, vars(info.tags), *token_weight]
 
 
 def _check_table(path: Path, converter: Converter) -> None:
@@ -107,7 +110,7 @@ def _file_rows(files: tuple[Path, ...], converter: Converter) -> Iterator[dict[s
         number = 0
         for number, row in read_rows(path, converter.wanted):
             found |= dict.fromkeys(row)
-            yield _record(converter(row, f"{path}:{number}"), f"{path.name}:{number}")
+            yield _record(converter(row, f"{path}:{number}"), f"{path.name}:{number}", converter.token_column)
         if number == 0:
             raise UserError(f"{path}: the file holds no rows")
         converter.check_columns(found, str(path))
@@ -116,11 +119,12 @@ def _file_rows(files: tuple[Path, ...], converter: Converter) -> Iterator[dict[s
 def _hub_rows(raw: Dataset, hub_id: str, converter: Converter) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(raw, start=1):
         where = f"{hub_id}:{number}"
-        yield _record(converter(row, where), where)
+        yield _record(converter(row, where), where, converter.token_column)
 
 
-def _record(converted: Converted, where: str) -> dict[str, Any]:
-    return {
+def _record(converted: Converted, where: str, token_column: str | None) -> dict[str, Any]:
+    token_weight = {} if token_column is None else {"token_weight": converted.token_weight}
+    return token_weight | {
         "turns": [{"role": role, "content": content} for role, content in converted.turns],
         "problem": converted.problem,
         "weight": converted.weight,

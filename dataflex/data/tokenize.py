@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataflex.data.encode import digest_of, encode_pairs, tokenizer_identity, trained_count
+from dataflex.data.encode import IdPair, digest_of, encode_pairs, tokenizer_identity, trained_count
 from dataflex.data.source import cached_dataset, fingerprint_of
 from dataflex.data.template import Template
+from dataflex.data.token_weights import TokenWeights
 from dataflex.utils.dist import is_main
 from dataflex.utils.errors import UserError
 
@@ -31,9 +32,11 @@ class Settings:
     train_on_prompt: bool = False
     mask_history: bool = False
     packed_blocks: bool = False
+    token_weights: TokenWeights | None = None
 
     def parts(self) -> list[Any]:
-        return [self.stage, self.cutoff_len, self.train_on_prompt, self.mask_history, self.packed_blocks]
+        weights = [] if self.token_weights is None else [self.token_weights.parts()]
+        return [self.stage, self.cutoff_len, self.train_on_prompt, self.mask_history, self.packed_blocks, *weights]
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,13 @@ class Encoder:
     def batch(self, rows: Batch) -> Batch:
         """Tokenise a batch of the rows of `read_source` (all without a problem)."""
         if self.settings.stage == "pt":
-            samples = self._documents([turns[0]["content"] for turns in rows["turns"]])
-        else:
-            samples = self._conversations(rows)
-        return _columns(samples, rows["weight"])
+            return _columns(self._documents([turns[0]["content"] for turns in rows["turns"]]), rows["weight"])
+        samples, weights = self._conversations(rows)
+        columns = _columns(samples, rows["weight"])
+        return columns if self.settings.token_weights is None else columns | {"token_weight": weights}
 
-    def _conversations(self, rows: Batch) -> list[tuple[list[int], list[int], bool]]:
+    def _conversations(self, rows: Batch) -> tuple[list[tuple[list[int], list[int], bool]], list[list[float]]]:
+        """Samples, and the weights of their tokens where these are asked for."""
         assert self.template is not None
         settings = self.settings
         pairs = [
@@ -66,9 +70,40 @@ class Encoder:
         ]
         ids = iter(self._tokenise([text for row in pairs for pair in row for text in pair]))
         id_pairs = [[(next(ids), next(ids)) for _ in row] for row in pairs]
-        return [
+        samples = [
             encode_pairs(row, settings.cutoff_len, settings.train_on_prompt, settings.mask_history) for row in id_pairs
         ]
+        return samples, [] if settings.token_weights is None else self._token_weights(rows, pairs, id_pairs)
+
+    def _token_weights(
+        self, rows: Batch, pairs: list[list[tuple[str, str]]], id_pairs: list[list[IdPair]]
+    ) -> list[list[float]]:
+        """The weight of each token of each row, cut as the ids are."""
+        settings = self.settings
+        assert settings.token_weights is not None
+        places = iter(self._places([answer for row in pairs for _, answer in row]))
+        columns = rows["token_weight"] if settings.token_weights.column else [None] * len(pairs)
+        made = []
+        for texts, ids, column, where in zip(pairs, id_pairs, columns, rows["where"], strict=True):
+            lengths = [(len(prompt), len(answer)) for prompt, answer in ids]
+            answers = [(answer, next(places)) for _, answer in texts]
+            weights: Any = settings.token_weights.of_pairs(lengths, answers, column, where)
+            cut: Any = encode_pairs(weights, settings.cutoff_len, mask_history=settings.mask_history)[0]
+            made.append(cut)
+        return made
+
+    def _places(self, answers: list[str]) -> list[Any]:
+        """(first, end) characters of each token of each text, where spans ask for them; else None."""
+        assert self.settings.token_weights is not None
+        if not self.settings.token_weights.spans:
+            return [None] * len(answers)
+        if not self.tokenizer.is_fast:
+            raise UserError("token_weight_spans: needs a fast tokenizer, which knows where its tokens lie in the text")
+        return list(
+            self.tokenizer(answers, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+                "offset_mapping"
+            ]
+        )
 
     def _documents(self, texts: list[str]) -> list[tuple[list[int], list[int], bool]]:
         """Each document with the end token after it, and the start token where the tokenizer adds one."""
@@ -108,15 +143,15 @@ def tokenise(
         batched=True,
         num_proc=processes if processes > 1 else None,
         remove_columns=source.column_names,
-        features=sample_features(),
+        features=sample_features(encoder.settings.token_weights is not None),
         new_fingerprint=fingerprint,
         load_from_cache_file=not (overwrite and is_main()),
         desc=f"Tokenising {name}",
     )
 
 
-def sample_features() -> Features:
-    """input_ids and labels (int32), length, trained (tokens that count), truncated, digest, weight."""
+def sample_features(token_weight: bool = False) -> Features:
+    """input_ids and labels (int32), length, trained (tokens that count), truncated, digest, weight(s)."""
     from datasets import Features, List, Value
 
     return Features(
@@ -129,6 +164,7 @@ def sample_features() -> Features:
             "digest": Value("int64"),
             "sample_weight": Value("float32"),
         }
+        | ({"token_weight": List(Value("float32"))} if token_weight else {})
     )
 
 

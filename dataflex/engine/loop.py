@@ -3,137 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from dataflex.core.context import Run
 from dataflex.core.hook import Hook, Planner, Weigher
-from dataflex.core.plan import Numbers, Plan, group_by_length, rank_slices
+from dataflex.core.plan import Plan, group_by_length
+from dataflex.engine.batches import BatchSource, MicroBatch, StepBatch
 from dataflex.ops import SampleLoss, per_sample_loss
-from dataflex.scoring.scorer import logits_of, split_batch
+from dataflex.scoring.scorer import logits_of
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """One forward's worth of this rank's samples.
-
-    inputs: the model's keyword arguments. labels: [N] int64, shifted; raw_labels: [B, T] as collated.
-    cu_seqlens: [S + 1] int64. counts: [S] int64, counted tokens. sample_ids: [S] int64. probabilities: [S]
-    float64, of the draws. weights: [S] float32 on the device, the samples' own weights, or None.
-    """
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-    raw_labels: Tensor
-    cu_seqlens: Tensor
-    counts: Tensor
-    sample_ids: NDArray[np.int64]
-    probabilities: NDArray[np.float64]
-    weights: Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class StepBatch:
-    """This rank's GAS micro-batches of one optimizer step, and the step's global batch of ids [n]."""
-
-    micro_batches: list[MicroBatch]
-    sample_ids: NDArray[np.int64]
-
-
-class BatchSource:
-    """Loads the micro-batches of a plan: reads samples, collates them and moves them to the device."""
-
-    def __init__(
-        self,
-        run: Run,
-        collator: Callable[[list[Any]], dict[str, Any]],
-        device: torch.device,
-        workers: int = 0,
-    ) -> None:
-        self.run = run
-        self.collator = collator
-        self.device = device
-        self.workers = workers
-
-    def batches(self, plan: Plan, first: int, steps: int) -> Iterator[StepBatch]:
-        """The phase's global batches from number ``first`` to ``steps``."""
-        wanted = _MicroBatchIds(self.run, plan, first, steps)
-        loader = iter(
-            DataLoader(
-                self.run.pool,
-                batch_sampler=wanted,  # type: ignore[arg-type]
-                collate_fn=_Collate(self.collator),
-                num_workers=self.workers,
-                pin_memory=self.device.type == "cuda",
-                generator=torch.Generator(),
-            )
-        )
-        for index in range(first, steps):
-            ids, probabilities = plan.step(index, self.run.global_batch)
-            parts, draws = wanted.of_rank(ids), wanted.of_rank(probabilities)
-            micro = [
-                self._micro(batch, part, draw)
-                for batch, part, draw in zip(islice(loader, self.run.accumulation), parts, draws, strict=True)
-            ]
-            yield StepBatch(micro, ids)
-
-    def _micro(
-        self, batch: tuple[dict[str, Any], Tensor | None], ids: NDArray[np.int64], draws: NDArray[np.float64]
-    ) -> MicroBatch:
-        collated, weights = batch
-        inputs, labels, raw_labels, cu_seqlens = split_batch(collated, self.device)
-        if len(cu_seqlens) != len(ids) + 1:
-            raise UserError(
-                f"data_collator: got {len(ids)} samples, returned {len(cu_seqlens) - 1}; it must keep one row "
-                "or one cu_seqlens segment per sample, in order"
-            )
-        counted = (labels != -100).to(torch.float32)
-        counts = torch.segment_reduce(counted, "sum", lengths=cu_seqlens.diff(), unsafe=True).to(torch.int64)
-        weights = None if weights is None else weights.to(self.device)
-        return MicroBatch(inputs, labels, raw_labels, cu_seqlens, counts, ids, draws, weights)
-
-
-class _MicroBatchIds:
-    """The ids of this rank's micro-batches, list by list, for a DataLoader; nothing is held at once."""
-
-    def __init__(self, run: Run, plan: Plan, first: int, steps: int) -> None:
-        self.run, self.plan, self.first, self.steps = run, plan, first, steps
-
-    def __len__(self) -> int:
-        return (self.steps - self.first) * self.run.accumulation
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for index in range(self.first, self.steps):
-            for part in self.of_rank(self.plan.step(index, self.run.global_batch)[0]):
-                yield part.tolist()
-
-    def of_rank(self, values: NDArray[Numbers]) -> list[NDArray[Numbers]]:
-        """This rank's part of each micro-step of a global batch."""
-        run = self.run
-        return rank_slices(values, micro_batch=run.micro_batch, rank=run.rank, world_size=run.world_size)
-
-
-class _Collate:
-    """Collates samples and collects their ``sample_weight``, in a loader worker or not."""
-
-    def __init__(self, collator: Callable[[list[Any]], dict[str, Any]]) -> None:
-        self.collator = collator
-
-    def __call__(self, samples: list[Any]) -> tuple[dict[str, Any], Tensor | None]:
-        weights = None
-        if "sample_weight" in samples[0]:
-            weights = torch.tensor([float(s["sample_weight"]) for s in samples])
-        return self.collator(samples), weights
 
 
 def micro_loss(losses: SampleLoss, weights: Tensor | None, normalization: str) -> Tensor:
@@ -163,11 +46,16 @@ class Stepper:
     divided by one denominator of the same window; so it does not matter who computes which part.
     """
 
-    def __init__(self, engine: Any, run: Run, hooks: Sequence[Hook], normalization: str) -> None:
+    def __init__(
+        self, engine: Any, run: Run, hooks: Sequence[Hook], normalization: str, class_weight: Tensor | None = None
+    ) -> None:
+        """class_weight: float32 [vocabulary] on the device, multiplies the loss of each token by its label's."""
         self.engine = engine
+        self.class_weight = class_weight
         self.run = run
         self.watchers = [h for h in hooks if type(h).on_losses is not Hook.on_losses]
         self.weighers = [h for h in hooks if isinstance(h, Weigher)]
+        self.observers = [h for h in hooks if type(h).on_weights is not Hook.on_weights]
         self.normalization = normalization
 
     def step(self, batch: StepBatch) -> float:
@@ -207,7 +95,13 @@ class Stepper:
     def _micro(self, micro: MicroBatch, denominator: Tensor) -> tuple[Tensor, Tensor]:
         """This micro-batch's part of the step's loss (scalar) and its samples' losses [S], with gradient."""
         outputs = self.engine(**micro.inputs)
-        losses = per_sample_loss(logits_of(outputs).flatten(0, 1), micro.labels, micro.cu_seqlens)
+        losses = per_sample_loss(
+            logits_of(outputs).flatten(0, 1),
+            micro.labels,
+            micro.cu_seqlens,
+            token_weight=micro.token_weights,
+            class_weight=self.class_weight,
+        )
         for hook in self.watchers:
             hook.on_losses(self.run, micro, losses, outputs)
         answers = [hook.weigh(self.run, micro, losses, outputs) for hook in self.weighers]
@@ -218,6 +112,8 @@ class Stepper:
         weights = micro.weights
         for answer in answers:
             weights = answer if weights is None else weights * answer
+        for hook in self.observers:
+            hook.on_weights(self.run, micro, weights)
         return micro_loss(losses, weights, self.normalization) / denominator, losses.loss
 
     def _alone(self, answers: list[Tensor]) -> list[Tensor]:

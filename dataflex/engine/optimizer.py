@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from dataflex.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from dataflex.config.schema import TrainSection
 
 
 def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
-    """AdamW or SGD over the trained parameters; biases and norm weights are not decayed."""
+    """AdamW or SGD over the trained parameters; biases and norm weights are not decayed.
+
+    Each product of ``layer_lr_multipliers`` is a parameter group with its own learning rate; 1 comes first.
+    """
     spared = {
         id(p)
         for m in model.modules()
         for name, p in m.named_parameters(recurse=False)
         if name == "bias" or "norm" in type(m).__name__.lower()
     }
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if id(p) not in spared], "weight_decay": train.weight_decay},
-        {"params": [p for p in trained if id(p) in spared], "weight_decay": 0.0},
-    ]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    factors = lr_multipliers(list(trained), train.layer_lr_multipliers or {})
+    groups = []
+    for factor in sorted(set(factors.values()), key=lambda f: (f != 1.0, f)):
+        mine = [p for name, p in trained.items() if factors[name] == factor]
+        rate = train.learning_rate * factor
+        decayed, others = [p for p in mine if id(p) not in spared], [p for p in mine if id(p) in spared]
+        groups.append({"params": decayed, "weight_decay": train.weight_decay, "lr": rate})
+        groups.append({"params": others, "weight_decay": 0.0, "lr": rate})
     groups = [group for group in groups if group["params"]]
     if train.optim == "sgd":
         return torch.optim.SGD(groups, lr=train.learning_rate)
@@ -34,6 +45,27 @@ def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimiz
         eps=train.adam_epsilon,
         fused=True if train.optim == "adamw_torch_fused" else None,
     )
+
+
+def lr_multipliers(names: Sequence[str], patterns: Mapping[str, float]) -> dict[str, float]:
+    """The factor of each parameter's learning rate: the product of those of the patterns that match its name.
+
+    A pattern is whole dotted parts of a name, anywhere in it; ``*`` is any text within a part: ``layers.1`` is not
+    ``layers.10``. UserError for a pattern that matches no trained parameter.
+    """
+    factors = dict.fromkeys(names, 1.0)
+    for pattern, factor in patterns.items():
+        wanted = re.escape(pattern).replace(r"\*", r"[^.]*")
+        found = [name for name in names if re.search(rf"(^|\.){wanted}(\.|$)", name)]
+        if not found:
+            parts = {
+                ".".join(p[i:j]) for p in (n.split(".") for n in names) for i in range(len(p)) for j in (i + 1, i + 2)
+            }
+            hint = nearest(pattern, sorted(parts))
+            raise UserError(f"layer_lr_multipliers: '{pattern}' matches no trained parameter{hint}; one is {names[0]}")
+        for name in found:
+            factors[name] *= factor
+    return factors
 
 
 def forget_dry_step(engine: Any) -> None:

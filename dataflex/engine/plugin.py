@@ -13,7 +13,8 @@ from dataflex.core.context import Run
 from dataflex.core.hook import Planner
 from dataflex.core.plan import Plan
 from dataflex.engine import checkpoint
-from dataflex.engine.loop import Loop, StepBatch
+from dataflex.engine.batches import StepBatch
+from dataflex.engine.loop import Loop
 from dataflex.scoring.scorer import Scorer
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError

@@ -62,7 +62,10 @@ def drop_later(folder: Path, step: int) -> None:
                 _remove(old)
         for log in folder.glob("*weights.jsonl"):
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+            first = (
+                step + 1 if log.name == "weights.jsonl" else step
+            )  # weights are of steps done, mixtures of those to come
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
             write_atomically(log, "".join(kept))
     dist.barrier()
 

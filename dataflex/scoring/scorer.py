@@ -50,7 +50,8 @@ def split_batch(batch: dict[str, Any], device: torch.device) -> SplitBatch:
     """Move a collated batch to ``device`` and take it apart. Without ``cu_seqlens`` every row is a sample."""
     inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
     labels, cu_seqlens = inputs.pop("labels"), inputs.pop("cu_seqlens", None)
-    inputs.pop("sample_weight", None)
+    for weights in ("sample_weight", "token_weight"):
+        inputs.pop(weights, None)
     if cu_seqlens is None:
         rows, tokens = labels.shape
         cu_seqlens = torch.arange(rows + 1, device=device) * tokens

@@ -134,7 +134,7 @@ def test_eval_datasets_are_domains_and_shared_rows_are_said(add: Add, config: Ma
 def test_sample_weights(add: Add, config: MakeConfig) -> None:
     add("x", [row | {"w": i / 2} for i, row in enumerate(numbered(3))])
     out = load(config("x", sample_weight="w"))
-    assert [out.train[i]["sample_weight"] for i in range(3)] == [0.0, 0.5, 1.0]
+    assert out.train.sample_weights is not None and out.train.sample_weights.tolist() == [0.0, 0.5, 1.0]
     add("y", numbered(2))
     with pytest.raises(UserError, match=r"y.json:1: no column 'w' \(sample_weight\)"):
         load(config("x", "y", sample_weight="w"))

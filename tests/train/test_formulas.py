@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from dataflex.core.plan import generator
+from dataflex.core.sampling import weighted_draw
 from dataflex.train.mixer.mixture import MixtureManager
 from dataflex.train.mixer.random_mixer import RandomMixer
 from dataflex.train.mixer.static_mixer import StaticMixer
 from dataflex.train.selector.less_selector import LessSelector, cosine_scores, target_directions, top_k
-from dataflex.train.selector.loss_selector import LossSelector, bucket_weights, weighted_draw
+from dataflex.train.selector.loss_selector import LossSelector, bucket_weights
 from dataflex.train.selector.random_selector import RandomSelector
 from dataflex.train.weighter.loss_weighter import LossWeighter, loss_weights
 from dataflex.utils.errors import UserError

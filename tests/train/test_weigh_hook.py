@@ -34,7 +34,8 @@ class Weights(SampleWeighter):
 
 
 def weigh(weighter: Weighter, step: int = 5) -> Any:
-    micro = SimpleNamespace(inputs={}, raw_labels=torch.zeros(2, 3, dtype=torch.int64))
+    segments = torch.tensor([0, 3, 6])
+    micro = SimpleNamespace(inputs={}, raw_labels=torch.zeros(2, 3, dtype=torch.int64), cu_seqlens=segments)
     given = SimpleNamespace(loss=torch.tensor([1.0, 3.0], requires_grad=True))
     return WeightHook(weighter, "mine", warmup_step=5).weigh(make_run(step=step), micro, given, None)
 
@@ -69,13 +70,10 @@ def test_a_wrong_loss_or_weight_is_refused(weighter: Weighter, text: str) -> Non
 
 def test_sample_weights_and_a_weighter_with_one_loss_do_not_go_together() -> None:
     run = make_run()
-    own, plain = [{"sample_weight": 2.0}], [{"labels": []}]
-    for weighter, pool in ((Weights(None), own), (Weights(None), plain), (Answer(None), plain)):
-        run.pool = pool
-        WeightHook(weighter, "mine", 0).on_train_start(run)
-    run.pool = own
+    for weighter, static in ((Weights(None), True), (Weights(None), False), (Answer(None), False)):
+        WeightHook(weighter, "mine", 0, static).on_train_start(run)
     with pytest.raises(UserError, match="weighter 'mine': returns one loss for the batch, so the samples' own"):
-        WeightHook(Answer(None), "mine", 0).on_train_start(run)
+        WeightHook(Answer(None), "mine", 0, static=True).on_train_start(run)
 
 
 def test_a_weighters_own_training_step_is_forward_weighting_and_backward() -> None:

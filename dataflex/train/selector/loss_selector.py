@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dataflex.core.plan import generator
 from dataflex.core.registry import register_selector
+from dataflex.core.sampling import weighted_draw
 from dataflex.scoring.scorer import Scorer
 from dataflex.train.selector.base_selector import Selector
 from dataflex.utils.errors import UserError, nearest
@@ -32,28 +33,6 @@ def bucket_weights(
     place = np.where(losses <= low, 0, np.where(losses <= high, 1, 2))
     weight = np.where(place == BUCKETS.index(focus), focus_weight, 1.0) ** (1.0 / temperature)
     return np.where(valid, weight, 0.0)
-
-
-def weighted_draw(
-    weights: NDArray[np.float64], count: int, *, replacement: bool, draw: np.random.Generator
-) -> NDArray[np.int64]:
-    """``count`` indices drawn in proportion to ``weights`` [n].
-
-    Without replacement by Gumbel top-k: the order of draws is that of successive sampling (Kool et al., arXiv
-    1903.06059); UserError where fewer than ``count`` weights are positive.
-    """
-    if replacement:
-        edges = np.cumsum(weights)
-        return np.searchsorted(edges, draw.random(count) * edges[-1], side="right").astype(np.int64)
-    available = int((weights > 0).sum())
-    if available < count:
-        raise UserError(
-            f"asked for {count} samples, but only {available} can be drawn; set replacement: true or ask for fewer "
-            "(update_step x global batch)"
-        )
-    with np.errstate(divide="ignore"):
-        keys = np.log(weights) + draw.gumbel(size=len(weights))
-    return np.argsort(-keys, kind="stable")[:count].astype(np.int64)
 
 
 @register_selector("loss")

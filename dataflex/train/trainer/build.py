@@ -24,6 +24,7 @@ from dataflex.core.plan import (
     steps_of_epochs,
 )
 from dataflex.core.registry import REGISTRY
+from dataflex.core.weights import StaticWeights
 from dataflex.data.collate import Collator
 from dataflex.data.pool import Pool
 from dataflex.engine.identity import weights_identity
@@ -35,9 +36,11 @@ from dataflex.scoring.sharded import ScoringPasses
 from dataflex.train.mixer.mixture import MixtureManager
 from dataflex.train.trainer.components import load_components
 from dataflex.train.trainer.mix_trainer import MixPlanner
+from dataflex.train.trainer.sample_trainer import WeightedPlanner
 from dataflex.train.trainer.select_trainer import SelectPlanner
 from dataflex.train.trainer.static_trainer import StaticPlanner
-from dataflex.train.trainer.weight_trainer import WeightHook
+from dataflex.train.trainer.weight_trainer import WeightHook, WeightLog
+from dataflex.train.weighter.static_weights import static_weights
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
@@ -112,13 +115,18 @@ def attach(
     run = _make_run(engine, cfg, pool)
     budget = cfg.flex.scoring_batch_tokens or run.micro_batch * int(pool.lengths.max())
     scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names))
-    builder = _Builder(run, cfg.flex, collator, tokenizer)
+    device = torch.device(engine.device)
+    weights = static_weights(cfg.weighting, pool, tokenizer, _vocabulary(engine.module), device)
+    builder = _Builder(run, cfg, weights, collator, tokenizer)
     builder.runtime |= {"eval_dataset": eval_pool, "mixer_eval_dataset": mixer_eval_pool, "scorer": scorer}
     builder.runtime["passes"] = _passes(run, cfg, engine)
     every = [*builder.hooks(), *hooks]
-    weighted = any(isinstance(h, Weigher) for h in every) or "sample_weight" in pool[0]
-    stepper = Stepper(engine, run, every, cfg.flex.weight_normalization if weighted else "tokens")
-    source = BatchSource(run, collator, torch.device(engine.device), workers)
+    weighted = any(isinstance(h, Weigher) for h in every) or weights.any
+    if weighted:
+        every.append(WeightLog(cfg.output.logging_steps, weights))
+    normalization = cfg.flex.weight_normalization if weighted else "tokens"
+    stepper = Stepper(engine, run, every, normalization, weights.class_weight)
+    source = BatchSource(run, collator, device, workers, weights)
     loop = Loop(run, every, source, stepper, cfg.train.group_by_length)
     wrapped = DataflexEngine(engine, run, loop, scorer, eval_pool, cfg.train.per_device_eval_batch_size)
     run.engine = wrapped
@@ -179,7 +187,7 @@ def _make_run(engine: Any, cfg: Config, pool: Pool) -> Run:
     world_size = engine.dp_world_size
     schedule = make_schedule(
         cfg.flex,
-        pool_size=len(pool),
+        pool_size=cfg.weighting.sampling_samples or len(pool),
         global_batch=micro * accumulation * world_size,
         epochs=cfg.train.num_train_epochs,
         fixed=cfg.fixed_steps,
@@ -200,8 +208,8 @@ def _make_run(engine: Any, cfg: Config, pool: Pool) -> Run:
 class _Builder:
     """Builds the hooks that a config names, with the runtime objects that components may ask for."""
 
-    def __init__(self, run: Run, flex: FlexSection, collator: Any, tokenizer: Any) -> None:
-        self.run, self.flex = run, flex
+    def __init__(self, run: Run, cfg: Config, weights: StaticWeights, collator: Any, tokenizer: Any) -> None:
+        self.run, self.flex, self.weighting, self.weights = run, cfg.flex, cfg.weighting, weights
         self.tokenizer, self.collator = tokenizer, collator
         self.manager = self._mixture()
         self.runtime: dict[str, Any] = {
@@ -219,7 +227,8 @@ class _Builder:
         found: list[Hook] = [self._planner()]
         if "weight" in self.flex.kinds:
             weighter, name = self._component("weight")
-            found.append(WeightHook(weighter, name, self.flex.warmup_step))
+            static = self.weights.loss is not None or self.weights.corrected
+            found.append(WeightHook(weighter, name, self.flex.warmup_step, static))
         return found
 
     def _planner(self) -> Planner:
@@ -235,6 +244,8 @@ class _Builder:
                 )
             mixer, name = self._component("mix")
             return MixPlanner(self.manager, mixer, name, self.collator)
+        if self.weights.draw is not None:
+            return WeightedPlanner(self.weights.draw, self.weighting.with_replacement)
         return StaticPlanner()
 
     def _component(self, kind: Kind) -> tuple[Any, str]:
@@ -257,6 +268,14 @@ class _Builder:
         if self.flex.mixture_sample_rule == "stratified":
             return np.bincount(pool.domain_ids, minlength=k) / len(pool)
         return np.full(k, 1.0 / k)
+
+
+def _vocabulary(module: torch.nn.Module) -> int | None:
+    """Columns of the logits, as the output layer or the config has them."""
+    find = getattr(module, "get_output_embeddings", None)
+    columns = getattr(find() if find is not None else None, "out_features", None)
+    config = getattr(module, "config", None)
+    return columns if columns is not None else getattr(config, "vocab_size", None)
 
 
 def _pad_token(tokenizer: Any) -> int:

@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import numpy as np
 import torch
 
 from dataflex.core.context import Run
-from dataflex.core.hook import Weigher
+from dataflex.core.hook import Hook, Weigher
+from dataflex.core.weights import StaticWeights
 from dataflex.ops import SampleLoss
 from dataflex.train.weighter.base_weighter import SampleWeighter, Weighter
+from dataflex.utils import dist
 from dataflex.utils.errors import UserError
+from dataflex.utils.logging import logger
 
 
 class WeightHook(Weigher):
-    """Asks ``weighter`` from step ``warmup_step`` on."""
+    """Asks ``weighter`` from step ``warmup_step`` on. static: the samples have weights of their own."""
 
-    def __init__(self, weighter: Weighter, name: str, warmup_step: int) -> None:
+    def __init__(self, weighter: Weighter, name: str, warmup_step: int, static: bool = False) -> None:
         self.weighter = weighter
+        self.static = static
         self.name = name
-        self.warmup_step = warmup_step
+        self.warmup_step = weighter.warmup_step = warmup_step
 
     def on_train_start(self, run: Run) -> None:
         """UserError where the samples' own weights would be lost in a weighter's one loss."""
-        if not isinstance(self.weighter, SampleWeighter) and "sample_weight" in run.pool[0]:
+        if self.weighter.relative and run.micro_batch * run.world_size == 1:
+            logger.warning(
+                f"weighter '{self.name}': the global micro-batch is one sample, so its weight is always 1; raise "
+                "per_device_train_batch_size"
+            )
+        if not isinstance(self.weighter, SampleWeighter) and self.static:
             raise UserError(
                 f"weighter '{self.name}': returns one loss for the batch, so the samples' own sample_weight would be "
                 "lost; derive it from SampleWeighter, or drop sample_weight"
             )
 
+    def on_step_start(self, run: Run, batch: Any) -> None:
+        if run.step >= self.warmup_step:
+            self.weighter.before_step(run)
+
     def weigh(self, run: Run, micro: Any, losses: SampleLoss, outputs: Any) -> torch.Tensor | None:
         if run.step < self.warmup_step:
             return None
         per_sample = losses.loss
-        inputs = {**micro.inputs, "labels": micro.raw_labels}
+        inputs = {**micro.inputs, "labels": micro.raw_labels, "cu_seqlens": micro.cu_seqlens}
         if isinstance(self.weighter, SampleWeighter):
             weights = self.weighter.sample_weights(per_sample.detach(), ctx=run, model=run.engine.module, inputs=inputs)
             return self._checked(run, weights, per_sample.shape)
@@ -62,3 +77,90 @@ class WeightHook(Weigher):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.weighter.load_state_dict(state)
+
+
+def collapsed(count: float, effective: float) -> bool:
+    """Whether a step's weights leave so few effective samples that the rest hardly count."""
+    return count >= 4 and effective < max(1.5, 0.1 * count)
+
+
+class WeightLog(Hook):
+    """Writes weights.jsonl: a line per ``every`` steps and after the last, about the weights of that step.
+
+    min, mean, max, samples and effective sample size (sum w)^2 / sum w^2 (Kish 1965), over the global batch and per
+    domain. Warns once where the effective size collapses. identity: changes with the samples' own weights.
+    """
+
+    def __init__(self, every: int, weights: StaticWeights) -> None:
+        self.every = every
+        self.weights = weights
+        self.warned = False
+        self._seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def on_step_start(self, run: Run, batch: Any) -> None:
+        self._seen = []
+
+    def on_weights(self, run: Run, micro: Any, weights: torch.Tensor | None) -> None:
+        if self._is_due(run.step + 1, run):
+            shown = np.ones(len(micro.sample_ids)) if weights is None else weights.detach().double().cpu().numpy()
+            self._seen.append((np.asarray(run.pool.domain_ids)[micro.sample_ids], shown))
+
+    def on_step_end(self, run: Run, batch: Any) -> None:
+        if not self._is_due(run.step, run):
+            return
+        device = torch.device(run.engine.device)
+        mine = torch.from_numpy(weight_table(self._seen, len(run.pool.domain_names))).to(device)
+        tables = dist.all_gather(mine[None]).cpu().numpy()
+        table = np.column_stack([tables[..., :3].sum(0), tables[..., 3].min(0), tables[..., 4].max(0)])
+        whole = summary(np.concatenate([table[:, :3].sum(0), [table[:, 3].min(), table[:, 4].max()]]))
+        if whole is None:
+            return
+        names = zip(run.pool.domain_names, map(summary, table), strict=True)
+        record = {"step": run.step, **whole, "domains": {name: of for name, of in names if of is not None}}
+        if run.output_dir is not None and run.is_main:
+            with (run.output_dir / "weights.jsonl").open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(record) + "\n")
+        if collapsed(whole["samples"], whole["effective"]) and not self.warned:
+            self.warned = True
+            logger.warning(
+                f"step {run.step}: the weights have collapsed: {whole['samples']:.0f} samples count like "
+                f"{whole['effective']:.1f}; raise the temperature (r_end, temperature) or look at the sample weights"
+            )
+
+    def _is_due(self, step: int, run: Run) -> bool:
+        return step % self.every == 0 or step == run.total_steps
+
+    @property
+    def identity(self) -> str:
+        return f"WeightLog {self.weights.identity}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"warned": self.warned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.warned = state["warned"]
+
+
+def weight_table(seen: list[tuple[np.ndarray, np.ndarray]], domains: int) -> np.ndarray:
+    """Per domain: count, sum, sum of squares, min and max of the weights, float64 [domains, 5].
+
+    seen: (domains, weights) of each micro-batch. min and max of a domain without samples are inf and -inf.
+    """
+    table = np.tile([0.0, 0.0, 0.0, np.inf, -np.inf], (domains, 1))
+    count, total, squares, low, high = table.T
+    for domain, weight in seen:
+        count += np.bincount(domain, minlength=domains)
+        total += np.bincount(domain, weight, domains)
+        squares += np.bincount(domain, weight**2, domains)
+        np.minimum.at(low, domain, weight)
+        np.maximum.at(high, domain, weight)
+    return table
+
+
+def summary(row: np.ndarray) -> dict[str, float] | None:
+    """What weights.jsonl says of a row of `weight_table`; None without samples."""
+    count, total, squares, low, high = (float(value) for value in row)
+    if count == 0:
+        return None
+    effective = total**2 / squares if squares > 0 else 0.0
+    return {"samples": count, "min": low, "mean": total / count, "max": high, "effective": effective}

@@ -19,7 +19,13 @@ class Weighter(ABC):
     `get_weighted_loss` returns the scalar loss of this rank's micro-batch; the step's loss is the mean of
     these over micro-batches and ranks. `SampleWeighter` returns weights instead, which is exact for every split
     of the global batch.
+
+    warmup_step: unweighted steps before the first weighted one; the hook sets it. relative: weights compare the
+    samples of a global micro-batch with one another, so that with one sample they can have no effect.
     """
+
+    warmup_step: int = 0
+    relative: bool = False
 
     def __init__(self, **kwargs: Any) -> None:
         if kwargs:
@@ -29,6 +35,9 @@ class Weighter(ABC):
                 f"{type(self).__name__}: unknown param '{key}'{nearest(key, valid)}; "
                 f"valid: {', '.join(valid) or 'none'}"
             )
+
+    def before_step(self, ctx: Any) -> None:  # noqa: B027 (optional to override)
+        """Before the first forward of each weighted step, on every rank; may score samples."""
 
     @abstractmethod
     def get_weighted_loss(

@@ -43,8 +43,8 @@ def annealed(start: float, end: float, progress: float) -> float:
 class LossWeighter(SampleWeighter):
     """strategy: linupper, uniform, quadratic or extremes. delta: half the range of the scaled losses.
 
-    r_start, r_end: the softmax temperature r falls from the one to the other over the run: weights are nearly
-    equal at first, then sharper.
+    r_start, r_end: the softmax temperature r falls from the one at the first weighted step to the other at the end
+    of the run: weights are nearly equal at first, then sharper.
     """
 
     def __init__(
@@ -63,10 +63,12 @@ class LossWeighter(SampleWeighter):
         for key, value in (("delta", delta), ("r_start", r_start), ("r_end", r_end)):
             if not value > 0:
                 raise UserError(f"loss weighter: {key}: must be > 0, got {value}")
+        self.relative = strategy != "uniform"
         self.strategy, self.delta, self.r_start, self.r_end = strategy, delta, r_start, r_end
 
     def sample_weights(self, losses: Tensor, *, ctx: Any, model: Any, inputs: Any) -> Tensor:
-        r = annealed(self.r_start, self.r_end, ctx.step / max(1, ctx.total_steps))
+        progress = (ctx.step - self.warmup_step) / max(1, ctx.total_steps - self.warmup_step)
+        r = annealed(self.r_start, self.r_end, progress)
         everywhere = dist.all_gather(losses)
         weights = loss_weights(everywhere, strategy=self.strategy, delta=self.delta, r=r)
         mine = len(losses) * dist.rank()
