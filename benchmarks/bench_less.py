@@ -112,7 +112,7 @@ class Subject:
 
     def train(self, batches: Sequence[Any] | None = None) -> None:
         from dataflex.ops import per_sample_loss
-        from dataflex.scoring.scorer import split_batch
+        from dataflex.scoring.split import split_batch
 
         self.net.train()
         for batch in self.batches if batches is None else batches:

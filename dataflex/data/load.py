@@ -14,6 +14,7 @@ import numpy as np
 
 from dataflex.data.convert import Converter
 from dataflex.data.encode import tokenizer_identity
+from dataflex.data.held_out import held_out, part_of
 from dataflex.data.info import DatasetInfo, find_dataset_dir, read_dataset_infos
 from dataflex.data.pool import Pool
 from dataflex.data.report import DataReport, DomainReport
@@ -85,11 +86,11 @@ def load_data(cfg: Config, tokenizer: Any) -> LoadedData:
     if not data.val_size:
         return LoadedData(_pool(train), None, report)
     whole = _pool(train)
-    held_out = _held_out(whole, data.val_size, cfg.train.seed)
-    report.held_out = len(held_out)
-    rest = np.setdiff1d(np.arange(len(whole)), held_out)
+    chosen = held_out(whole, data.val_size, cfg.train.seed)
+    report.held_out = len(chosen)
+    rest = np.setdiff1d(np.arange(len(whole)), chosen)
     tag = [data.val_size, cfg.train.seed]
-    return LoadedData(_part(whole, rest, ["train", *tag]), _part(whole, held_out, ["eval", *tag]), report)
+    return LoadedData(part_of(whole, rest, ["train", *tag]), part_of(whole, chosen, ["eval", *tag]), report)
 
 
 def load_pool(cfg: Config, tokenizer: Any, names: Sequence[str], key: str) -> Pool:
@@ -273,37 +274,4 @@ def _pool(domains: list[Domain]) -> Pool:
         fingerprint=fingerprint_of("pool", [[d.name, d.fingerprint] for d in domains]),
         rows=None if any(d.rows is None for d in domains) else np.concatenate([d.rows for d in domains]),
         sample_weights=None if domains[0].weights is None else np.concatenate([d.weights for d in domains]),
-    )
-
-
-def _held_out(pool: Pool, val_size: float, seed: int) -> np.ndarray:
-    """Sample ids for evaluation: ``val_size`` (<= 1: a fraction, else a count), each domain in proportion."""
-    total = round(len(pool) * val_size) if val_size <= 1 else int(val_size)
-    if not 0 < total < len(pool):
-        raise UserError(
-            f"val_size: {val_size:g} holds {total} of {len(pool)} samples out; both sides need at least one"
-        )
-    exact = pool.domain_sizes() * (total / len(pool))
-    counts = np.floor(exact).astype(np.int64)
-    order = np.argsort(counts - exact, kind="stable")
-    counts[order[: total - counts.sum()]] += 1
-    emptied = np.flatnonzero(counts == pool.domain_sizes())
-    if len(emptied):
-        raise UserError(f"val_size: {val_size:g} leaves no sample of '{pool.domain_names[emptied[0]]}' to train on")
-    rng = np.random.default_rng([seed, 0x76616C])
-    picks = [rng.permutation(np.flatnonzero(pool.domain_ids == domain))[:count] for domain, count in enumerate(counts)]
-    return np.sort(np.concatenate(picks))
-
-
-def _part(pool: Pool, ids: np.ndarray, tag: list[Any]) -> Pool:
-    """The samples ``ids`` with the domains that they are from."""
-    domains, domain_ids = np.unique(pool.domain_ids[ids], return_inverse=True)
-    return Pool(
-        dataset=pool.dataset.select(ids),
-        domain_ids=domain_ids,
-        domain_names=[pool.domain_names[d] for d in domains],
-        lengths=pool.lengths[ids],
-        fingerprint=fingerprint_of("part", pool.fingerprint, tag),
-        rows=None if pool.rows is None else pool.rows[ids],
-        sample_weights=None if pool.sample_weights is None else pool.sample_weights[ids],
     )

@@ -17,7 +17,7 @@ from dataflex.core.context import Run
 from dataflex.core.plan import Numbers, Plan, rank_slices
 from dataflex.core.weights import NO_WEIGHTS, StaticWeights
 from dataflex.ops import shift_labels
-from dataflex.scoring.scorer import split_batch
+from dataflex.scoring.split import split_batch
 from dataflex.utils.errors import UserError
 
 

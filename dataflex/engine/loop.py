@@ -14,7 +14,7 @@ from dataflex.core.hook import Hook, Planner, Weigher
 from dataflex.core.plan import Plan, group_by_length
 from dataflex.engine.batches import BatchSource, MicroBatch, StepBatch
 from dataflex.ops import SampleLoss, per_sample_loss
-from dataflex.scoring.scorer import logits_of
+from dataflex.scoring.split import logits_of
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 

@@ -12,7 +12,8 @@ from dataflex.ops import shift_labels
 from dataflex.scoring.batches import Ids
 from dataflex.scoring.context import scoring_mode
 from dataflex.scoring.gather import merge
-from dataflex.scoring.scorer import Floats, Scorer, split_batch
+from dataflex.scoring.scorer import Floats, Scorer
+from dataflex.scoring.split import split_batch
 from dataflex.utils.errors import UserError
 
 

@@ -10,20 +10,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataflex.ops import SampleLoss, Transform, per_sample_loss, shift_labels
+from dataflex.ops import SampleLoss, Transform, per_sample_loss
 from dataflex.scoring.batches import MOST_SAMPLES, Ids, bucket, deal
 from dataflex.scoring.context import scoring_mode
 from dataflex.scoring.coverage import Target, find_targets, parameter_names, trained_names
 from dataflex.scoring.gather import merge
 from dataflex.scoring.layers import LayerRule
 from dataflex.scoring.sinks import DirectionSink, Moments, ProjectingSink, Totals
+from dataflex.scoring.split import logits_of, split_batch
 from dataflex.scoring.taps import Taps
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -32,36 +33,6 @@ from dataflex.utils.logging import logger
 Floats = NDArray[np.float32]
 MomentReader = Callable[[Iterable[str]], tuple[Moments, Transform]]
 _HALF_SCALE = 1024.0
-
-
-class SplitBatch(NamedTuple):
-    """inputs: the model's keyword arguments; labels: [N] int64, shifted; raw_labels: [B, T] as collated;
-
-    cu_seqlens: [S + 1] int64, one segment per sample over the N = B * T flattened tokens.
-    """
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-    raw_labels: Tensor
-    cu_seqlens: Tensor
-
-
-def split_batch(batch: dict[str, Any], device: torch.device) -> SplitBatch:
-    """Move a collated batch to ``device`` and take it apart. Without ``cu_seqlens`` every row is a sample."""
-    inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
-    labels, cu_seqlens = inputs.pop("labels"), inputs.pop("cu_seqlens", None)
-    for weights in ("sample_weight", "token_weight"):
-        inputs.pop(weights, None)
-    if cu_seqlens is None:
-        rows, tokens = labels.shape
-        cu_seqlens = torch.arange(rows + 1, device=device) * tokens
-    return SplitBatch(inputs, shift_labels(labels), labels, cu_seqlens)
-
-
-def logits_of(outputs: Any) -> Tensor:
-    """The logits [B, T, V] of a Hugging Face output, or the output itself where it is a tensor."""
-    logits: Tensor = outputs if torch.is_tensor(outputs) else outputs.logits
-    return logits
 
 
 class Scorer:

@@ -19,8 +19,9 @@ from dataflex.scoring.context import evaluating, frozen, leaf_embeddings
 from dataflex.scoring.coverage import Target, find_targets, parameter_names
 from dataflex.scoring.exact import exact_dots
 from dataflex.scoring.layers import LayerRule
-from dataflex.scoring.scorer import Floats, Scorer, logits_of, split_batch
+from dataflex.scoring.scorer import Floats, Scorer
 from dataflex.scoring.spec import FeatureSpec
+from dataflex.scoring.split import logits_of, split_batch
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger

@@ -1,0 +1,40 @@
+"""A collated batch taken apart into what the model gets and what the losses are made of."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dataflex.ops import shift_labels
+
+
+class SplitBatch(NamedTuple):
+    """inputs: the model's keyword arguments; labels: [N] int64, shifted; raw_labels: [B, T] as collated;
+
+    cu_seqlens: [S + 1] int64, one segment per sample over the N = B * T flattened tokens.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    raw_labels: Tensor
+    cu_seqlens: Tensor
+
+
+def split_batch(batch: dict[str, Any], device: torch.device) -> SplitBatch:
+    """Move a collated batch to ``device`` and take it apart. Without ``cu_seqlens`` every row is a sample."""
+    inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+    labels, cu_seqlens = inputs.pop("labels"), inputs.pop("cu_seqlens", None)
+    for weights in ("sample_weight", "token_weight"):
+        inputs.pop(weights, None)
+    if cu_seqlens is None:
+        rows, tokens = labels.shape
+        cu_seqlens = torch.arange(rows + 1, device=device) * tokens
+    return SplitBatch(inputs, shift_labels(labels), labels, cu_seqlens)
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits [B, T, V] of a Hugging Face output, or the output itself where it is a tensor."""
+    logits: Tensor = outputs if torch.is_tensor(outputs) else outputs.logits
+    return logits
