@@ -29,6 +29,7 @@ class Converted:
     turns: tuple[Turn, ...]
     problem: str = ""
     weight: float = 1.0
+    kept: str = ""
 
 
 class Converter:
@@ -38,9 +39,12 @@ class Converter:
         info: the dataset's entry.
         stage: `sft` (turns) or `pt` (one turn of the role `text`).
         weight_column: a column of sample weights (finite, not negative), or None.
+        kept_column: a column that travels with the samples as text, or None.
     """
 
-    def __init__(self, info: DatasetInfo, stage: str, weight_column: str | None = None) -> None:
+    def __init__(
+        self, info: DatasetInfo, stage: str, weight_column: str | None = None, kept_column: str | None = None
+    ) -> None:
         if stage == "pt" and info.formatting != "alpaca":
             raise UserError(
                 f"{info.where}.formatting: '{info.formatting}' has no plain text for stage pt; "
@@ -49,6 +53,7 @@ class Converter:
         self.info = info
         self.stage = stage
         self.weight_column = weight_column
+        self.kept_column = kept_column
         self.required, self.optional = self._needed_columns()
 
     def _needed_columns(self) -> tuple[dict[str, str], dict[str, str]]:
@@ -70,6 +75,8 @@ class Converter:
                 (required if key in keys or key in columns.given else optional)[key] = name
         if self.weight_column is not None:
             required["sample_weight"] = self.weight_column
+        if self.kept_column is not None:
+            required["subtask_column"] = self.kept_column
         return required, optional
 
     @property
@@ -109,7 +116,8 @@ class Converter:
             return Converted((), str(reason), weight)
         except UnicodeEncodeError:
             return Converted((), "text with half a surrogate pair", weight)
-        return Converted(tuple(turns), "", weight)
+        kept = "" if self.kept_column is None else str(row.get(self.kept_column))
+        return Converted(tuple(turns), "", weight, kept)
 
     def _weight(self, row: Mapping[str, Any], where: str) -> float:
         if self.weight_column is None:

@@ -54,9 +54,10 @@ class Domain:
     report: DomainReport
 
 
-def load_data(cfg: Config, tokenizer: Any) -> LoadedData:
+def load_data(cfg: Config, tokenizer: Any, eval_column: str | None = None) -> LoadedData:
     """Read and tokenise everything that ``cfg.data`` names; rank 0 first, the others from its cache.
 
+    eval_column: a column that the evaluation samples keep, as text.
     Raises UserError naming file and row for data that cannot be used as it is.
     """
     data = cfg.data
@@ -69,8 +70,8 @@ def load_data(cfg: Config, tokenizer: Any) -> LoadedData:
         )
     with main_first(), _bars_on_terminals_only():
         loader = _Loader(cfg, tokenizer)
-        train = loader.domains(data.dataset, "dataset")
-        evaluation = loader.domains(data.eval_dataset, "eval_dataset") if data.eval_dataset else []
+        train = loader.domains(data.dataset, "dataset", eval_column if data.val_size else None)
+        evaluation = loader.domains(data.eval_dataset, "eval_dataset", eval_column) if data.eval_dataset else []
     report = DataReport([d.report for d in train], [d.report for d in evaluation])
     if evaluation:
         seen = np.unique(np.concatenate([d.digests for d in train]))
@@ -118,15 +119,17 @@ class _Loader:
         self.encoder = Encoder(tokenizer, template, settings)
         self.dataset_dir = find_dataset_dir(data.dataset_dir, cfg.source)
 
-    def domains(self, names: Sequence[str], key: str) -> list[Domain]:
+    def domains(self, names: Sequence[str], key: str, kept: str | None = None) -> list[Domain]:
+        if kept is not None and self.encoder.settings.packed_blocks:
+            raise UserError("subtask_column: a packed block of stage pt has no one value; set packing: false")
         if not names:
             raise UserError(f"{key}: names no dataset; valid are the entries of {self.dataset_dir}")
-        return [self._domain(info) for info in read_dataset_infos(names, self.dataset_dir)]
+        return [self._domain(info, kept) for info in read_dataset_infos(names, self.dataset_dir)]
 
-    def _domain(self, info: DatasetInfo) -> Domain:
+    def _domain(self, info: DatasetInfo, kept: str | None) -> Domain:
         data = self.cfg.data
         report = DomainReport(info.name)
-        source = read_source(info, Converter(info, self.encoder.settings.stage, data.sample_weight))
+        source = read_source(info, Converter(info, self.encoder.settings.stage, data.sample_weight, kept))
         report.read = len(source)
         rows, choice = self._choose(source, info, report)
         fingerprint = fingerprint_of("tokens", source._fingerprint, choice, self.encoder.identity())
@@ -136,7 +139,7 @@ class _Loader:
         report.duplicates = len(digests) - len(np.unique(digests))
         if self.encoder.settings.packed_blocks:
             tokens = pack_blocks(tokens, data.cutoff_len, fingerprint)
-        return self._finish(tokens, info, fingerprint, report)
+        return self._finish(tokens, info, fingerprint, report, kept)
 
     def _choose(self, source: Dataset, info: DatasetInfo, report: DomainReport) -> tuple[np.ndarray, list[Any]]:
         """The rows to tokenise, and what decided on them."""
@@ -175,7 +178,9 @@ class _Loader:
         }
         return load_or_make(Path(data.tokenized_path), name, fingerprint, made_from, make, data.overwrite_cache)
 
-    def _finish(self, tokens: Dataset, info: DatasetInfo, fingerprint: str, report: DomainReport) -> Domain:
+    def _finish(
+        self, tokens: Dataset, info: DatasetInfo, fingerprint: str, report: DomainReport, kept_column: str | None
+    ) -> Domain:
         trained = _column(tokens, "trained")
         kept = np.flatnonzero(trained > 0)
         report.all_masked = len(trained) - len(kept)
@@ -190,7 +195,9 @@ class _Loader:
         if report.all_masked:
             tokens = tokens.select(kept)
         weight = ["sample_weight"] if self.cfg.data.sample_weight is not None else []
-        dataset = tokens.select_columns(["input_ids", "labels", *weight])
+        dataset = tokens.select_columns(["input_ids", "labels", *weight, *(["kept"] if kept_column else [])])
+        if kept_column:
+            dataset = dataset.rename_column("kept", kept_column)
         return Domain(info.name, dataset, lengths, digests, fingerprint, report)
 
 

@@ -22,7 +22,7 @@ from dataflex.utils.files import sha256_of
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 """Raised whenever the same data is converted or tokenised otherwise: older caches are then ignored."""
 
 
@@ -36,8 +36,8 @@ def read_source(info: DatasetInfo, converter: Converter) -> Dataset:
     """Every row of a dataset as turns.
 
     Columns: `turns` (list of {role, content}), `problem` ('' or why the row cannot be used), `weight`
-    (float32) and `where` (file:row). Its `_fingerprint` covers the content of the raw data and the
-    conversion. Raises UserError with the place of what is wrong.
+    (float32), `kept` (text, '' where no column is kept) and `where` (file:row). Its `_fingerprint` covers the
+    content of the raw data and the conversion. Raises UserError with the place of what is wrong.
     """
     if info.hub_id is not None:
         raw = _load_from_hub(info)
@@ -63,6 +63,7 @@ def source_features() -> Features:
             "turns": [{"role": Value("string"), "content": Value("string")}],
             "problem": Value("string"),
             "weight": Value("float32"),
+            "kept": Value("string"),
             "where": Value("string"),
         }
     )
@@ -90,7 +91,7 @@ def _conversion(converter: Converter) -> list[Any]:
     info = converter.info
     columns = {key: getattr(info.columns, key) for key in ("prompt", "query", "response", "history")}
     columns |= {"messages": info.columns.messages, "system": info.columns.system}
-    return [converter.stage, converter.weight_column, info.formatting, columns, vars(info.tags)]
+    return [converter.stage, converter.weight_column, converter.kept_column, info.formatting, columns, vars(info.tags)]
 
 
 def _check_table(path: Path, converter: Converter) -> None:
@@ -124,6 +125,7 @@ def _record(converted: Converted, where: str) -> dict[str, Any]:
         "turns": [{"role": role, "content": content} for role, content in converted.turns],
         "problem": converted.problem,
         "weight": converted.weight,
+        "kept": converted.kept,
         "where": where,
     }
 

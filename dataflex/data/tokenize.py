@@ -55,7 +55,7 @@ class Encoder:
             samples = self._documents([turns[0]["content"] for turns in rows["turns"]])
         else:
             samples = self._conversations(rows)
-        return _columns(samples, rows["weight"])
+        return _columns(samples, rows)
 
     def _conversations(self, rows: Batch) -> list[tuple[list[int], list[int], bool]]:
         assert self.template is not None
@@ -116,7 +116,7 @@ def tokenise(
 
 
 def sample_features() -> Features:
-    """input_ids and labels (int32), length, trained (tokens that count), truncated, digest, weight."""
+    """input_ids and labels (int32), length, trained (tokens that count), truncated, digest, weight, kept."""
     from datasets import Features, List, Value
 
     return Features(
@@ -128,6 +128,7 @@ def sample_features() -> Features:
             "truncated": Value("bool"),
             "digest": Value("int64"),
             "sample_weight": Value("float32"),
+            "kept": Value("string"),
         }
     )
 
@@ -161,10 +162,11 @@ def _block(ids: np.ndarray) -> dict[str, Any]:
         "truncated": False,
         "digest": digest_of(ids, ids),
         "sample_weight": 1.0,
+        "kept": "",
     }
 
 
-def _columns(samples: list[tuple[list[int], list[int], bool]], weights: list[float]) -> Batch:
+def _columns(samples: list[tuple[list[int], list[int], bool]], rows: Batch) -> Batch:
     return {
         "input_ids": [ids for ids, _, _ in samples],
         "labels": [labels for _, labels, _ in samples],
@@ -172,5 +174,6 @@ def _columns(samples: list[tuple[list[int], list[int], bool]], weights: list[flo
         "trained": [trained_count(labels) for _, labels, _ in samples],
         "truncated": [cut for _, _, cut in samples],
         "digest": [digest_of(ids, labels) for ids, labels, _ in samples],
-        "sample_weight": weights,
+        "sample_weight": rows["weight"],
+        "kept": rows["kept"],
     }
