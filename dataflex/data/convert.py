@@ -31,6 +31,7 @@ class Converted:
     problem: str = ""
     weight: float = 1.0
     token_weight: tuple[float, ...] = ()
+    kept: str = ""
 
 
 class Converter:
@@ -41,10 +42,16 @@ class Converter:
         stage: `sft` (turns) or `pt` (one turn of the role `text`).
         weight_column: a column of sample weights (finite, not negative), arithmetic over columns, or None.
         token_column: a column of lists of token weights (finite, not negative), or None.
+        kept_column: a column that travels with the samples as text, or None.
     """
 
     def __init__(
-        self, info: DatasetInfo, stage: str, weight_column: str | None = None, token_column: str | None = None
+        self,
+        info: DatasetInfo,
+        stage: str,
+        weight_column: str | None = None,
+        token_column: str | None = None,
+        kept_column: str | None = None,
     ) -> None:
         if stage == "pt" and info.formatting != "alpaca":
             raise UserError(
@@ -56,6 +63,7 @@ class Converter:
         self.weight_column = weight_column
         self.token_column = token_column
         self.expression = Expression(weight_column) if weight_column and is_expression(weight_column) else None
+        self.kept_column = kept_column
         self.required, self.optional = self._needed_columns()
 
     def _needed_columns(self) -> tuple[dict[str, str], dict[str, str]]:
@@ -81,6 +89,8 @@ class Converter:
             required["sample_weight"] = self.weight_column
         if self.token_column is not None:
             required["token_weight"] = self.token_column
+        if self.kept_column is not None:
+            required["subtask_column"] = self.kept_column
         return required, optional
 
     @property
@@ -120,7 +130,8 @@ class Converter:
             return Converted((), str(reason), weight, tokens)
         except UnicodeEncodeError:
             return Converted((), "text with half a surrogate pair", weight, tokens)
-        return Converted(tuple(turns), "", weight, tokens)
+        kept = "" if self.kept_column is None else str(row.get(self.kept_column))
+        return Converted(tuple(turns), "", weight, tokens, kept)
 
     def _weight(self, row: Mapping[str, Any], where: str) -> float:
         if self.weight_column is None:

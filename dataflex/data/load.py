@@ -62,9 +62,10 @@ class Domain:
     weights: np.ndarray | None = None
 
 
-def load_data(cfg: Config, tokenizer: Any) -> LoadedData:
+def load_data(cfg: Config, tokenizer: Any, eval_column: str | None = None) -> LoadedData:
     """Read and tokenise everything that ``cfg.data`` names; rank 0 first, the others from its cache.
 
+    eval_column: a column that the evaluation samples keep, as text.
     Raises UserError naming file and row for data that cannot be used as it is.
     """
     data = cfg.data
@@ -76,8 +77,11 @@ def load_data(cfg: Config, tokenizer: Any) -> LoadedData:
             "buffer_size are ignored, since selection needs every sample to have an id"
         )
     with main_first(), _bars_on_terminals_only():
-        train = _Loader(cfg, tokenizer, weighted=True).domains(data.dataset, "dataset")
-        evaluation = _Loader(cfg, tokenizer).domains(data.eval_dataset, "eval_dataset") if data.eval_dataset else []
+        train = _Loader(cfg, tokenizer, weighted=True).domains(
+            data.dataset, "dataset", eval_column if data.val_size else None
+        )
+        loader = _Loader(cfg, tokenizer)
+        evaluation = loader.domains(data.eval_dataset, "eval_dataset", eval_column) if data.eval_dataset else []
     report = DataReport([d.report for d in train], [d.report for d in evaluation])
     if evaluation:
         seen = np.unique(np.concatenate([d.digests for d in train]))
@@ -134,20 +138,22 @@ class _Loader:
         if self.weight_column is not None and self.weight_column.endswith(".npy"):
             self.weight_file, self.weight_column = WeightFile(self.weight_column), None
 
-    def domains(self, names: Sequence[str], key: str) -> list[Domain]:
+    def domains(self, names: Sequence[str], key: str, kept: str | None = None) -> list[Domain]:
+        if kept is not None and self.encoder.settings.packed_blocks:
+            raise UserError("subtask_column: a packed block of stage pt has no one value; set packing: false")
         if not names:
             raise UserError(f"{key}: names no dataset; valid are the entries of {self.dataset_dir}")
-        found = [self._domain(info) for info in read_dataset_infos(names, self.dataset_dir)]
+        found = [self._domain(info, kept) for info in read_dataset_infos(names, self.dataset_dir)]
         if self.weight_file is not None:
             self.weight_file.check_used()
         return found
 
-    def _domain(self, info: DatasetInfo) -> Domain:
+    def _domain(self, info: DatasetInfo, kept: str | None) -> Domain:
         data = self.cfg.data
         report = DomainReport(info.name)
         tokens = self.encoder.settings.token_weights
         column = None if tokens is None else tokens.column
-        source = read_source(info, Converter(info, self.encoder.settings.stage, self.weight_column, column))
+        source = read_source(info, Converter(info, self.encoder.settings.stage, self.weight_column, column, kept))
         report.read = len(source)
         rows, choice = self._choose(source, info, report)
         weights = None if self.weight_file is None else self.weight_file.take(len(source), rows, info.name)
@@ -163,7 +169,7 @@ class _Loader:
             fingerprint = fingerprint_of(fingerprint, hashlib.sha256(weights.tobytes()).hexdigest())
         elif self.weight_column is not None:
             weights = _column(tokens, "sample_weight").astype(np.float64)
-        return self._finish(tokens, info, fingerprint, report, made_from, weights)
+        return self._finish(tokens, info, fingerprint, report, made_from, weights, kept)
 
     def _choose(self, source: Dataset, info: DatasetInfo, report: DomainReport) -> tuple[np.ndarray, list[Any]]:
         """The rows to tokenise, and what decided on them."""
@@ -212,6 +218,7 @@ class _Loader:
         report: DomainReport,
         rows: np.ndarray | None,
         weights: np.ndarray | None,
+        kept_column: str | None,
     ) -> Domain:
         trained = _column(tokens, "trained")
         kept = np.flatnonzero(trained > 0)
@@ -227,7 +234,9 @@ class _Loader:
         if report.all_masked:
             tokens = tokens.select(kept)
         of_tokens = ["token_weight"] if self.encoder.settings.token_weights is not None else []
-        dataset = tokens.select_columns(["input_ids", "labels", *of_tokens])
+        dataset = tokens.select_columns(["input_ids", "labels", *of_tokens, *(["kept"] if kept_column else [])])
+        if kept_column:
+            dataset = dataset.rename_column("kept", kept_column)
         kept_rows, kept_weights = (None if values is None else values[kept] for values in (rows, weights))
         return Domain(info.name, dataset, lengths, digests, fingerprint, report, kept_rows, kept_weights)
 

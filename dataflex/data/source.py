@@ -22,7 +22,7 @@ from dataflex.utils.files import sha256_of
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 """Raised whenever the same data is converted or tokenised otherwise: older caches are then ignored."""
 
 
@@ -36,9 +36,9 @@ def read_source(info: DatasetInfo, converter: Converter) -> Dataset:
     """Every row of a dataset as turns.
 
     Columns: `turns` (list of {role, content}), `problem` ('' or why the row cannot be used), `weight`
-    (float32) and `where` (file:row), and with a column of token weights `token_weight` (float32). Its
-    `_fingerprint` covers the content of the raw data and the conversion. Raises UserError with the place of
-    what is wrong.
+    (float32), `kept` (text, '' where no column is kept) and `where` (file:row), and with a column of token
+    weights `token_weight` (float32). Its `_fingerprint` covers the content of the raw data and the conversion.
+    Raises UserError with the place of what is wrong.
     """
     if info.hub_id is not None:
         raw = load_from_hub(info)
@@ -64,6 +64,7 @@ def source_features(token_weight: bool = False) -> Features:
             "turns": [{"role": Value("string"), "content": Value("string")}],
             "problem": Value("string"),
             "weight": Value("float32"),
+            "kept": Value("string"),
             "where": Value("string"),
         }
         | ({"token_weight": List(Value("float32"))} if token_weight else {})
@@ -93,7 +94,8 @@ def _conversion(converter: Converter) -> list[Any]:
     columns = {key: getattr(info.columns, key) for key in ("prompt", "query", "response", "history")}
     columns |= {"messages": info.columns.messages, "system": info.columns.system}
     token_weight = [] if converter.token_column is None else [converter.token_column]
-    return [converter.stage, converter.weight_column, info.formatting, columns, vars(info.tags), *token_weight]
+    read = [converter.weight_column, converter.kept_column, *token_weight]
+    return [converter.stage, info.formatting, columns, vars(info.tags), *read]
 
 
 def _check_table(path: Path, converter: Converter) -> None:
@@ -128,6 +130,7 @@ def _record(converted: Converted, where: str, token_column: str | None) -> dict[
         "turns": [{"role": role, "content": content} for role, content in converted.turns],
         "problem": converted.problem,
         "weight": converted.weight,
+        "kept": converted.kept,
         "where": where,
     }
 

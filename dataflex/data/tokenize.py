@@ -55,9 +55,9 @@ class Encoder:
     def batch(self, rows: Batch) -> Batch:
         """Tokenise a batch of the rows of `read_source` (all without a problem)."""
         if self.settings.stage == "pt":
-            return _columns(self._documents([turns[0]["content"] for turns in rows["turns"]]), rows["weight"])
+            return _columns(self._documents([turns[0]["content"] for turns in rows["turns"]]), rows)
         samples, weights = self._conversations(rows)
-        columns = _columns(samples, rows["weight"])
+        columns = _columns(samples, rows)
         return columns if self.settings.token_weights is None else columns | {"token_weight": weights}
 
     def _conversations(self, rows: Batch) -> tuple[list[tuple[list[int], list[int], bool]], list[list[float]]]:
@@ -151,7 +151,7 @@ def tokenise(
 
 
 def sample_features(token_weight: bool = False) -> Features:
-    """input_ids and labels (int32), length, trained (tokens that count), truncated, digest, weight(s)."""
+    """input_ids and labels (int32), length, trained (tokens that count), truncated, digest, weights, kept."""
     from datasets import Features, List, Value
 
     return Features(
@@ -163,6 +163,7 @@ def sample_features(token_weight: bool = False) -> Features:
             "truncated": Value("bool"),
             "digest": Value("int64"),
             "sample_weight": Value("float32"),
+            "kept": Value("string"),
         }
         | ({"token_weight": List(Value("float32"))} if token_weight else {})
     )
@@ -197,10 +198,11 @@ def _block(ids: np.ndarray) -> dict[str, Any]:
         "truncated": False,
         "digest": digest_of(ids, ids),
         "sample_weight": 1.0,
+        "kept": "",
     }
 
 
-def _columns(samples: list[tuple[list[int], list[int], bool]], weights: list[float]) -> Batch:
+def _columns(samples: list[tuple[list[int], list[int], bool]], rows: Batch) -> Batch:
     return {
         "input_ids": [ids for ids, _, _ in samples],
         "labels": [labels for _, labels, _ in samples],
@@ -208,5 +210,6 @@ def _columns(samples: list[tuple[list[int], list[int], bool]], weights: list[flo
         "trained": [trained_count(labels) for _, labels, _ in samples],
         "truncated": [cut for _, _, cut in samples],
         "digest": [digest_of(ids, labels) for ids, labels, _ in samples],
-        "sample_weight": weights,
+        "sample_weight": rows["weight"],
+        "kept": rows["kept"],
     }

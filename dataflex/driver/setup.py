@@ -52,7 +52,7 @@ def read_inputs(cfg: Config) -> Inputs:
     """Tokenizer, model config, data and schedule of a config from `with_components`; a collective."""
     tokenizer = load_tokenizer(cfg)
     model_config = load_model_config(cfg)
-    data = load_data(cfg, tokenizer)
+    data = load_data(cfg, tokenizer, _subtask_column(cfg))
     schedule = _schedule(cfg, cfg.weighting.sampling_samples or len(data.train))
     _say_data(data, tokenizer)
     return Inputs(cfg, tokenizer, model_config, data, schedule)
@@ -88,6 +88,14 @@ def _schedule(cfg: Config, pool_size: int) -> Schedule:
                 f"the pool has {pool_size:,}; lower update_step or the batch size"
             )
     return schedule
+
+
+def _subtask_column(cfg: Config) -> str | None:
+    """The column of the target that the selector's params ask for."""
+    column = component_params(cfg.flex, "select")[1].get("subtask_column") if "select" in cfg.flex.kinds else None
+    if column in ("input_ids", "labels", "sample_weight"):
+        raise UserError(f"subtask_column: '{column}' is a column of ours; give the target's another name")
+    return None if column is None else str(column)
 
 
 def _say_data(data: LoadedData, tokenizer: Any) -> None:

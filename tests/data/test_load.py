@@ -143,6 +143,18 @@ def test_sample_weights(add: Add, config: MakeConfig) -> None:
         load(config("t", stage="pt", sample_weight="w"))
 
 
+def test_the_evaluation_samples_keep_a_column(add: Add, config: MakeConfig) -> None:
+    add("x", numbered(3))
+    add("target", [row | {"task": i % 2} for i, row in enumerate(numbered(4))])
+    out = load_data(config("x", eval_dataset=("target",)), byte_tokenizer(), "task")
+    assert out.eval is not None and [out.eval[i]["task"] for i in range(4)] == ["0", "1", "0", "1"]
+    assert set(out.train[0]) == {"input_ids", "labels"}
+    with pytest.raises(UserError, match=r"no column 'tsk' \(did you mean 'task'\?\)"):
+        load_data(config("x", eval_dataset=("target",)), byte_tokenizer(), "tsk")
+    held = load_data(config("target", val_size=2), byte_tokenizer(), "task")
+    assert held.eval is not None and {"task"} <= set(held.eval[0])
+
+
 TEXTS = [{"text": "abc"}, {"text": "defgh"}, {"text": "i"}]
 
 

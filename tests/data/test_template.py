@@ -74,7 +74,7 @@ def rendered(name: str | None, turns: list[tuple[str, str]], tokenizer: Any = No
     tokenizer = tokenizer or byte_tokenizer()
     encoder = Encoder(tokenizer, get_template(name, tokenizer), Settings("sft", 4096, **settings))
     row = [{"role": role, "content": content} for role, content in turns]
-    out = encoder.batch({"turns": [row], "where": ["x:1"], "weight": [1.0]})
+    out = encoder.batch({"turns": [row], "where": ["x:1"], "weight": [1.0], "kept": [""]})
     assert len(out["input_ids"][0]) == len(out["labels"][0]) == out["length"][0]
     return mark_trained(out["input_ids"][0], out["labels"][0], tokenizer)
 
@@ -149,7 +149,7 @@ def test_chat_template_equals_what_generation_sees() -> None:
     )
     encoder = Encoder(tokenizer, get_template(None, tokenizer), Settings("sft", 4096))
     row = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    out = encoder.batch({"turns": [row], "where": ["x:1"], "weight": [1.0]})
+    out = encoder.batch({"turns": [row], "where": ["x:1"], "weight": [1.0], "kept": [""]})
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert out["input_ids"][0][: len(prompt_ids)] == prompt_ids
     assert out["labels"][0][: len(prompt_ids)] == [IGNORE_INDEX] * len(prompt_ids)

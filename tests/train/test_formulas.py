@@ -127,6 +127,34 @@ def test_too_few_samples_that_can_be_drawn_are_refused() -> None:
     assert len(weighted_draw(np.array([1.0, 0.0, 2.0]), 3, replacement=True, draw=generator(0, "test"))) == 3
 
 
+def test_subtasks_by_column_and_scores_summed_by_learning_rate() -> None:
+    class Engine:
+        rates = iter([0.0, 0.5, 0.25])
+
+        def get_lr(self) -> list[float]:
+            return [next(self.rates)]
+
+    class StandIn:
+        engine = Engine()
+
+    target = [{"task": "b"}, {"task": "a"}, {"task": "b"}]
+    selector = LessSelector(
+        [], None, None, "", StandIn(), target, subtask_column="task", accumulate=True, self_check=False
+    )
+    assert selector.subtasks.tolist() == [1, 0, 1]
+    answers = iter(np.float32([[0.5, 0.4, 0.1], [0.1, 0.3, 0.2], [0.9, 0.1, 0.2]]))
+    selector.scores = lambda: next(answers)  # type: ignore[method-assign]
+    assert selector.select(None, 0, 2) == [0, 1], "a learning rate of 0 leaves the scores as they are"
+    assert selector.select(None, 5, 2) == [1, 2]
+    resumed = LessSelector(
+        [], None, None, "", StandIn(), target, subtask_column="task", accumulate=True, self_check=False
+    )
+    resumed.load_state_dict(selector.state_dict())
+    resumed.scores = lambda: next(answers)  # type: ignore[method-assign]
+    assert resumed.select(None, 9, 3) == [0, 1, 2]
+    np.testing.assert_allclose(resumed.metric["score"], [0.275, 0.175, 0.15], rtol=1e-6)
+
+
 def test_less_scores_are_the_largest_mean_cosine_over_subtasks() -> None:
     draw = np.random.default_rng(0)
     targets, features = draw.standard_normal((7, 16)), draw.standard_normal((5, 16))
@@ -202,7 +230,15 @@ POOL = SimpleNamespace(domain_ids=np.array([0]))
         (lambda: loss_selector(temperature=0.0), "focus_weight and temperature must be > 0"),
         (lambda: less(gradient_type="adm"), r"less: gradient_type: 'adm' \(did you mean 'adam'\?\); valid: adam, sgd"),
         (lambda: less(adam_form="paper"), "less: adam_form: 'paper'; valid: official, optimizer"),
-        (lambda: less(proj_dim=1000), r"less: proj_dim: expected a power of two \(512, 2048, 8192\), got 1000"),
+        (lambda: less(proj_dim=1000), r"less: proj_dim: expected a power of two >= 2, got 1000"),
+        (lambda: less(projection="xorfld"), r"less: projection: 'xorfld' \(did you mean 'xorfold'\?\); valid: xorfold"),
+        (lambda: less(projection="kronecker"), "less: projection: kronecker needs gradient_type: sgd; with adam"),
+        (lambda: less(scoring="exct"), r"less: scoring: 'exct' \(did you mean 'exact'\?\); valid: projected, exact"),
+        (lambda: less(layers="last:2"), r"layers: expected a list of patterns, got the text 'last:2'"),
+        (
+            lambda: less(eval_dataset=[{"task": "a"}], subtask_column="tsk"),
+            r"less: subtask_column: sample 0 of the target has no 'tsk' \(did you mean 'task'\?\); it has task",
+        ),
         (lambda: less(eval_dataset=None), "less: eval_dataset: the target is empty; set eval_dataset or val_size"),
         (lambda: less(eval_dataset=[]), "less: eval_dataset: the target is empty"),
     ],
