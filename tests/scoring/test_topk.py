@@ -41,8 +41,12 @@ def exact_cosines(rows: np.ndarray, directions: np.ndarray) -> np.ndarray:
     return best
 
 
+@pytest.mark.parametrize("merge", [1, 1000])
 @pytest.mark.parametrize(("rows", "count", "shard"), [(1, 1, 4), (50, 7, 8), (50, 50, 50), (50, 80, 13), (50, 0, 8)])
-def test_top_k_is_that_of_a_float64_sort(monkeypatch: pytest.MonkeyPatch, rows: int, count: int, shard: int) -> None:
+def test_top_k_is_that_of_a_float64_sort(
+    monkeypatch: pytest.MonkeyPatch, rows: int, count: int, shard: int, merge: int
+) -> None:
+    monkeypatch.setattr("dataflex.scoring.topk.MERGE", merge)
     monkeypatch.setattr("dataflex.scoring.topk.BLOCK_BYTES", 16 * 2 * 3)  # three rows a block
     draw = np.random.default_rng(rows + count)
     features = draw.standard_normal((rows, 16)).astype(np.float16)
@@ -58,6 +62,7 @@ def test_top_k_is_that_of_a_float64_sort(monkeypatch: pytest.MonkeyPatch, rows: 
 
 def test_ties_go_to_the_earlier_row_and_zeros_score_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dataflex.scoring.topk.BLOCK_BYTES", 4 * 2 * 2)
+    monkeypatch.setattr("dataflex.scoring.topk.MERGE", 1)
     features = np.zeros((9, 4), dtype=np.float16)
     features[[1, 4, 7], 0] = [2, 1, 3]  # the same direction, so the same cosine
     features[8, 0] = -1
