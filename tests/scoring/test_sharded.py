@@ -70,10 +70,15 @@ def _stage(stage: int, folder: Path) -> dict[str, Any]:
     result["mended"] = scores(passes("scores"))
     features = [scores(passes("features", keep_features=True)) for _ in range(2)]
     result["features"], result["features again"] = features
-    try:
-        scores(passes(None, keep_features=True))
-    except UserError as error:
-        result["nowhere"] = str(error)
+    result["refused"] = []
+    for call in (
+        lambda: scores(passes(None, keep_features=True)),
+        lambda: passes("exact", keep_features=True).scores(engine.scorer, pool, lambda ids: ids),
+    ):
+        try:
+            call()
+        except UserError as error:
+            result["refused"].append(str(error))
     return result
 
 
@@ -93,7 +98,8 @@ def test_a_pass_gives_the_same_scores_whatever_it_finds(found: dict[int, list[di
             assert got["kept"] == got["nothing kept"] == got["mended"] == found[world][0][str(stage)]["kept"]
             assert got["features"] == got["features again"]
             np.testing.assert_allclose(got["features"], got["kept"], rtol=2e-3, atol=2e-3)
-            assert "keep_features: needs output_dir" in got["nowhere"]
+            nowhere, exact = got["refused"]
+            assert "keep_features: needs output_dir" in nowhere and "keep_features: less makes no features" in exact
     one, two = (np.array(found[world][0][str(stage)]["kept"]) for world in (1, 2))
     assert np.unique(one).size == 22
     np.testing.assert_allclose(one, two, atol=1e-4 * np.abs(one).max())
