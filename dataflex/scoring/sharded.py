@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataflex import __version__
-from dataflex.scoring.batches import Ids
+from dataflex.scoring.batches import Ids, sample_lengths
 from dataflex.scoring.progress import Progress, size
-from dataflex.scoring.scorer import Scorer, sample_lengths
+from dataflex.scoring.scorer import Scorer
 from dataflex.scoring.store import DEFAULT_SHARD, ShardStore, folder_for, ids_part
 from dataflex.scoring.topk import FEATURES, stream_scores
 from dataflex.utils import dist
