@@ -65,9 +65,8 @@ def _write_scores(inputs: Inputs, engine: DataflexEngine, start: Path | None, fo
     cfg, pool = inputs.cfg, inputs.data.train
     name = str(cfg.flex.component("select"))
     selector = _selector(engine, name)
-    if start is None and getattr(selector, "adam", None) is not None:
+    if start is None and hasattr(selector, "use_plain_gradient") and selector.use_plain_gradient():
         logger.info(f"{name}: gradient_type: sgd, since Adam's moments come only with resume_from_checkpoint")
-        selector.use_plain_gradient()
     found = np.asarray(selector.scores(), dtype=np.float32)
     if dist.is_main():
         passes = getattr(selector, "passes", None)

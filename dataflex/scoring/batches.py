@@ -41,3 +41,11 @@ def deal(batches: list[Ids], rank: int, world_size: int) -> Iterator[tuple[Ids, 
     for turn in range(-(-len(batches) // world_size)):
         mine = turn * world_size + rank
         yield (batches[mine], True) if mine < len(batches) else (batches[-1], False)
+
+
+def sample_lengths(dataset: Any, ids: Ids) -> NDArray[np.int64]:
+    """Tokens of each sample, int64 [n]: from the dataset's ``lengths``, else by reading it."""
+    known = getattr(dataset, "lengths", None)
+    if known is not None:
+        return np.asarray(known)[ids].astype(np.int64)
+    return np.array([len(dataset[int(i)]["input_ids"]) for i in ids], dtype=np.int64)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataflex.ops import SampleLoss, Transform, per_sample_loss
-from dataflex.scoring.batches import MOST_SAMPLES, Ids, bucket, deal
+from dataflex.scoring.batches import MOST_SAMPLES, Ids, bucket, deal, sample_lengths
 from dataflex.scoring.context import scoring_mode
 from dataflex.scoring.coverage import Target, find_targets, parameter_names, trained_names
 from dataflex.scoring.gather import merge
@@ -267,11 +267,3 @@ class Scorer:
     def _release(self) -> None:
         """Under ZeRO-3 give back the parameters that the pass left gathered."""
         self.engine.empty_partition_cache()
-
-
-def sample_lengths(dataset: Any, ids: Ids) -> NDArray[np.int64]:
-    """Tokens of each sample, int64 [n]: from the dataset's ``lengths``, else by reading it."""
-    known = getattr(dataset, "lengths", None)
-    if known is not None:
-        return np.asarray(known)[ids].astype(np.int64)
-    return np.array([len(dataset[int(i)]["input_ids"]) for i in ids], dtype=np.int64)

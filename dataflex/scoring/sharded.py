@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataflex import __version__
-from dataflex.scoring.batches import Ids
+from dataflex.scoring.batches import Ids, sample_lengths
 from dataflex.scoring.progress import Progress, size
-from dataflex.scoring.scorer import Scorer, sample_lengths
+from dataflex.scoring.scorer import Scorer
 from dataflex.scoring.store import DEFAULT_SHARD, ShardStore, folder_for, ids_part
 from dataflex.scoring.topk import FEATURES, stream_scores
 from dataflex.utils import dist
@@ -94,7 +94,7 @@ class ScoringPasses:
             self.probe.row_bytes = 2 * proj_dim
         if not self.keep_features or self.probe is not None:
             call = lambda part: scorer.gradient_scores(dataset, score, part, **how)  # noqa: E731
-            return self.scores(scorer, dataset, call, target=target, moments=adam is not None)
+            return self._scores(scorer, dataset, call, target, adam is not None)
         store = self._store(dataset, ids, {}, adam is not None, FEATURES)
         what = f"{self._who()}: features"
 
@@ -113,8 +113,17 @@ class ScoringPasses:
     ) -> Floats:
         """``call(ids)`` float32 [len(ids)] for the shards of ``dataset``, put together: float32 [n]; a collective.
 
-        moments: whether the answer depends on Adam's moments.
+        moments: whether the answer depends on Adam's moments. UserError with ``keep_features``: there are none.
         """
+        if self.keep_features:
+            raise UserError(
+                f"keep_features: {self._name()} makes no features with these params (exact scores?); drop it"
+            )
+        return self._scores(scorer, dataset, call, target, moments)
+
+    def _scores(
+        self, scorer: Scorer, dataset: Any, call: Callable[[Ids], Floats], target: str, moments: bool
+    ) -> Floats:
         ids = np.arange(len(dataset), dtype=np.int64)
         out = np.zeros(len(ids), dtype=np.float32)
         if self.probe is not None:
@@ -135,7 +144,10 @@ class ScoringPasses:
         return out
 
     def _who(self) -> str:
-        return f"step {self.step()}: {self.component.partition(' ')[0] or 'the selector'}"
+        return f"step {self.step()}: {self._name()}"
+
+    def _name(self) -> str:
+        return self.component.partition(" ")[0] or "the selector"
 
     def _store(self, dataset: Any, ids: Ids, more: dict[str, str], moments: bool, kind: str) -> ShardStore:
         """The store of this pass; on rank 0 with the shards that are there already."""

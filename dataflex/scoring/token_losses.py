@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataflex.ops import SampleLoss
-from dataflex.scoring.batches import Ids
+from dataflex.scoring.batches import Ids, sample_lengths
 from dataflex.scoring.gather import merge
-from dataflex.scoring.scorer import Scorer, sample_lengths
+from dataflex.scoring.scorer import Scorer
 from dataflex.scoring.store import DEFAULT_SHARD, Parts, ShardStore, StoreReader
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError

@@ -16,6 +16,7 @@ from dataflex.scoring.batches import Ids
 Floats = NDArray[np.float32]
 FEATURES = "features"
 BLOCK_BYTES = 32 << 20
+MERGE = 1 << 16
 
 
 class Rows(Protocol):
@@ -66,16 +67,35 @@ def cosine_top_k(rows: Rows, directions: Tensor, count: int, device: torch.devic
     Best first, ties by position; a row of zeros scores 0. Both [min(count, rows)].
     """
     unit = torch.nn.functional.normalize(directions.to(device).float(), dim=1)
-    best = np.empty(0, dtype=np.float32)
-    places = np.empty(0, dtype=np.int64)
+    best = _Best(count)
     for at, block in blocks(rows, device):
         length = block.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         scores = ((block @ unit.T).max(dim=1).values / length).cpu().numpy()
-        mine = np.arange(at, at + len(scores), dtype=np.int64)
-        if len(best) == count and count:
-            able = scores > best[-1]  # an equal one comes later, so it loses the tie
-            scores, mine = scores[able], mine[able]
-        best, places = np.concatenate([best, scores]), np.concatenate([places, mine])
-        order = np.lexsort((places, -best))[:count]
-        best, places = best[order], places[order]
-    return places, best
+        best.add(scores, np.arange(at, at + len(scores), dtype=np.int64))
+    best.merge()
+    return best.places, best.scores
+
+
+class _Best:
+    """The ``count`` best of what was added. Candidates wait until there are enough of them to be worth a sort."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.scores: Floats = np.empty(0, dtype=np.float32)
+        self.places: Ids = np.empty(0, dtype=np.int64)
+        self.waiting: list[tuple[Floats, Ids]] = []
+
+    def add(self, scores: Floats, places: Ids) -> None:
+        """Later places than those added before: an equal score loses the tie."""
+        if self.count and len(self.scores) == self.count:
+            able = scores > self.scores[-1]
+            scores, places = scores[able], places[able]
+        self.waiting.append((scores, places))
+        if sum(len(s) for s, _ in self.waiting) >= max(self.count, MERGE):
+            self.merge()
+
+    def merge(self) -> None:
+        scores = np.concatenate([self.scores, *(s for s, _ in self.waiting)])
+        places = np.concatenate([self.places, *(p for _, p in self.waiting)])
+        order = np.lexsort((places, -scores))[: self.count]
+        self.scores, self.places, self.waiting = scores[order], places[order], []

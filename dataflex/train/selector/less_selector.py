@@ -164,9 +164,11 @@ class LessSelector(Selector):
         self.metric = {"score": scores[picks].tolist()}
         return picks.tolist()
 
-    def use_plain_gradient(self) -> None:
-        """Go by the plain gradient: for scoring with weights that come without Adam's moments."""
+    def use_plain_gradient(self) -> bool:
+        """Go by the plain gradient, for weights that come without Adam's moments; whether that changes anything."""
+        changes = self.spec.adam is not None
         self.spec = replace(self.spec, adam=None)
+        return changes
 
     def scores(self) -> NDArray[np.float32]:
         """Score of every sample of the pool with the model as it is now, float32 [n]."""

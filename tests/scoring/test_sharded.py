@@ -1,0 +1,137 @@
+"""Passes in shards: the same numbers whatever shards are found; the identity of the weights in the fingerprint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dataflex
+from dataflex.engine.identity import bits_digest, weights_identity
+from dataflex.scoring.progress import duration, size
+from dataflex.scoring.sharded import ScoringPasses
+from dataflex.utils import dist
+from dataflex.utils.errors import UserError
+from tests import tiny_engine as tiny
+from tests.distributed import run_ranks
+
+HOW: dict[str, Any] = {"proj_dim": 64, "seed": 3, "adam": "adam_less"}
+STAGES = (0, 2, 3)
+
+
+def engine_at(stage: int, steps: int) -> Any:
+    world = dist.world_size()
+    engine = dataflex.initialize(
+        model=tiny.model("lora"),
+        config=tiny.ds_config(stage, micro_batch=4 // world),
+        dataflex={"train_step": 8, "scoring_batch_tokens": 60},
+        train_dataset=tiny.samples(22, seed=9),
+        tokenizer=tiny.PadZero(),
+    )
+    batches = engine.batches()
+    for _ in range(steps):
+        engine.training_step(next(batches))
+    return engine
+
+
+def score(features: torch.Tensor) -> torch.Tensor:
+    return features[:, 0] - features[:, 1]
+
+
+def everything(folder: str) -> dict[str, Any]:
+    """Scores of every way to run a pass, and identities of several states, by stage."""
+    return {str(stage): _stage(stage, Path(folder)) for stage in STAGES}
+
+
+def _stage(stage: int, folder: Path) -> dict[str, Any]:
+    engine = engine_at(stage, 0)
+    before = weights_identity(engine.engine, "base", True)
+    engine = engine_at(stage, 2)
+    pool = engine.run.pool
+    parts = weights_identity(engine.engine, "base", True)
+
+    def passes(name: str | None, **more: Any) -> ScoringPasses:
+        where = None if name is None else folder / f"{name}{stage}"
+        return ScoringPasses(where, "less", lambda moments: weights_identity(engine.engine, "base", moments), 5, **more)
+
+    def scores(found: ScoringPasses) -> list[float]:
+        return found.gradient_scores(engine.scorer, pool, score, target="t", **HOW).tolist()
+
+    result: dict[str, Any] = {"identity": [before, parts], "nothing kept": scores(passes(None))}
+    result["kept"] = scores(passes("scores"))
+    dist.barrier()
+    if dist.is_main():
+        for broken in (folder / f"scores{stage}").glob("scores/*/scores-0000[13].npy"):
+            broken.unlink()
+    dist.barrier()
+    result["mended"] = scores(passes("scores"))
+    features = [scores(passes("features", keep_features=True)) for _ in range(2)]
+    result["features"], result["features again"] = features
+    result["refused"] = []
+    for call in (
+        lambda: scores(passes(None, keep_features=True)),
+        lambda: passes("exact", keep_features=True).scores(engine.scorer, pool, lambda ids: ids),
+    ):
+        try:
+            call()
+        except UserError as error:
+            result["refused"].append(str(error))
+    return result
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    return {
+        world: run_ranks("tests.scoring.test_sharded:everything", world, folder=str(tmp_path_factory.mktemp("passes")))
+        for world in (1, 2)
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_pass_gives_the_same_scores_whatever_it_finds(found: dict[int, list[dict[str, Any]]], stage: int) -> None:
+    for world in (1, 2):
+        for rank in found[world]:
+            got = rank[str(stage)]
+            assert got["kept"] == got["nothing kept"] == got["mended"] == found[world][0][str(stage)]["kept"]
+            assert got["features"] == got["features again"]
+            np.testing.assert_allclose(got["features"], got["kept"], rtol=2e-3, atol=2e-3)
+            nowhere, exact = got["refused"]
+            assert "keep_features: needs output_dir" in nowhere and "keep_features: less makes no features" in exact
+    one, two = (np.array(found[world][0][str(stage)]["kept"]) for world in (1, 2))
+    assert np.unique(one).size == 22
+    np.testing.assert_allclose(one, two, atol=1e-4 * np.abs(one).max())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_identity_changes_with_the_weights_and_moments_only(
+    found: dict[int, list[dict[str, Any]]], stage: int
+) -> None:
+    for world in (1, 2):
+        ranks = [rank[str(stage)]["identity"] for rank in found[world]]
+        assert ranks == [ranks[0]] * world
+    before, after = found[1][0][str(stage)]["identity"]
+    assert before["base weights"] == after["base weights"]
+    assert before["trained weights"] != after["trained weights"]
+    assert before["Adam's moments"] == "none" and after["Adam's moments"].endswith("step 2")
+    other_world, _ = found[2][0][str(stage)]["identity"]
+    assert other_world["trained weights"] == before["trained weights"]
+    assert before["trained weights"] == found[1][0]["0"]["identity"][0]["trained weights"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_digest_sees_every_bit_and_place(dtype: torch.dtype) -> None:
+    values = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    digest = bits_digest(values)
+    assert digest == bits_digest(values.clone()) == bits_digest(values.t().contiguous().t())
+    swapped = values.clone()
+    swapped[0, 0], swapped[3, 2] = values[3, 2], values[0, 0]
+    negative = values.clone()
+    negative[2, 2] *= -1
+    assert len({digest, bits_digest(swapped), bits_digest(negative), bits_digest(values[:, :6])}) == 4
+
+
+def test_words_for_people() -> None:
+    assert (duration(3661.4), size(512), size(3 * 2**30)) == ("1:01:01", "512 B", "3.0 GiB")
