@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dataflex.core.registry import register_selector
 from dataflex.scoring.embed_pass import POOLINGS, embeddings
 from dataflex.scoring.scorer import Scorer
-from dataflex.train.selector.less_selector import LessSelector, cosine_scores, target_directions
+from dataflex.train.selector.less_selector import ADAM_FORMS, LessSelector, cosine_scores, target_directions
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError, nearest
 from dataflex.utils.logging import logger
@@ -105,6 +105,9 @@ class ClusterLessSelector(LessSelector):
             raise UserError(
                 f"cluster_less: pooling: '{pooling}'{nearest(pooling, POOLINGS)}; valid: {', '.join(POOLINGS)}"
             )
+        adam = ADAM_FORMS[adam_form] if gradient_type == "adam" else None
+        self.of_target: dict[str, Any] = {"proj_dim": proj_dim, "seed": seed}
+        self.of_pool: dict[str, Any] = {**self.of_target, "adam": adam}
         self.n_clusters = min(n_clusters, len(dataset))
         self.representatives, self.pooling = representatives, pooling
 
@@ -136,9 +139,8 @@ class ClusterLessSelector(LessSelector):
     def _cluster_scores(self, clusters: Clusters) -> Floats:
         """Score of each cluster, float32 [n_clusters]; those without members have -inf."""
         chosen = representatives(clusters, self.representatives)
-        how: dict[str, Any] = {"proj_dim": self.proj_dim, "seed": self.seed}
-        target = self.scorer.gradient_features(self.target, **how)
-        features = self.scorer.gradient_features(self.dataset, np.concatenate(chosen), adam=self.adam, **how)
+        target = self.scorer.gradient_features(self.target, **self.of_target)
+        features = self.scorer.gradient_features(self.dataset, np.concatenate(chosen), **self.of_pool)
         parts = np.split(features, np.cumsum([len(ids) for ids in chosen])[:-1])
         means = torch.from_numpy(np.stack([part.mean(axis=0) for part in parts]))
         scores = np.full(self.n_clusters, -np.inf, dtype=np.float32)
