@@ -10,6 +10,7 @@ import torch
 
 import dataflex
 from dataflex.data.collate import Collator
+from dataflex.data.pool import Pool
 from dataflex.scoring.embed_pass import embeddings, pooled
 from dataflex.train.selector import cluster_less_selector
 from dataflex.train.selector.cluster_less_selector import (
@@ -26,6 +27,10 @@ from tests.train.test_planted import initialize, language
 
 PICKS, TOPICS = 16, 4
 MODELS = [("full", 0, False), ("full", 3, True), ("lora", 3, False)]
+
+
+def target() -> Pool:
+    return Pool.from_datasets(tiny.samples(2, seed=1))
 
 
 def by_transformers(net: Any, pool: list[Any], pooling: str) -> np.ndarray:
@@ -128,7 +133,7 @@ def test_k_means_finds_planted_clusters_by_direction() -> None:
 def test_more_clusters_than_samples_leave_each_its_own() -> None:
     vectors = np.random.default_rng(0).normal(size=(7, 4)).astype(np.float32)
     assert sorted(k_means(vectors, 7, seed=1).of) == list(range(7))
-    selector = ClusterLessSelector([0] * 8, None, None, "", None, [0], n_clusters=9)  # type: ignore[arg-type]
+    selector = ClusterLessSelector([0] * 8, None, None, "", None, target(), n_clusters=9)  # type: ignore[arg-type]
     assert selector.n_clusters == 8
 
 
@@ -152,11 +157,11 @@ def test_representatives_and_picks_are_the_nearest_of_the_best() -> None:
 )
 def test_wrong_params(params: dict[str, Any], text: str) -> None:
     with pytest.raises(UserError) as error:
-        ClusterLessSelector([0] * 8, None, None, "", None, [0], **params)  # type: ignore[arg-type]
+        ClusterLessSelector([0] * 8, None, None, "", None, target(), **params)  # type: ignore[arg-type]
     assert str(error.value) == text
 
 
 def test_without_faiss_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_less_selector, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs faiss: pip install 'dataflex\[cluster\]'"):
-        ClusterLessSelector([0] * 8, None, None, "", None, [0], n_clusters=2)  # type: ignore[arg-type]
+        ClusterLessSelector([0] * 8, None, None, "", None, target(), n_clusters=2)  # type: ignore[arg-type]
