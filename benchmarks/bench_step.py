@@ -29,6 +29,8 @@ VOCABULARY, TOKENS, MICRO_BATCH = 8192, 256, 4
 VARIANTS: dict[str, dict[str, Any]] = {
     "static": {},
     "loss weighting": {"train_type": "dynamic_weight", "component_name": "loss"},
+    "adapt weighting": {"train_type": "dynamic_weight", "component_name": "adapt"},
+    "weighted sampling": {"sampling": "inverse_domain", "sampling_correction": True},
     "random mixing": {"train_type": "dynamic_mix", "component_name": "random", "update_step": 10},
 }
 
@@ -101,6 +103,7 @@ def dataflex_steps(stage: int, pool: list[Any], flex: dict[str, Any]) -> Iterato
         model=model(),
         config=ds_config(stage),
         train_dataset={"a": pool[::2], "b": pool[1::2]},
+        eval_dataset=pool[:64],
         data_collator=Collator(0),
         dataflex={**flex, "train_step": 10_000},
     )

@@ -150,8 +150,9 @@ def _scan(name: str, dataset: Any) -> tuple[np.ndarray, str, np.ndarray | None]:
         if token_weight is not None:
             own = check_weights(token_weight, len(ids), f"{where}: sample {index}: token_weight")
             hashes["token_weight"].update(own.tobytes())
-        if bool(weights) and len(weights) != index + 1:
-            raise UserError(f"{where}: sample {index} has no sample_weight, others have it")
+        if weights and len(weights) != index + 1:
+            has = "no sample_weight, others have it" if weight is None else "a sample_weight, others have none"
+            raise UserError(f"{where}: sample {index} has {has}")
         lengths[index] = len(ids)
         untrained += not (labels[1:] != IGNORE_INDEX).any()
         hashes["input_ids"].update(ids.tobytes())
