@@ -92,14 +92,34 @@ class Scorer:
         """
         ids = np.arange(len(dataset), dtype=np.int64) if ids is None else ids
         out = np.zeros((2, len(ids)), dtype=np.float32)
-        with scoring_mode(self.engine.module, gradients=False):
-            for places, batch in self._batches(dataset, ids, "scoring losses", max_samples):
-                loss = self._forward(batch, reduction)
-                if places is not None:
-                    out[0, places], out[1, places] = loss.loss.cpu().numpy(), loss.count.cpu().numpy()
-        self._release()
+
+        def keep(places: Ids, losses: SampleLoss, _cu_seqlens: Tensor) -> None:
+            out[0, places], out[1, places] = losses.loss.cpu().numpy(), losses.count.cpu().numpy()
+
+        self.stream_losses(dataset, ids, keep, reduction=reduction, max_samples=max_samples)
         merged = merge(out, self.device)
         return merged[0], merged[1]
+
+    def stream_losses(
+        self,
+        dataset: Any,
+        ids: Ids,
+        consume: Callable[[Ids, SampleLoss, Tensor], None],
+        *,
+        reduction: str = "mean",
+        max_samples: int = MOST_SAMPLES,
+    ) -> None:
+        """Call ``consume(places, losses, cu_seqlens)`` for each of this rank's batches.
+
+        places: int64 [b], positions in ``ids``; sample s of the batch is tokens cu_seqlens[s] to cu_seqlens[s + 1]
+        of ``losses.token_loss``, its padding last.
+        """
+        with scoring_mode(self.engine.module, gradients=False):
+            for places, batch in self._batches(dataset, ids, "scoring losses", max_samples):
+                losses, cu_seqlens = self._forward(batch, reduction)
+                if places is not None:
+                    consume(places, losses, cu_seqlens)
+        self._release()
 
     def gradient_features(
         self, dataset: Any, ids: Ids | None = None, *, proj_dim: int, seed: int, adam: str | None = None
@@ -181,10 +201,10 @@ class Scorer:
         (loss / sink.scale).backward()
         taps.check_fired()
 
-    def _forward(self, batch: dict[str, Any], reduction: str) -> SampleLoss:
+    def _forward(self, batch: dict[str, Any], reduction: str) -> tuple[SampleLoss, Tensor]:
         inputs, labels, _, cu_seqlens = split_batch(batch, self.device)
         logits = logits_of(self.engine.module(**inputs))
-        return per_sample_loss(logits.flatten(0, 1), labels, cu_seqlens, reduction=reduction)
+        return per_sample_loss(logits.flatten(0, 1), labels, cu_seqlens, reduction=reduction), cu_seqlens
 
     def _moments(self, names: list[str], adam: str | None) -> tuple[Moments, Transform]:
         if adam is None:
