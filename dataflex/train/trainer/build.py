@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +29,11 @@ from dataflex.data.pool import Pool
 from dataflex.engine.loop import BatchSource, Loop, Stepper
 from dataflex.engine.optimizer_state import read_moments
 from dataflex.engine.plugin import DataflexEngine
+from dataflex.engine.reference import open_reference
 from dataflex.scoring.scorer import Scorer
 from dataflex.train.mixer.mixture import MixtureManager
 from dataflex.train.trainer.components import load_components
-from dataflex.train.trainer.mix_trainer import MixPlanner
+from dataflex.train.trainer.mix_trainer import mix_planner
 from dataflex.train.trainer.select_trainer import SelectPlanner
 from dataflex.train.trainer.static_trainer import StaticPlanner
 from dataflex.train.trainer.weight_trainer import WeightHook
@@ -111,6 +113,8 @@ def attach(
     scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names))
     builder = _Builder(run, cfg.flex, collator, tokenizer)
     builder.runtime |= {"eval_dataset": eval_pool, "mixer_eval_dataset": mixer_eval_pool, "scorer": scorer}
+    builder.runtime["reference_model_path"] = cfg.flex.reference_model_path
+    builder.runtime["open_reference"] = partial(open_reference, engine=engine, pool=pool, model=cfg.model)
     every = [*builder.hooks(), *hooks]
     weighted = any(isinstance(h, Weigher) for h in every) or "sample_weight" in pool[0]
     stepper = Stepper(engine, run, every, cfg.flex.weight_normalization if weighted else "tokens")
@@ -207,14 +211,10 @@ class _Builder:
             selector, name = self._component("select")
             return SelectPlanner(selector, name, self.tokenizer)
         if "mix" in self.flex.kinds:
-            if self.flex.mixes_fixed:
-                return MixPlanner(
-                    self.manager,
-                    None,
-                    self.flex.mixture_sample_rule if not self.flex.static_mix else "static",
-                )
-            mixer, name = self._component("mix")
-            return MixPlanner(self.manager, mixer, name, self.collator)
+            mixer, name = None, self.flex.mixture_sample_rule if not self.flex.static_mix else "static"
+            if not self.flex.mixes_fixed:
+                mixer, name = self._component("mix")
+            return mix_planner(self.manager, mixer, name, self.collator, self.flex.warn_domain_epochs)
         return StaticPlanner()
 
     def _component(self, kind: Kind) -> tuple[Any, str]:
