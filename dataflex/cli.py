@@ -63,6 +63,11 @@ LAUNCHED = {
         "train as a YAML file says",
         "Train as CFG says: one process per GPU (on CPUs: one), under the DeepSpeed launcher.",
     ),
+    "doremi": Launched(
+        "find domain weights with DoReMi, and train with them",
+        "Three runs as CFG says (dynamic_mix by doremi): a reference, a proxy that finds the weights of the domains, "
+        "and the final run. Started again, it goes on where it was.",
+    ),
 }
 
 

@@ -11,13 +11,14 @@ from datetime import timedelta
 import torch
 
 from dataflex.config import Config
+from dataflex.driver.doremi import three_runs
 from dataflex.driver.training import train
 from dataflex.engine.ds_config import check_possible
 from dataflex.report.plot import check_plotting
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 
-COMMANDS = {"train": train}
+COMMANDS = {"train": train, "doremi": three_runs}
 
 
 def run(cfg: Config, command: str = "train") -> int:
