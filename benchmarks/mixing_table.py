@@ -1,6 +1,6 @@
 """What mixers do to each domain's perplexity after the same number of tokens, and how their mixtures move.
 
-    python benchmarks/mixing_table.py [--data ../shared/data] [--steps 150] [--seeds 3] [--name mixing]
+    python benchmarks/mixing_table.py [--data ../shared/data] [--steps 150] [--seeds 0 1 2] [--name mixing]
 
 Four text domains (c4, wiki, gsm8k, alpaca), read as bytes and cut into blocks; every tenth block is held out, up to 96.
 A small Llama from scratch, one process. `doremi` is a final run on the weights that its proxy found, which had a
@@ -239,10 +239,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--name", default="mixing")
     arguments = parser.parse_args()
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
+    from dataflex.launcher import free_port
+
+    place = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     os.environ.update({"DS_ACCELERATOR": "cpu", **place})
     start()
     results, moves = RESULTS / f"{arguments.name}.csv", RESULTS / f"{arguments.name}_steps.csv"
@@ -250,7 +258,7 @@ def main() -> int:
     domains = runs.pool.domain_names
     done = {(row["mixer"], row["seed"]) for row in read_rows(results)}
     packages = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for mixer in MIXERS:
             if (mixer, str(seed)) in done:
                 continue
