@@ -17,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -32,6 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adapt weighting": {"train_type": "dynamic_weight", "component_name": "adapt"},
     "weighted sampling": {"sampling": "inverse_domain", "sampling_correction": True},
     "random mixing": {"train_type": "dynamic_mix", "component_name": "random", "update_step": 10},
+    "odm": {"train_type": "dynamic_mix", "component_name": "odm", "update_step": 1},
+    "doremi, stored reference losses": {"train_type": "dynamic_mix", "component_name": "doremi", "update_step": 10},
 }
 
 
@@ -69,6 +72,26 @@ def ds_config(stage: int) -> dict[str, Any]:
     }
 
 
+def by_domain(pool: list[Any]) -> dict[str, list[Any]]:
+    return {"a": pool[::2], "b": pool[1::2]}
+
+
+def stored_losses(pool: list[Any], folder: str) -> None:
+    """A store of random reference losses for the samples of ``by_domain(pool)``, made by rank 0."""
+    from dataflex.data.pool import Pool
+    from dataflex.scoring.store import ShardStore
+    from dataflex.scoring.token_losses import POOL
+    from dataflex.utils import dist
+
+    if dist.is_main():
+        whole = Pool.from_datasets(by_domain(pool))
+        store = ShardStore(Path(folder), {POOL: whole.fingerprint}, np.arange(len(whole)), len(whole))
+        values = np.random.default_rng(0).uniform(0, 20, len(whole) * TOKENS).astype(np.float32)
+        store.resume()
+        store.write(0, {"values": values, "offsets": np.arange(len(whole) + 1) * TOKENS})
+    dist.barrier()
+
+
 def plain_steps(stage: int, pool: list[Any]) -> Iterator[float]:
     """Endless steps of a plain DeepSpeed loop; yields seconds."""
     import deepspeed
@@ -102,7 +125,7 @@ def dataflex_steps(stage: int, pool: list[Any], flex: dict[str, Any]) -> Iterato
     engine = dataflex.initialize(
         model=model(),
         config=ds_config(stage),
-        train_dataset={"a": pool[::2], "b": pool[1::2]},
+        train_dataset=by_domain(pool),
         eval_dataset=pool[:64],
         data_collator=Collator(0),
         dataflex={**flex, "train_step": 10_000},
@@ -145,11 +168,23 @@ def check_equal_losses(stage: int, pool: list[Any]) -> float:
 
 def measure(stage: int, rounds: int) -> list[dict[str, Any]]:
     """Rows of the table: one per variant."""
+    from dataflex.utils import dist
+
     pool = samples(512, seed=1)
     difference = check_equal_losses(stage, pool)
     assert difference < 1e-4, f"losses differ by {difference}"
     runs = {"plain DeepSpeed": plain_steps(stage, pool)}
-    runs |= {name: dataflex_steps(stage, pool, flex) for name, flex in VARIANTS.items()}
+    with tempfile.TemporaryDirectory() as made:
+        folder = dist.broadcast_object(made)
+        stored_losses(pool, folder)
+        for name, flex in VARIANTS.items():
+            reference = {"reference_model_path": folder} if flex.get("component_name") == "doremi" else {}
+            runs[name] = dataflex_steps(stage, pool, {**flex, **reference})
+        return taking_turns(runs, stage, rounds, difference)
+
+
+def taking_turns(runs: dict[str, Iterator[float]], stage: int, rounds: int, difference: float) -> list[dict[str, Any]]:
+    """Time the variants step by step in turn."""
     for steps in runs.values():
         for _ in range(3):
             next(steps)

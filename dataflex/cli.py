@@ -75,6 +75,11 @@ LAUNCHED = {
         "Build CFG's model and engine, compare a few samples' gradient features with single-sample autograd, and print "
         "a verdict for each point. Trains and writes nothing; the exit code is not 0 where a check fails.",
     ),
+    "doremi": Launched(
+        "find domain weights with DoReMi, and train with them",
+        "Three runs as CFG says (dynamic_mix by doremi): a reference, a proxy that finds the weights of the domains, "
+        "and the final run. Started again, it goes on where it was.",
+    ),
 }
 
 

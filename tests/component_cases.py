@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dataflex.core.hook import Hook
+from dataflex.utils import dist
+from tests.tiny import tiny_llama
 
 WARMUP, UPDATE, TIMES, BATCH = 2, 3, 2, 4
 SIZES = {"short": 24, "long": 40}
@@ -49,7 +52,8 @@ def _nothing(outcome: Outcome) -> None:
 class Case:
     """``kind`` and registered ``name``, the params it is built with, and what must hold of its outcome.
 
-    variant: tells several rows of one component apart.
+    variant: tells several rows of one component apart. model: a kind of `tests.tiny_engine.model`. prepare: makes what
+    it needs in a folder, and returns further params.
     """
 
     kind: str
@@ -57,6 +61,8 @@ class Case:
     params: dict[str, Any] = field(default_factory=dict)
     expect: Callable[[Outcome], None] = _nothing
     variant: str = ""
+    model: str = "full"
+    prepare: Callable[[Path], dict[str, Any]] = lambda folder: {}
 
     @property
     def id(self) -> str:
@@ -114,6 +120,14 @@ def mixes_anew(outcome: Outcome) -> None:
         assert np.abs(np.array(counts) - np.array(shares) * PICKED).max() < 1
 
 
+def with_reference(folder: Path) -> dict[str, Any]:
+    """A reference model; a collective."""
+    if dist.is_main():
+        tiny_llama(initializer_range=0.02, seed=1).save_pretrained(folder / "reference")
+    dist.barrier()
+    return {"reference_model_path": str(folder / "reference")}
+
+
 _LESS = {"gradient_type": "adam", "adam_form": "official", "proj_dim": 64, "seed": 1}
 _LESS_EXACT = {"scoring": "exact", "accumulate": True, "layers": ["layers"], "layer_weights": {"mlp": 2.0}}
 CASES = [
@@ -126,6 +140,10 @@ CASES = [
     Case("mixer", "random", {"seed": 5}, mixes_anew),
     Case("mixer", "static", {"proportions": [3, 1]}, mixes(0.75, 0.25)),
     Case("mixer", "stratified", {}, mixes(24 / 64, 40 / 64)),
+    Case("mixer", "temperature", {"tau": 0.0}, mixes(0.5, 0.5)),
+    Case("mixer", "odm", {"alpha": 0.5}, mixes_anew),
+    Case("mixer", "doremi", {"reweight_eta": 0.5}, mixes(0.5, 0.5), prepare=with_reference),
+    Case("mixer", "dynamic_moe", {"eval_samples": 7}, mixes(0.5, 0.5), model="moe"),
     Case("weighter", "loss", {"strategy": "linupper", "r_start": 1.0, "r_end": 0.25}),
     Case("weighter", "adapt", {"num_anchors": 4, "refresh_step": 2, "similarity": "max", "temperature": 0.05}),
     Case("weighter", "custom", {"strategy": "uniform"}),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_mixtral
 
 VOCABULARY = 259
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -32,7 +32,12 @@ def samples(count: int, seed: int, shortest: int = 6, longest: int = 24) -> list
 
 
 def model(kind: str = "full", dtype: torch.dtype = torch.float32, **overrides: Any) -> torch.nn.Module:
-    """A tiny Llama; ``kind`` is ``full`` or ``lora`` (random adapters, so that both factors have gradients)."""
+    """A tiny Llama; ``kind`` is ``full`` or ``lora`` (random adapters, so that both factors have gradients).
+
+    ``moe``: a tiny Mixtral of four experts.
+    """
+    if kind == "moe":
+        return tiny_mixtral(VOCABULARY, **overrides).to(dtype)
     net: Any = tiny_llama(VOCABULARY, initializer_range=0.08, **overrides)
     if kind == "lora":
         from peft import LoraConfig, get_peft_model

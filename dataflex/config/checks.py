@@ -183,6 +183,7 @@ def _components(cfg: Config, embedded: bool) -> Iterator[Problem]:
 def _paths(cfg: Config) -> Iterator[Problem]:
     paths: dict[str, Any] = {
         "model_name_or_path": cfg.model.model_name_or_path,
+        "reference_model_path": cfg.flex.reference_model_path,
         "adapter_name_or_path": cfg.model.adapter_name_or_path,
         "resume_from_checkpoint": cfg.output.resume_from_checkpoint,
     }
@@ -228,6 +229,10 @@ def _unused(cfg: Config) -> list[str]:
         "init_mixture_proportions": {"mix"},
         "static_mix": {"mix"},
         "mixer_eval_dataset": {"mix"},
+        "warn_domain_epochs": {"mix"},
+        "reference_model_path": {"mix"},
+        "proxy_model_name_or_path": {"mix"},
+        "proxy_train_step": {"mix"},
     }
     fields = type(cfg.flex).model_fields
     idle = [key for key, users in used_by.items() if not users & kinds]

@@ -189,6 +189,10 @@ class FlexSection(Section):
     init_mixture_proportions: Proportions = None
     static_mix: Flag = False
     mixer_eval_dataset: Names = ()
+    warn_domain_epochs: AboveZero = 4.0
+    reference_model_path: OptionalText = None
+    proxy_model_name_or_path: OptionalText = None
+    proxy_train_step: OptionalPositive = None
     freeze_gate: Flag = False
     weight_normalization: Annotated[
         Literal["mean", "sum_weights", "tokens"], choice("mean", "sum_weights", "tokens")

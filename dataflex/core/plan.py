@@ -6,6 +6,7 @@ Everything here is a pure function of its arguments: the same for every world si
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -61,10 +62,8 @@ class Schedule:
 
     def phase_at(self, step: int) -> Phase:
         """The phase of the step that follows ``step`` finished ones."""
-        for phase in self.phases:
-            if step < phase.end:
-                return phase
-        raise AssertionError(f"step {step} is past the end of the schedule ({self.total_steps})")
+        assert step < self.total_steps, f"step {step} is past the end of the schedule ({self.total_steps})"
+        return self.phases[bisect_right(self.phases, step, key=lambda phase: phase.end)]
 
 
 def steps_of_epochs(epochs: float, pool_size: int, global_batch: int) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from dataflex.config import Config
 from dataflex.driver.check import check
+from dataflex.driver.doremi import three_runs
 from dataflex.driver.scoring import score
 from dataflex.driver.training import train
 from dataflex.engine.ds_config import check_possible
@@ -19,7 +20,7 @@ from dataflex.report.plot import check_plotting
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 
-COMMANDS = {"check": check, "score": score, "train": train}
+COMMANDS = {"check": check, "doremi": three_runs, "score": score, "train": train}
 
 
 def run(cfg: Config, command: str = "train") -> int:

@@ -33,6 +33,7 @@ _WRITTEN = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "*weights.jsonl",
+    "*average_weights.json",
     "decisions",
     "checkpoint-*",
 )

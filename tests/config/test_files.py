@@ -34,7 +34,7 @@ def test_packaged_components_are_complete() -> None:
     groups = read_components(packaged("components.yaml"))
     assert {group: list(entries) for group, entries in groups.items()} == {
         "selectors": ["less", "less_exact", "cluster_less", "loss", "random", "custom"],
-        "mixers": ["random", "static", "stratified"],
+        "mixers": ["random", "static", "stratified", "temperature", "odm", "doremi", "dynamic_moe"],
         "weighters": ["loss", "adapt", "custom"],
     }
     assert groups["selectors"]["less"]["params"] == {

@@ -184,6 +184,10 @@ def test_every_packaged_yaml_runs(workspace: Path) -> None:
         waits = {"warmup_step": 2} if "warmup_step" in keys else {}
         ends = {"train_step": None, "max_steps": None if fast else 4}
         target = {"eval_dataset": ["target"]} if "eval_dataset" in keys else {}
+        if keys.get("component_name") == "doremi":
+            tiny["reference_model_path"] = str(workspace / "tied")
+        if keys.get("component_name") == "dynamic_moe":
+            tiny["model_name_or_path"] = "moe"
         return keys | tiny | fast | waits | ends | target | {"logging_steps": 1, "gradient_accumulation_steps": 1}
 
     results = _runs(workspace, _packaged(workspace, small))

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from tests.distributed import ROOT
-from tests.tiny import byte_tokenizer, tiny_llama
+from tests.tiny import byte_tokenizer, tiny_llama, tiny_mixtral
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}> {{ m['content'] }}{{ eos_token }}"
@@ -29,9 +29,11 @@ def make_model(folder: Path, **overrides: Any) -> None:
 
 
 def make_workspace(folder: Path) -> Path:
-    """Write model/, tied/ and data/ into ``folder`` and return it."""
+    """Write model/, tied/, moe/ and data/ into ``folder`` and return it."""
     make_model(folder / "model")
     make_model(folder / "tied", tie_word_embeddings=True)
+    tiny_mixtral().save_pretrained(folder / "moe")
+    byte_tokenizer(TEMPLATE).save_pretrained(folder / "moe")
     data = folder / "data"
     data.mkdir()
     draw = np.random.default_rng(0)

@@ -15,6 +15,7 @@ import yaml
 import dataflex
 from dataflex.core.registry import KINDS, REGISTRY
 from dataflex.train.trainer.components import load_components
+from dataflex.utils import dist
 from tests import tiny_engine as tiny
 from tests.component_cases import BATCH, CASES, SIZES, TIMES, UPDATE, WARMUP, Case, Outcome, Recorder
 from tests.distributed import ROOT, run_ranks
@@ -25,15 +26,16 @@ STEPS = WARMUP + UPDATE * TIMES
 
 def build(case: Case, folder: Path, world: int) -> tuple[Any, Recorder]:
     """A fresh engine with ``case``'s component, as a user's YAML and `dataflex.initialize` make it."""
-    components = folder / "components.yaml"
+    components = folder / f"components_{dist.rank()}.yaml"  # a file of its own: the other rank may be reading
     folder.mkdir(parents=True, exist_ok=True)
-    components.write_text(yaml.safe_dump({f"{case.kind}s": {case.name: {"params": case.params}}}))
+    params = case.params | case.prepare(folder)
+    components.write_text(yaml.safe_dump({f"{case.kind}s": {case.name: {"params": params}}}))
     recorder = Recorder()
     schedule = {"update_step": UPDATE, "update_times": TIMES, "warmup_step": WARMUP}
     if case.kind == "weighter":
         schedule = {"warmup_step": WARMUP, "train_step": STEPS}
     engine = dataflex.initialize(
-        model=tiny.model("full"),
+        model=tiny.model(case.model),
         config=tiny.ds_config(3, micro_batch=BATCH // world),
         dataflex={
             "train_type": case.train_type,

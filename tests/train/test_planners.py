@@ -182,7 +182,7 @@ def test_a_phases_domain_counts_are_its_proportions_rounded(tmp_path: Path) -> N
     mixture = manager()
     mixer = Proportions(mixture, [[0, 3, 1], [5, 2, 0]])
     made = plans(MixPlanner(mixture, mixer, "mine"), make_run(output_dir=tmp_path))
-    assert [counts(plan) for plan in made] == [[3, 3, 2], [0, 9, 3], [9, 3, 0], [9, 3, 0]]
+    assert [counts(plan) for plan in made] == [[3, 3, 2], [0, 9, 3], [9, 3, 0], [8, 4, 0]]
     lines = [json.loads(line) for line in (tmp_path / "mine_weights.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2, 5, 8]
     assert lines[1]["weights"] == {"maths": 0.0, "dates": 0.75, "units": 0.25}
@@ -227,7 +227,9 @@ def test_no_sample_repeats_before_its_domain_is_used_up(phases: list[Any], seed:
     for index, (weights, count) in enumerate(phases):
         share = np.array(weights) / sum(weights)
         plan = mixture.draw(share, count, index)
-        assert counts(plan) == largest_remainder(share, count).tolist()
+        assert np.abs(np.array(counts(plan)) - share * count).max() < 1
+        if index == 0:
+            assert counts(plan) == largest_remainder(share, count).tolist()
         for d in range(3):
             drawn[d] += sorted(i for i in plan.sample_ids.tolist() if DOMAINS[i] == d)
     for d, size in enumerate((5, 30, 15)):

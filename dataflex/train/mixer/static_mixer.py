@@ -1,4 +1,4 @@
-"""`static`: the same proportions throughout; `stratified`: those of the domains' sizes."""
+"""`static`: the same proportions throughout; `stratified`, `temperature`: from the domains' sizes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataflex.core.plan import check_proportions
 from dataflex.core.registry import register_mixer
 from dataflex.train.mixer.base_mixer import Mixer
 from dataflex.train.mixer.mixture import MixtureManager
+from dataflex.utils.errors import UserError
 
 
 @register_mixer("static")
@@ -37,3 +38,19 @@ class StratifiedMixer(Mixer):
     def mix(self, model: Any, step_id: int, **kwargs: Any) -> NDArray[np.float64]:
         sizes = self.mixture_manager.sizes.astype(np.float64)
         return sizes / sizes.sum()
+
+
+@register_mixer("temperature")
+class TemperatureMixer(Mixer):
+    """Proportional to size ** tau: 1 is `stratified`, 0 is equal shares; small domains come more often than by size."""
+
+    def __init__(self, mixture_manager: MixtureManager, tau: float = 0.5) -> None:
+        super().__init__(mixture_manager)
+        if not 0 <= tau < np.inf:
+            raise UserError(f"temperature mixer: tau: expected a number >= 0, got {tau}")
+        self.tau = float(tau)
+
+    def mix(self, model: Any, step_id: int, **kwargs: Any) -> NDArray[np.float64]:
+        sizes = self.mixture_manager.sizes.astype(np.float64)
+        shares = np.where(sizes > 0, (sizes / sizes.max()) ** self.tau, 0.0)
+        return shares / shares.sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,12 @@ from dataflex.engine.identity import weights_identity
 from dataflex.engine.loop import BatchSource, Loop, Stepper
 from dataflex.engine.optimizer_state import read_moments
 from dataflex.engine.plugin import DataflexEngine
+from dataflex.engine.reference import open_reference
 from dataflex.scoring.scorer import Scorer
 from dataflex.scoring.sharded import ScoringPasses
 from dataflex.train.mixer.mixture import MixtureManager
 from dataflex.train.trainer.components import load_components
-from dataflex.train.trainer.mix_trainer import MixPlanner
+from dataflex.train.trainer.mix_trainer import mix_planner
 from dataflex.train.trainer.sample_trainer import WeightedPlanner
 from dataflex.train.trainer.select_trainer import SelectPlanner
 from dataflex.train.trainer.static_trainer import StaticPlanner
@@ -120,6 +122,8 @@ def attach(
     builder = _Builder(run, cfg, weights, collator, tokenizer)
     builder.runtime |= {"eval_dataset": eval_pool, "mixer_eval_dataset": mixer_eval_pool, "scorer": scorer}
     builder.runtime["passes"] = _passes(run, cfg, engine)
+    builder.runtime["reference_model_path"] = cfg.flex.reference_model_path
+    builder.runtime["open_reference"] = partial(open_reference, engine=engine, pool=pool, model=cfg.model)
     every = [*builder.hooks(), *hooks]
     weighted = any(isinstance(h, Weigher) for h in every) or weights.any
     if weighted:
@@ -236,14 +240,10 @@ class _Builder:
             selector, name = self._component("select")
             return SelectPlanner(selector, name, self.tokenizer)
         if "mix" in self.flex.kinds:
-            if self.flex.mixes_fixed:
-                return MixPlanner(
-                    self.manager,
-                    None,
-                    self.flex.mixture_sample_rule if not self.flex.static_mix else "static",
-                )
-            mixer, name = self._component("mix")
-            return MixPlanner(self.manager, mixer, name, self.collator)
+            mixer, name = None, self.flex.mixture_sample_rule if not self.flex.static_mix else "static"
+            if not self.flex.mixes_fixed:
+                mixer, name = self._component("mix")
+            return mix_planner(self.manager, mixer, name, self.collator, self.flex.warn_domain_epochs)
         if self.weights.draw is not None:
             return WeightedPlanner(self.weights.draw, self.weighting.with_replacement)
         return StaticPlanner()

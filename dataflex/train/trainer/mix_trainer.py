@@ -1,38 +1,75 @@
-"""The hook that asks a mixer: initial proportions first, then one decision per phase."""
+"""The hooks that ask a mixer: initial proportions first, then one decision per phase."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from dataflex.core.context import Run
-from dataflex.core.hook import Planner
+from dataflex.core.hook import Planner, Weigher
 from dataflex.core.plan import Floats, Phase, Plan, check_proportions
-from dataflex.train.mixer.base_mixer import Mixer
+from dataflex.ops import SampleLoss
+from dataflex.train.mixer.base_mixer import LearningMixer, Mixer, WeighingMixer
 from dataflex.train.mixer.mixture import MixtureManager
 from dataflex.train.trainer.decisions import write_decision
 from dataflex.utils import dist
+from dataflex.utils.files import write_atomically
 from dataflex.utils.logging import logger
+
+SAID_AGAIN_AT = 0.01
+
+
+def mix_planner(
+    manager: MixtureManager, mixer: Mixer | None, name: str, data_collator: Any, most_epochs: float
+) -> MixPlanner:
+    """The planner that gives ``mixer`` what it needs."""
+    planner = MixPlanner
+    if isinstance(mixer, LearningMixer):
+        planner = WeighingPlanner if isinstance(mixer, WeighingMixer) else LearningPlanner
+    return planner(manager, mixer, name, data_collator, most_epochs)
 
 
 class MixPlanner(Planner):
-    """Turns proportions into the plan of a phase. Without a mixer the initial proportions stay."""
+    """Turns proportions into the plan of a phase. Without a mixer the initial proportions stay.
 
-    def __init__(self, manager: MixtureManager, mixer: Mixer | None, name: str, data_collator: Any = None) -> None:
+    most_epochs: of one domain, before a warning.
+    """
+
+    def __init__(
+        self,
+        manager: MixtureManager,
+        mixer: Mixer | None,
+        name: str,
+        data_collator: Any = None,
+        most_epochs: float = float("inf"),
+    ) -> None:
         self.manager = manager
         self.mixer = mixer
         self.name = name
         self.data_collator = data_collator
+        self.most_epochs = most_epochs
+        self.tokens = np.zeros(len(manager.names), dtype=np.int64)
+        self._said: Floats | None = None
+        self._warned: set[str] = set()
 
     def plan(self, run: Run, phase: Phase) -> Plan:
         proportions = self.manager.proportions
         if phase.decides and self.mixer is not None:
-            proportions = self._ask(run, self.mixer)
-        plan = self.manager.draw(proportions, phase.steps * run.global_batch, phase.index)
+            proportions = self._ask(run, self.mixer, phase)
+        self._say(run, proportions, phase)
         self._record(run, proportions)
+        plan = self.manager.draw(proportions, phase.steps * run.global_batch, phase.index)
+        ids = plan.sample_ids
+        tokens = np.bincount(run.pool.domain_ids[ids], run.pool.lengths[ids], len(self.tokens))
+        self.tokens = self.tokens + tokens.astype(np.int64)
+        self._warn(run)
         return plan
 
-    def _ask(self, run: Run, mixer: Mixer) -> Floats:
+    def _ask(self, run: Run, mixer: Mixer, phase: Phase) -> Floats:
         answer = mixer.mix(run.engine.module, step_id=run.step, dataset=run.pool, data_collator=self.data_collator)
         run.engine.module.train()
         proportions = check_proportions(
@@ -40,19 +77,49 @@ class MixPlanner(Planner):
             names=self.manager.names,
             source=f"mixer '{self.name}' at step {run.step}",
         )
-        write_decision(
-            run, self.name, {"proportions": dict(zip(self.manager.names, proportions.tolist(), strict=True))}
-        )
+        if phase.steps > 1 or not isinstance(mixer, LearningMixer):
+            write_decision(run, self.name, {"proportions": self._named(proportions)})
         return proportions
 
-    def _record(self, run: Run, proportions: Floats) -> None:
-        named = dict(zip(self.manager.names, proportions.tolist(), strict=True))
-        shown = ", ".join(f"{name} {value:.1%}" for name, value in named.items())
+    def _named(self, values: Any) -> dict[str, Any]:
+        return dict(zip(self.manager.names, values.tolist(), strict=True))
+
+    def _say(self, run: Run, proportions: Floats, phase: Phase) -> None:
+        """On the screen; where every step decides, only what moved a share by a percentage point."""
+        if phase.steps == 1 and self._said is not None and np.abs(proportions - self._said).max() < SAID_AGAIN_AT:
+            return
+        self._said = proportions
+        shown = ", ".join(f"{name} {value:.1%}" for name, value in self._named(proportions).items())
         logger.info(f"step {run.step}: {self.name} mixes {shown}")
-        if run.output_dir is not None and run.is_main:
-            run.output_dir.mkdir(parents=True, exist_ok=True)
-            with (run.output_dir / f"{self.name}_weights.jsonl").open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps({"step": run.step, "weights": named}) + "\n")
+
+    def _record(self, run: Run, proportions: Floats) -> None:
+        """A line with the proportions from now on, and what each domain has given so far."""
+        if run.output_dir is None or not run.is_main:
+            return
+        line = {
+            "step": run.step,
+            "weights": self._named(proportions),
+            "samples": self._named(self.manager.drawn),
+            "tokens": self._named(self.tokens),
+            "epochs": self._named(self.manager.epochs.round(4)),
+            **({} if self.mixer is None else self.mixer.report()),
+        }
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        with (run.output_dir / f"{self.name}_weights.jsonl").open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+
+    def _warn(self, run: Run) -> None:
+        """Say once of each domain that it is gone over more than ``most_epochs`` times."""
+        epochs = self._named(self.manager.epochs)
+        for name in [n for n, value in epochs.items() if value > self.most_epochs and n not in self._warned]:
+            self._warned.add(name)
+            logger.warning(
+                f"step {run.step}: domain '{name}' is gone over more than {self.most_epochs:g} times "
+                f"({epochs[name]:.1f} by the end of this phase); its samples repeat (warn_domain_epochs)"
+            )
+
+    def on_train_end(self, run: Run) -> None:
+        self._record(run, self.manager.proportions)
 
     @property
     def identity(self) -> str:
@@ -61,10 +128,81 @@ class MixPlanner(Planner):
     def state_dict(self) -> dict[str, Any]:
         return {
             "mixture": self.manager.state_dict(),
+            "tokens": self.tokens,
             "mixer": {} if self.mixer is None else self.mixer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.manager.load_state_dict(state["mixture"])
+        self.tokens = np.asarray(state["tokens"], dtype=np.int64)
         if self.mixer is not None:
             self.mixer.load_state_dict(state["mixer"])
+
+
+class LearningPlanner(MixPlanner):
+    """A `MixPlanner` whose mixer is shown the losses of every step, summed by domain over the global batch."""
+
+    mixer: LearningMixer
+    _sums: Tensor | None = None
+
+    def on_losses(self, run: Run, micro: Any, losses: SampleLoss, outputs: Any) -> None:
+        if not self._learns(run):
+            return
+        domains = self._domains(run, micro, losses.loss.device)
+        values = torch.stack([self.mixer.sample_sums(micro, losses), losses.count.double()])
+        if self._sums is None:
+            self._sums = values.new_zeros(2, len(self.manager.names))
+        self._sums.index_add_(1, domains, values)
+
+    def on_step_end(self, run: Run, batch: Any) -> None:
+        self._learn()
+
+    def _learns(self, run: Run) -> bool:
+        return self.mixer.learns_in_warmup or run.schedule.phase_at(run.step).decision > 0
+
+    def _domains(self, run: Run, micro: Any, device: torch.device) -> Tensor:
+        """Domain of each sample of the micro-batch, int64 [S]."""
+        return torch.from_numpy(run.pool.domain_ids[micro.sample_ids].astype(np.int64)).to(device)
+
+    def _learn(self) -> None:
+        """A collective: every rank has seen as many micro-batches of the step."""
+        if self._sums is not None:
+            sums, tokens = dist.all_reduce(self._sums).cpu().numpy()
+            self.mixer.learn(sums, tokens)
+            self._sums = None
+
+
+class WeighingPlanner(LearningPlanner, Weigher):
+    """A `LearningPlanner` whose mixer weighs the domains in the loss, from the first decision on.
+
+    Where a step is one micro-batch, its own losses have moved the weights that it is trained with; where it is several,
+    they are the weights after the step before, since the first ones are trained before the last are seen.
+    """
+
+    mixer: WeighingMixer
+
+    def on_losses(self, run: Run, micro: Any, losses: SampleLoss, outputs: Any) -> None:
+        super().on_losses(run, micro, losses, outputs)
+        if run.accumulation == 1:
+            self._learn()
+
+    def weigh(self, run: Run, micro: Any, losses: SampleLoss, outputs: Any) -> Tensor | None:
+        if run.schedule.phase_at(run.step).decision == 0:
+            return None
+        proportions = self.manager.proportions
+        weights = np.divide(
+            self.mixer.domain_weights(), proportions, out=np.zeros_like(proportions), where=proportions > 0
+        )
+        return torch.from_numpy(weights[run.pool.domain_ids[micro.sample_ids]]).to(losses.loss)
+
+    def on_train_end(self, run: Run) -> None:
+        """Write the result beside the steps' lines, with the keys that OpenDCAI/DataFlex uses."""
+        super().on_train_end(run)
+        if run.output_dir is None or not run.is_main:
+            return
+        result = {
+            "update_times": run.step - run.schedule.phases[0].steps * (run.schedule.phases[0].decision == 0),
+            "domain_names": self.manager.names,
+            "average_weights": self.mixer.average_weights().tolist(),
+        }
+        write_atomically(run.output_dir / f"{self.name}_average_weights.json", json.dumps(result, indent=2))

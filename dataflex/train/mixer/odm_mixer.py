@@ -1,0 +1,71 @@
+"""`odm`: domains as the arms of a bandit whose reward is the training loss (Online Data Mixing, arXiv 2312.02406)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dataflex.core.plan import Floats
+from dataflex.core.registry import register_mixer
+from dataflex.train.mixer.base_mixer import LearningMixer
+from dataflex.train.mixer.mixture import MixtureManager
+from dataflex.utils.errors import UserError
+
+
+def exploration(step: int, domains: int) -> float:
+    """The share that every domain keeps: min(1/K, sqrt(ln K / (K t))); 1/K before the first step."""
+    if step == 0:
+        return 1.0 / domains
+    return min(1.0 / domains, float(np.sqrt(np.log(domains) / (domains * step))))
+
+
+def smoothed_rewards(rewards: Floats, losses: Floats, proportions: Floats, seen: Any, alpha: float) -> Floats:
+    """Algorithm 1's moving average of loss / sampling probability [K]; a domain that was not seen keeps its own."""
+    scaled = np.divide(losses, proportions, out=np.zeros_like(losses), where=seen)
+    return np.where(seen, alpha * rewards + (1 - alpha) * scaled, rewards)
+
+
+def policy(rewards: Floats, step: int) -> Floats:
+    """Algorithm 1's sampling proportions [K] of ``step`` >= 1: (1 - K e_t) softmax(e_{t-1} R) + e_t."""
+    k = len(rewards)
+    now, before = exploration(step, k), exploration(step - 1, k)
+    scaled = before * rewards
+    shares = np.exp(scaled - scaled.max())
+    return (1 - k * now) * shares / shares.sum() + now
+
+
+@register_mixer("odm")
+class OdmMixer(LearningMixer):
+    """Samples a domain more the larger its loss is; exploration fades with the steps that were learned from.
+
+    alpha: what the moving average of the rewards keeps at a step. In the warm-up the initial proportions stay, and the
+    rewards are learned. The paper decides at every step (update_step: 1).
+    """
+
+    def __init__(self, mixture_manager: MixtureManager, alpha: float = 0.9) -> None:
+        super().__init__(mixture_manager)
+        if not 0 <= alpha < 1:
+            raise UserError(f"odm mixer: alpha: expected a number from 0 to below 1, got {alpha}")
+        self.alpha = float(alpha)
+        self.rewards = np.zeros(len(mixture_manager.names))
+        self.steps = 0
+
+    def learn(self, sums: Floats, tokens: Floats) -> None:
+        """One more step: rewards from the token-mean losses of the domains that were in it."""
+        seen = tokens > 0
+        losses = sums / np.maximum(tokens, 1)
+        self.rewards = smoothed_rewards(self.rewards, losses, self.mixture_manager.proportions, seen, self.alpha)
+        self.steps += 1
+
+    def mix(self, model: Any, step_id: int, **kwargs: Any) -> Floats:
+        return policy(self.rewards, self.steps) if self.steps else self.mixture_manager.initial_proportions
+
+    def report(self) -> dict[str, Any]:
+        return {"rewards": dict(zip(self.mixture_manager.names, self.rewards.tolist(), strict=True))}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rewards": self.rewards, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rewards, self.steps = np.asarray(state["rewards"], dtype=np.float64), int(state["steps"])
