@@ -126,8 +126,6 @@ def _schedule(cfg: Config) -> Iterator[Problem]:
     flex = cfg.flex
     if "static" in flex.train_type and len(flex.train_type) > 1:
         yield Problem(("train_type",), "static cannot be combined with a dynamic type")
-    if {"select", "mix"} <= set(flex.kinds):
-        yield Problem(("train_type",), "dynamic_select and dynamic_mix together are not supported")
     for kind in ("select", "mix"):
         needs = kind in flex.kinds and not (kind == "mix" and flex.mixes_fixed)
         if needs and not flex.update_step:

@@ -105,8 +105,8 @@ RULES = [
         "train_type: static cannot be combined with a dynamic type",
     ),
     (
-        "train_type: dynamic_select,dynamic_mix\nupdate_step: 1\ncomponent_name: {select: random, mix: random}",
-        "train_type: dynamic_select and dynamic_mix together are not supported",
+        "train_type: dynamic_select,dynamic_mix\nupdate_step: 1\ncomponent_name: {select: random}",
+        "component_name: missing, dynamic_mix needs a component",
     ),
     (
         MIX + "init_mixture_proportions: [1, 1, 1]",

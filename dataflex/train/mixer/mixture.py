@@ -69,11 +69,10 @@ class MixtureManager:
         """How often each domain was gone over, float64 [K]; 0 for an empty one."""
         return self.drawn / np.maximum(self.sizes, 1)
 
-    def draw(self, proportions: Floats, count: int, phase: int) -> Plan:
-        """A shuffled plan of ``count`` samples whose domain counts are ``proportions`` rounded.
+    def take(self, proportions: Floats, count: int) -> Ids:
+        """How many of ``count`` samples are of each domain, int64 [K]; counts them as drawn.
 
-        Each sample's probability is its domain's proportion / the domain's size. UserError for a proportion of a
-        domain without samples.
+        UserError for a proportion of a domain without samples.
         """
         counts, owed = rounded_counts(proportions, count, self._owed)
         empty = np.flatnonzero((counts > 0) & (self.sizes == 0))
@@ -81,12 +80,22 @@ class MixtureManager:
             raise UserError(
                 f"mixing: domain '{self.names[empty[0]]}' has no samples, its proportion is {proportions[empty[0]]:.3g}"
             )
-        domains = np.repeat(np.arange(len(counts)), counts)
-        positions = np.arange(count) + np.repeat(self.drawn - (np.cumsum(counts) - counts), counts)
-        ids = self._members.ids(domains, domain_stream(domains, positions, self.sizes, self.seed))
-        probabilities = (proportions / np.maximum(self.sizes, 1))[domains]
         self.drawn, self._owed = self.drawn + counts, owed
         self.proportions = proportions
+        return counts
+
+    def draw(self, proportions: Floats, count: int, phase: int) -> Plan:
+        """A shuffled plan of ``count`` samples whose domain counts are ``proportions`` rounded.
+
+        Each sample's probability is its domain's proportion / the domain's size. UserError for a proportion of a
+        domain without samples.
+        """
+        before = self.drawn
+        counts = self.take(proportions, count)
+        domains = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(count) + np.repeat(before - (np.cumsum(counts) - counts), counts)
+        ids = self._members.ids(domains, domain_stream(domains, positions, self.sizes, self.seed))
+        probabilities = (proportions / np.maximum(self.sizes, 1))[domains]
         order = generator(self.seed, "mixture order", phase).permutation(count)
         return Plan(ids[order], probabilities[order])
 

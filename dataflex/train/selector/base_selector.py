@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
-from dataflex.core.plan import epoch_stream, generator
+import numpy as np
+
+from dataflex.core.plan import Ids, epoch_stream, generator
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
@@ -20,11 +23,13 @@ class Selector(ABC):
 
     ``replacement``: whether `select` may return an id more than once (else that is an error).
     ``keep_order``: train in the returned order instead of a shuffled one.
+    ``takes_domain_counts``: whether `select` heeds ``domain_counts``, so that a mixer can be combined with it.
     ``metric``: after `select`, per returned sample: what the decision was made from; written to decisions/.
     """
 
     replacement: bool = False
     keep_order: bool = False
+    takes_domain_counts: bool = False
 
     def __init__(self, dataset: Any, accelerator: Any, data_collator: Any, cache_dir: Any) -> None:
         self.dataset = dataset
@@ -52,8 +57,19 @@ class Selector(ABC):
         """Return ``num_samples`` sample ids; called on every rank, rank 0's answer counts.
 
         model: the Hugging Face model (sharded under ZeRO-3: use the injected ``scorer`` to run it).
-        step_id: optimizer steps done. kwargs: current_update_times, update_times, tokenizer.
+        step_id: optimizer steps done. kwargs: current_update_times, update_times, tokenizer, and under a mixer
+        domain_counts, int64 [K]: how many of the samples must be of each domain.
         """
+
+    def pick_by_domain(self, count: int, domain_counts: Ids | None, pick: Callable[[Ids, int], Ids]) -> Ids:
+        """``pick(ids, count)`` of the whole pool, or with ``domain_counts`` of each domain in turn, int64 [count].
+
+        pick: candidates int64 [n] and a count to that many of them.
+        """
+        if domain_counts is None:
+            return pick(np.arange(len(self.dataset), dtype=np.int64), count)
+        domains = np.asarray(self.dataset.domain_ids)
+        return np.concatenate([pick(np.flatnonzero(domains == d), int(n)) for d, n in enumerate(domain_counts)])
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs, the same on every rank."""

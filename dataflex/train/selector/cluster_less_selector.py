@@ -110,7 +110,13 @@ class ClusterLessSelector(LessSelector):
 
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
         clusters, scores = self._scored()
-        picks = best_clusters_first(scores, clusters, num_samples)
+        picks = self.pick_by_domain(
+            num_samples,
+            kwargs.get("domain_counts"),
+            lambda ids, count: ids[
+                best_clusters_first(scores[ids], Clusters(clusters.of[ids], clusters.distance[ids]), count)
+            ],
+        )
         self.metric = {"score": scores[picks].tolist(), "cluster": clusters.of[picks].tolist()}
         return picks.tolist()
 

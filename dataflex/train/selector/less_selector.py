@@ -117,6 +117,8 @@ class LessSelector(Selector):
     passes: runs the pass over the pool shard by shard.
     """
 
+    takes_domain_counts = True
+
     def __init__(
         self,
         dataset: Any,
@@ -160,7 +162,9 @@ class LessSelector(Selector):
             raise UserError(f"less: scores of sample ids {bad[:16].tolist()} are not finite at step {step_id}")
         if self.accumulate:
             scores = self._accumulated(scores)
-        picks = top_k(scores, num_samples)
+        picks = self.pick_by_domain(
+            num_samples, kwargs.get("domain_counts"), lambda ids, count: ids[top_k(scores[ids], count)]
+        )
         self.metric = {"score": scores[picks].tolist()}
         return picks.tolist()
 

@@ -43,6 +43,8 @@ class LossSelector(Selector):
     two cuts. replacement: draw with replacement. temperature: > 1 flattens, < 1 sharpens. seed: int.
     """
 
+    takes_domain_counts = True
+
     def __init__(
         self,
         dataset: Any,
@@ -78,7 +80,11 @@ class LossSelector(Selector):
             temperature=self.temperature,
         )
         draw = generator(self.seed, "loss_selector", step_id)
-        picks = weighted_draw(weights, num_samples, replacement=self.replacement, draw=draw)
+        picks = self.pick_by_domain(
+            num_samples,
+            kwargs.get("domain_counts"),
+            lambda ids, count: ids[weighted_draw(weights[ids], count, replacement=self.replacement, draw=draw)],
+        )
         self.metric = {"loss": losses[picks].tolist()}
         return picks.tolist()
 

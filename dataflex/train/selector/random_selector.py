@@ -16,6 +16,8 @@ class RandomSelector(Selector):
     seed: int. replacement: draw with replacement.
     """
 
+    takes_domain_counts = True
+
     def __init__(
         self,
         dataset: Any,
@@ -31,4 +33,8 @@ class RandomSelector(Selector):
 
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
         draw = generator(self.seed, "random_selector", step_id)
-        return draw.choice(len(self.dataset), num_samples, replace=self.replacement).tolist()
+        return self.pick_by_domain(
+            num_samples,
+            kwargs.get("domain_counts"),
+            lambda ids, count: ids[draw.choice(len(ids), count, replace=self.replacement)],
+        ).tolist()

@@ -236,17 +236,30 @@ class _Builder:
         return found
 
     def _planner(self) -> Planner:
-        if "select" in self.flex.kinds:
-            selector, name = self._component("select")
-            return SelectPlanner(selector, name, self.tokenizer)
+        selection = self._selection() if "select" in self.flex.kinds else None
         if "mix" in self.flex.kinds:
-            mixer, name = None, self.flex.mixture_sample_rule if not self.flex.static_mix else "static"
-            if not self.flex.mixes_fixed:
-                mixer, name = self._component("mix")
-            return mix_planner(self.manager, mixer, name, self.collator, self.flex.warn_domain_epochs)
+            mixer, name = self._component("mix") if not self.flex.mixes_fixed else (None, self._fixed_rule)
+            planner = mix_planner(self.manager, mixer, name, self.collator, self.flex.warn_domain_epochs)
+            planner.selection = selection
+            return planner
+        if selection is not None:
+            return selection
         if self.weights.draw is not None:
             return WeightedPlanner(self.weights.draw, self.weighting.with_replacement)
         return StaticPlanner()
+
+    @property
+    def _fixed_rule(self) -> str:
+        return "static" if self.flex.static_mix else self.flex.mixture_sample_rule
+
+    def _selection(self) -> SelectPlanner:
+        selector, name = self._component("select")
+        if "mix" in self.flex.kinds and not selector.takes_domain_counts:
+            raise UserError(
+                f"component_name: selector '{name}' does not say that it heeds domain_counts, so no mixer can be "
+                "combined with it (takes_domain_counts = True in its class)"
+            )
+        return SelectPlanner(selector, name, self.tokenizer)
 
     def _component(self, kind: Kind) -> tuple[Any, str]:
         name, params = component_params(self.flex, kind)

@@ -16,6 +16,7 @@ from dataflex.ops import SampleLoss
 from dataflex.train.mixer.base_mixer import LearningMixer, Mixer, WeighingMixer
 from dataflex.train.mixer.mixture import MixtureManager
 from dataflex.train.trainer.decisions import write_decision
+from dataflex.train.trainer.select_trainer import SelectPlanner
 from dataflex.utils import dist
 from dataflex.utils.files import write_atomically
 from dataflex.utils.logging import logger
@@ -36,8 +37,11 @@ def mix_planner(
 class MixPlanner(Planner):
     """Turns proportions into the plan of a phase. Without a mixer the initial proportions stay.
 
-    most_epochs: of one domain, before a warning.
+    most_epochs: of one domain, before a warning. selection: picks the samples of each domain after the warm-up, as
+    many as the proportions make; without it they are drawn in random order.
     """
+
+    selection: SelectPlanner | None = None
 
     def __init__(
         self,
@@ -62,7 +66,7 @@ class MixPlanner(Planner):
             proportions = self._ask(run, self.mixer, phase)
         self._say(run, proportions, phase)
         self._record(run, proportions)
-        plan = self.manager.draw(proportions, phase.steps * run.global_batch, phase.index)
+        plan = self._draw(run, phase, proportions)
         ids = plan.sample_ids
         tokens = np.bincount(run.pool.domain_ids[ids], run.pool.lengths[ids], len(self.tokens))
         self.tokens = self.tokens + tokens.astype(np.int64)
@@ -77,9 +81,20 @@ class MixPlanner(Planner):
             names=self.manager.names,
             source=f"mixer '{self.name}' at step {run.step}",
         )
-        if phase.steps > 1 or not isinstance(mixer, LearningMixer):
+        if self.selection is None and (phase.steps > 1 or not isinstance(mixer, LearningMixer)):
             write_decision(run, self.name, {"proportions": self._named(proportions)})
         return proportions
+
+    def _draw(self, run: Run, phase: Phase, proportions: Floats) -> Plan:
+        count = phase.steps * run.global_batch
+        if self.selection is None or phase.decision == 0:
+            return self.manager.draw(proportions, count, phase.index)
+        counts = self.manager.take(proportions, count)
+        return self.selection.draw(run, phase, counts, mixer=self.name, proportions=self._named(proportions))
+
+    def on_train_start(self, run: Run) -> None:
+        if self.selection is not None:
+            self.selection.on_train_start(run)
 
     def _named(self, values: Any) -> dict[str, Any]:
         return dict(zip(self.manager.names, values.tolist(), strict=True))
@@ -123,13 +138,14 @@ class MixPlanner(Planner):
 
     @property
     def identity(self) -> str:
-        return f"MixPlanner {self.name}"
+        return f"MixPlanner {self.name}" + ("" if self.selection is None else f", {self.selection.identity}")
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "mixture": self.manager.state_dict(),
             "tokens": self.tokens,
             "mixer": {} if self.mixer is None else self.mixer.state_dict(),
+            "selection": {} if self.selection is None else self.selection.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -137,6 +153,8 @@ class MixPlanner(Planner):
         self.tokens = np.asarray(state["tokens"], dtype=np.int64)
         if self.mixer is not None:
             self.mixer.load_state_dict(state["mixer"])
+        if self.selection is not None:
+            self.selection.load_state_dict(state["selection"])
 
 
 class LearningPlanner(MixPlanner):

@@ -31,10 +31,7 @@ class SelectPlanner(Planner):
 
     def on_train_start(self, run: Run) -> None:
         """UserError where a decision asks for more samples than the pool can give."""
-        asked = max(
-            (p.steps * run.global_batch for p in run.schedule.phases if p.decides),
-            default=0,
-        )
+        asked = max((p.steps * run.global_batch for p in run.schedule.phases if p.decides), default=0)
         if asked > len(run.pool) and not self.selector.replacement:
             raise UserError(
                 f"update_step: a decision picks update_step x global batch = {asked} samples without replacement, "
@@ -42,11 +39,16 @@ class SelectPlanner(Planner):
             )
 
     def plan(self, run: Run, phase: Phase) -> Plan:
+        return self._warmup(run, phase) if phase.decision == 0 else self.draw(run, phase)
+
+    def draw(self, run: Run, phase: Phase, domain_counts: Ids | None = None, **record: Any) -> Plan:
+        """The plan of a phase after the warm-up; asks the selector where the phase decides.
+
+        domain_counts: int64 [K], how many samples must be of each domain. record: goes into the decision's file.
+        """
         count = phase.steps * run.global_batch
-        if phase.decision == 0:
-            return self._warmup(run, phase)
         if phase.decides:
-            self.picks = self._ask(run, phase, count)
+            self.picks = self._ask(run, phase, count, domain_counts, record)
         order = generator(run.seed, "picks order", phase.index)
         ids = self.picks if len(self.picks) == count else np.resize(self.picks, count)
         if not (self.selector.keep_order and phase.decides):
@@ -68,7 +70,11 @@ class SelectPlanner(Planner):
         )
         return Plan(ids, np.full(count, 1.0 / len(run.pool)))
 
-    def _ask(self, run: Run, phase: Phase, count: int) -> Ids:
+    def _ask(self, run: Run, phase: Phase, count: int, domain_counts: Ids | None, record: dict[str, Any]) -> Ids:
+        source = f"selector '{self.name}' at step {run.step}"
+        wanted = {} if domain_counts is None else {"domain_counts": domain_counts}
+        if domain_counts is not None:
+            self._check_room(run, domain_counts, source)
         answer = self.selector.select(
             run.engine.module,
             step_id=run.step,
@@ -76,18 +82,34 @@ class SelectPlanner(Planner):
             current_update_times=phase.decision,
             update_times=run.schedule.decisions,
             tokenizer=self.tokenizer,
+            **wanted,
         )
         picks = check_sample_ids(
             dist.broadcast_object(answer),
             pool_size=len(run.pool),
             asked=count,
             replacement=self.selector.replacement,
-            source=f"selector '{self.name}' at step {run.step}",
+            source=source,
         )
+        if domain_counts is not None:
+            got = np.bincount(run.pool.domain_ids[picks], minlength=len(domain_counts))
+            if (got != domain_counts).any():
+                raise UserError(f"{source}: expected {domain_counts.tolist()} samples by domain, got {got.tolist()}")
         run.engine.module.train()
-        write_decision(run, self.name, {"indices": picks.tolist(), "metric": self.selector.metric})
+        write_decision(run, self.name, {"indices": picks.tolist(), "metric": self.selector.metric, **record})
         logger.info(f"step {run.step}: {self.name} picked {count:,} of {len(run.pool):,} samples: {shares(run, picks)}")
         return picks
+
+    def _check_room(self, run: Run, domain_counts: Ids, source: str) -> None:
+        """UserError where a domain holds fewer samples than the mixer asks for."""
+        sizes = np.bincount(run.pool.domain_ids, minlength=len(domain_counts))
+        short = np.flatnonzero(domain_counts > sizes)
+        if len(short) and not self.selector.replacement:
+            d = short[0]
+            raise UserError(
+                f"{source}: the mixer asks for {domain_counts[d]:,} samples of '{run.pool.domain_names[d]}' without "
+                f"replacement, it has {sizes[d]:,}; lower update_step or the domain's proportion"
+            )
 
     @property
     def identity(self) -> str:
