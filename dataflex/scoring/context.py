@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,13 +12,24 @@ from torch import nn
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter requires grad inside, so no weight gradient is computed and no ZeRO hook reduces one."""
+    """No parameter requires grad inside, so no weight gradient is computed and no ZeRO hook reduces one.
+
+    ZeRO-3 treats the blocks of mixture models as leaves, with a backward hook that makes zeros of the gradients that
+    their parameters lack and reduces those: such hooks are off inside.
+    """
+    from deepspeed.utils import z3_leaf_module
+
     trainable = [p for p in module.parameters() if p.requires_grad]
+    hooks = [(m, m._backward_hooks) for m in module.modules() if m._backward_hooks and z3_leaf_module(m)]
     for parameter in trainable:
         parameter.requires_grad_(False)
+    for leaf, _ in hooks:
+        leaf._backward_hooks = OrderedDict()
     try:
         yield
     finally:
+        for leaf, own in hooks:
+            leaf._backward_hooks = own
         for parameter in trainable:
             parameter.requires_grad_(True)
 

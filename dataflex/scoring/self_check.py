@@ -222,7 +222,7 @@ def _one_of_each_kind(module: nn.Module, targets: list[Target]) -> list[str]:
     parameters = dict(module.named_parameters())
     smallest: dict[tuple[str, str], str] = {}
     for target in targets:
-        for attribute, name in target.names.items():
+        for attribute, name in (pair for names in target.groups() for pair in names.items()):
             best = smallest.get((target.kind, attribute))
             if best is None or _size(parameters[name]) < _size(parameters[best]):
                 smallest[target.kind, attribute] = name

@@ -82,11 +82,12 @@ class ProjectingSink:
         self.cu_seqlens = cu_seqlens
         self._by_factor, self._waiting = {}, {}
 
-    def outer(self, name: str, row: Tensor, col: Tensor) -> None:
+    def outer(self, name: str, row: Tensor, col: Tensor, per_token: int = 1) -> None:
         if name in self.shared:
+            assert per_token == 1, f"{name} is tied and has several rows for a token"
             self._waiting.setdefault(name, []).append(("outer", row, col))
         else:
-            self._outer(name, row, col, self.cu_seqlens)
+            self._outer(name, row, col, self.cu_seqlens * per_token)
 
     def dense(self, name: str, per_token: Tensor) -> None:
         grad = segment_sums(per_token, self.cu_seqlens).mul_(self.scale)
@@ -106,7 +107,7 @@ class ProjectingSink:
             if count or self.transform.needs_moments:
                 part = slice(start, start + count)
                 bounds = torch.searchsorted(tokens[part].contiguous(), self.cu_seqlens)
-                self._outer(name, row[part], col[part], bounds, part=e)
+                self._outer(name, row[part], col[part], bounds, (e, len(counts)))
             start += count
 
     def finish(self) -> Totals:
@@ -129,13 +130,14 @@ class ProjectingSink:
             self._by_factor[factor] = self._new_totals(len(self.cu_seqlens) - 1)
         return self._by_factor[factor]
 
-    def _how(self, name: str, part: int | None = None) -> dict[str, Any]:
-        """The arguments that every projection of parameter ``name`` shares; part: of the experts' matrices."""
+    def _how(self, name: str, part: tuple[int, int] | None = None) -> dict[str, Any]:
+        """The arguments that every projection of parameter ``name`` shares; part: (e, E) of experts' matrices."""
         m, v = self.moments.get(name, (None, None))
         toward = self.directions.get(name)
         if part is not None:
-            m, v = (None if x is None else x[part].reshape(-1, x.shape[-1]) for x in (m, v))
-            toward = None if toward is None else toward[:, part].reshape(len(toward), -1, toward.shape[-1])
+            e, count = part
+            m, v = (None if x is None else x.reshape(count, -1, x.shape[-1])[e] for x in (m, v))
+            toward = None if toward is None else toward.reshape(len(toward), count, -1, toward.shape[-1])[:, e]
         return {
             "transform": self.transform,
             "seed": self.seed,
@@ -150,8 +152,8 @@ class ProjectingSink:
         out, sqnorm, dots = self._totals(name)
         project(out, *args, sqnorm=sqnorm, dots=dots, **(self._how(name) | more))
 
-    def _outer(self, name: str, row: Tensor, col: Tensor, bounds: Tensor, part: int | None = None) -> None:
-        offset = 0 if part is None else part * row.shape[1]
+    def _outer(self, name: str, row: Tensor, col: Tensor, bounds: Tensor, part: tuple[int, int] | None = None) -> None:
+        offset = 0 if part is None else part[0] * row.shape[1]
         more = self._how(name, part) | {"scale": self.scale, "row_offset": offset}
         self._add(name, project_per_sample_grad_, row, col, bounds, **more)
 
@@ -212,7 +214,7 @@ class DirectionSink:
     def finish(self) -> None:
         """Nothing waits."""
 
-    def outer(self, name: str, row: Tensor, col: Tensor) -> None:
+    def outer(self, name: str, row: Tensor, col: Tensor, per_token: int = 1) -> None:
         self.sums[name].addmm_(row.float().T, col.float(), alpha=self._by(name))
 
     def dense(self, name: str, per_token: Tensor) -> None:
@@ -223,8 +225,9 @@ class DirectionSink:
 
     def experts(self, name: str, row: Tensor, col: Tensor, tokens: Tensor, counts: list[int]) -> None:
         rows, cols = torch.split(row.float(), counts), torch.split(col.float(), counts)
-        for part, left, right in zip(self.sums[name], rows, cols, strict=True):
-            part.view(-1, col.shape[1]).addmm_(left.T, right, alpha=self._by(name))
+        parts = self.sums[name].view(len(counts), -1, col.shape[1])
+        for part, left, right in zip(parts, rows, cols, strict=True):
+            part.addmm_(left.T, right, alpha=self._by(name))
 
     def _by(self, name: str) -> float:
         return self.scale * self.factors.get(name, 1.0)

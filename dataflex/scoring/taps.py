@@ -18,16 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataflex.scoring.coverage import Target, parameter_names
-from dataflex.scoring.experts import run_experts
+from dataflex.scoring.coverage import Adapter, Target, parameter_names
+from dataflex.scoring.experts import Routing, run_experts
 from dataflex.utils.errors import UserError
 
 
 class Sink(Protocol):
     """Takes the parts of per-sample gradients, [N, ...] over the flattened tokens of the batch."""
 
-    def outer(self, name: str, row: Tensor, col: Tensor) -> None:
-        """Parameter [M, K] has gradient sum of row[t] col[t]^T; row [N, M], col [N, K]."""
+    def outer(self, name: str, row: Tensor, col: Tensor, per_token: int = 1) -> None:
+        """Parameter [M, K] has gradient sum of row[t] col[t]^T; row [N * per_token, M], col [N * per_token, K]."""
 
     def dense(self, name: str, per_token: Tensor) -> None:
         """Parameter [K] has gradient sum of per_token[t]; per_token [N, K]."""
@@ -36,7 +36,7 @@ class Sink(Protocol):
         """Parameter [M, K] has gradient values[t] in row row_ids[t]; row_ids [N], values [N, K]."""
 
     def experts(self, name: str, row: Tensor, col: Tensor, tokens: Tensor, counts: list[int]) -> None:
-        """Part e of parameter [E, M, K] (or [E, K], M = 1) has gradient sum of row[p] col[p]^T over its rows p.
+        """Part e of parameter [E, M, K], [E * M, K] or [E, K] has gradient sum of row[p] col[p]^T over its rows p.
 
         row [P, M], col [P, K] sorted by expert; counts: rows of each expert; tokens [P]: the token of each row,
         ascending within an expert.
@@ -156,7 +156,7 @@ class Taps:
         assert "forward" not in vars(module), f"{type(module).__name__} already has a forward of its own"
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            with _linear_calls(tuple(module.weight.shape), lambda out, x: tap(out, partial(self._deliver, target), x)):
+            with _linear_calls(tuple(module.weight.shape), partial(self._tap_call, target)):
                 return original(*args, **kwargs)
 
         def experts(*args: Any, **kwargs: Any) -> Tensor:
@@ -165,8 +165,49 @@ class Taps:
         module.forward = called if target.kind == "called" else experts
         self._replaced.append(module)
 
-    def _tap_experts(self, target: Target, attribute: str, output: Tensor, x: Tensor, at: Any) -> Tensor:
-        """``attribute``: the matrix that made ``output`` from ``x``; at: an `experts.Routing`."""
+    def _tap_call(self, target: Target, output: Tensor, x: Tensor) -> Tensor:
+        if target.names:
+            output = tap(output, partial(self._deliver, target), x)
+        adapter = target.adapters.get("weight")
+        if adapter is None:
+            return output
+
+        def deliver(delta: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
+            self.fired.update(adapter.names.values())
+            delta, x = self._flat(delta), self._flat(x)
+            if "a" in adapter.names:
+                self.sink.outer(adapter.names["a"], adapter.scaling * delta @ b.to(delta), x)
+            if "b" in adapter.names:
+                self.sink.outer(adapter.names["b"], delta, adapter.scaling * x @ a.to(x).T)
+
+        return tap(output, deliver, x, adapter.a, adapter.b)
+
+    def _tap_adapter(self, adapter: Adapter, output: Tensor, x: Tensor, at: Routing) -> Tensor:
+        """The LoRA factors of fused experts: x [P, in], output [P, out]."""
+        experts = len(at.counts)
+
+        def deliver(delta: Tensor, x: Tensor, tokens: Tensor, a: Tensor, b: Tensor) -> None:
+            self.fired.update(adapter.names.values())
+            by_expert = list(zip(torch.split(delta, at.counts), torch.split(x, at.counts), strict=True))
+            if "a" in adapter.names:
+                down = [d @ b[:, e::experts].to(d) for e, (d, _) in enumerate(by_expert)]
+                self.sink.experts(adapter.names["a"], adapter.scaling * torch.cat(down), x, tokens, at.counts)
+            if "b" in adapter.names:
+                col = x.new_zeros(len(x), a.shape[0])
+                at_row = 0
+                for e, (_, own) in enumerate(by_expert):
+                    col[at_row : at_row + len(own), e::experts] = own @ a.view(experts, -1, a.shape[1])[e].to(own).T
+                    at_row += len(own)
+                order = torch.argsort(tokens, stable=True)
+                per_token = len(tokens) // self.tokens
+                self.sink.outer(adapter.names["b"], delta[order], adapter.scaling * col[order], per_token)
+
+        return tap(output, deliver, x, at.tokens, adapter.a, adapter.b)
+
+    def _tap_experts(self, target: Target, attribute: str, output: Tensor, x: Tensor, at: Routing) -> Tensor:
+        """``attribute``: the matrix that made ``output`` [P, M] from ``x`` [P, K]."""
+        if attribute in target.adapters:
+            output = self._tap_adapter(target.adapters[attribute], output, x, at)
         names = {a: target.names[a] for a in (attribute, f"{attribute}_bias") if a in target.names}
         transposed = bool(target.module.is_transposed)
 

@@ -120,13 +120,17 @@ def test_packed_samples(family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma", "mixtral", "qwen2_moe"])
 def test_lora(family: str) -> None:
-    targets = ["q_proj", "v_proj"] if family == "mixtral" else "all-linear"
-    net, samples = families.with_lora(families.model(family), targets), pool()
+    net, samples = families.with_lora(families.model(family)), pool()
     truth = projected(gradients(net, samples, "adam_less"))
     got = scorer(net).gradient_features(samples, proj_dim=PROJ_DIM, seed=SEED, adam="adam_less")
     assert error(got, truth) < 1e-5
+    unit = torch.stack([torch.cat([g.flatten() for g in row.values()]) for row in gradients(net, samples)])
+    unit = torch.nn.functional.normalize(unit, dim=1).mean(0)
+    found = mean_directions(scorer(net), samples, np.zeros(SAMPLES))
+    names = [n for n, p in net.named_parameters() if p.requires_grad]
+    assert error(torch.cat([found[n].flatten() for n in names])[None], unit[None]) < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore")
