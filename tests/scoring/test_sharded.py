@@ -19,7 +19,7 @@ from tests import tiny_engine as tiny
 from tests.distributed import run_ranks
 
 HOW: dict[str, Any] = {"proj_dim": 64, "seed": 3, "adam": "adam_less"}
-STAGES = (0, 2, 3)
+STAGES = (0, 3)
 
 
 def engine_at(stage: int, steps: int) -> Any:
