@@ -28,7 +28,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from less_setup import Sample, llama, overlap, spearman, warm_up, with_lora
-from reference_less import Adam, adam_of, best, finish, sample_gradients, script, stacked, text_or_smoke, trained, unit
+from reference_less import (
+    Adam,
+    adam_of,
+    best,
+    exact_cosines,
+    finish,
+    sample_gradients,
+    script,
+    stacked,
+    text_or_smoke,
+    trained,
+    unit,
+)
 
 from dataflex.ops import Transform, project_per_sample_grad_, tensor_id
 
@@ -70,9 +82,7 @@ def make_case(data: Any, *, width: int, layers: int, rank: int, steps: int) -> C
     target32 = stacked(sample_gradients(net, target), len(target))
     net = net.double()
     wide = adam_of(net, optimizer.state, torch.float64)
-    directions = unit(stacked(sample_gradients(net, target), len(target)))
-    exact = torch.stack([directions @ (r / r.norm()) for r in map(wide.direction, sample_gradients(net, pool))])
-    return Case(shapes, pool32, target32, adam, exact)
+    return Case(shapes, pool32, target32, adam, exact_cosines(net, wide, pool, target))
 
 
 def adam_less(case: Case) -> Transform:

@@ -45,6 +45,8 @@ from less_setup import (
 )
 
 _ROWS_AT_ONCE = 2048
+# What is compared: params of `less`.
+OURS: dict[str, dict[str, Any]] = {"dataflex seed 1": {"seed": 1}, "dataflex seed 2": {"seed": 2}}
 
 
 class Adam(NamedTuple):
@@ -113,7 +115,11 @@ def unit(rows: Tensor) -> Tensor:
 
 def influence(train: Tensor, target: Tensor, subtasks: Sequence[int]) -> Tensor:
     """Scores [n] of features [n, d]: cosines with [m, d], mean within a subtask, the largest over subtasks."""
-    cosines = unit(train) @ unit(target).T
+    return best_subtask(unit(train) @ unit(target).T, subtasks)
+
+
+def best_subtask(cosines: Tensor, subtasks: Sequence[int]) -> Tensor:
+    """[n, m] to [n]: the mean over the targets of a subtask, the largest of these."""
     groups = torch.tensor(list(subtasks))
     return torch.stack([cosines[:, groups == k].mean(1) for k in groups.unique()]).amax(0)
 
@@ -124,12 +130,10 @@ def best(scores: Any, share: float) -> list[int]:
     return np.argsort(-values, kind="stable")[: max(1, round(share * len(values)))].tolist()
 
 
-def exact_scores(net: Any, adam: Adam, pool: Sequence[Sample], target: Sequence[Sample], subtasks: Any) -> Tensor:
-    """Unprojected: [n], in the dtype of the model; one gradient at a time."""
+def exact_cosines(net: Any, adam: Adam, pool: Sequence[Sample], target: Sequence[Sample]) -> Tensor:
+    """Unprojected: [n, m], in the dtype of the model; one gradient of the pool at a time."""
     directions = unit(stacked(sample_gradients(net, target), len(target)))
-    cosines = torch.stack([directions @ (r / r.norm()) for r in map(adam.direction, sample_gradients(net, pool))])
-    groups = torch.tensor(list(subtasks))
-    return torch.stack([cosines[:, groups == k].mean(1) for k in groups.unique()]).amax(0)
+    return torch.stack([directions @ (r / r.norm()) for r in map(adam.direction, sample_gradients(net, pool))])
 
 
 def compare(data: Any, *, width: int, layers: int, rank: int, steps: int, proj_dim: int) -> list[dict[str, Any]]:
@@ -142,37 +146,37 @@ def compare(data: Any, *, width: int, layers: int, rank: int, steps: int, proj_d
     engine = engine_for(net, named, {"target": target}, micro_batch=8, steps=steps, lr=5e-4)
     for batch in engine.batches():
         engine.training_step(batch)
-    scores: dict[str, np.ndarray] = {f"dataflex seed {s}": v for s, v in ours(engine, proj_dim, (1, 2)).items()}
+    scores = ours(engine, proj_dim)
     net.eval()
     adam = adam_of(net, engine.optimizer.state, torch.float32)
     subtasks = [0] * len(target)
-    train = stacked(map(adam.direction, sample_gradients(net, pool)), len(pool))
-    goal = stacked(sample_gradients(net, target), len(target))
+    train, goal = map(adam.direction, sample_gradients(net, pool)), sample_gradients(net, target)
+    rows_of_both = stacked(itertools.chain(train, goal), len(pool) + len(target))
     for seed in (1, 2):
-        features = [dense_rademacher(part, proj_dim, seed) for part in (train, goal)]
+        features = dense_rademacher(rows_of_both, proj_dim, seed).split([len(pool), len(target)])
         scores[f"reference seed {seed}"] = influence(*features, subtasks).numpy()
     wide = Adam(adam.exp_avg.double(), adam.exp_avg_sq.double())
-    scores["float64, not projected"] = exact_scores(net.double(), wide, pool, target, subtasks).numpy()
+    exact = exact_cosines(net.double(), wide, pool, target)
+    scores["float64, not projected"] = best_subtask(exact, subtasks).numpy()
     rows = []
     for a, b in itertools.combinations(scores, 2):
         picked = overlap(best(scores[a], 0.1), best(scores[b], 0.1))
         agreement = {"overlap_at_10%": round(picked, 3), "spearman": round(spearman(scores[a], scores[b]), 4)}
         rows.append({"a": a, "b": b, **agreement})
-    facts = {"proj_dim": proj_dim, "pool": len(pool), "targets": len(target), "parameters": train.shape[1]}
+    facts = {"proj_dim": proj_dim, "pool": len(pool), "targets": len(target), "parameters": len(adam.exp_avg)}
     return [row | facts for row in rows]
 
 
-def ours(engine: Any, proj_dim: int, seeds: Sequence[int]) -> dict[int, np.ndarray]:
-    """Scores of dataflex's own selector on the engine, batched, by seed of the projection."""
+def ours(engine: Any, proj_dim: int) -> dict[str, np.ndarray]:
+    """Scores of dataflex's own selector on the engine, batched, by the names in `OURS`."""
     from dataflex.train.selector.less_selector import LessSelector
 
-    def scored(seed: int) -> np.ndarray:
-        selector = LessSelector(
-            engine.run.pool, None, None, "", engine.scorer, engine.eval_pool, proj_dim=proj_dim, seed=seed
-        )
+    def scored(params: dict[str, Any]) -> np.ndarray:
+        run = engine.run
+        selector = LessSelector(run.pool, None, None, "", engine.scorer, engine.eval_pool, proj_dim=proj_dim, **params)
         return selector.scores()
 
-    return {seed: scored(seed) for seed in seeds}
+    return {name: scored(params) for name, params in OURS.items()}
 
 
 def script(doc: str | None) -> argparse.Namespace:
