@@ -45,6 +45,20 @@ CASES: dict[str, dict[str, Any]] = {
         "warmup_step": 2,
         "update_step": 2,
     },
+    "weights": {
+        **FULL,
+        "sample_weight": "1 + (size > 4)",
+        "sample_weight_as": "both",
+        "domain_weights": {"a": 2},
+        "class_weights": {"7": 0.5},
+        "token_weight_spans": {"3": ["7", 2.0]},
+        "layer_lr_multipliers": {"layers.0": 0.1},
+        "sampling": "temperature",
+        "train_type": "dynamic_weight",
+        "component_name": "adapt",
+        "eval_dataset": ["target"],
+        "plot_loss": True,
+    },
     "own optimizer": {
         **FULL,
         "deepspeed": {
@@ -138,6 +152,12 @@ def test_an_optimizer_in_the_deepspeed_config_gets_the_values_of_the_yaml(runs: 
     assert losses[-1] < losses[0]
 
 
+def test_a_weighted_run_tells_of_its_weights(runs: dict[str, Any], workspace: Path) -> None:
+    lines = [json.loads(line) for line in (workspace / "runs" / "weights" / "weights.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(0 < line["min"] < line["max"] and set(line["domains"]) <= {"a", "b"} for line in lines)
+
+
 def test_grouping_changes_the_order_only(runs: dict[str, Any]) -> None:
     assert runs["grouped"]["losses"][0] != pytest.approx(runs["full z3"]["losses"][0], rel=1e-3)
 
@@ -188,6 +208,7 @@ def test_every_packaged_yaml_runs(workspace: Path) -> None:
             tiny["reference_model_path"] = str(workspace / "tied")
         if keys.get("component_name") == "dynamic_moe":
             tiny["model_name_or_path"] = "moe"
+        target |= {"domain_weights": {"a": 2}} if "domain_weights" in keys else {}
         return keys | tiny | fast | waits | ends | target | {"logging_steps": 1, "gradient_accumulation_steps": 1}
 
     results = _runs(workspace, _packaged(workspace, small))

@@ -44,6 +44,7 @@ def make_workspace(folder: Path) -> Path:
                 "instruction": f"add {i} {draw.integers(99)}",
                 "input": "x" * int(draw.integers(30)),
                 "output": str(i * 37),
+                "size": i % 8,
             }
             for i in range(size)
         ]
