@@ -4,6 +4,7 @@ how much each counts."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ SELECTORS = ("less", "cluster_less", "loss", "random")
 
 
 def build(folder: Path, world: int, selector: str) -> Any:
-    (folder / "own.yaml").write_text(
+    components = folder / f"components_{os.environ['RANK']}.yaml"
+    components.write_text(
         "selectors:\n  less: {params: {proj_dim: 64}}\n  cluster_less: {params: {proj_dim: 64, n_clusters: 9}}\n"
         "  loss: {params: {focus: high}}\n  random: {params: {}}\n"
         "mixers:\n  static: {params: {proportions: [3, 1]}}\nweighters:\n  loss: {params: {r_start: 1.0}}\n"
@@ -36,7 +38,7 @@ def build(folder: Path, world: int, selector: str) -> Any:
         dataflex={
             "train_type": ["dynamic_select", "dynamic_mix", "dynamic_weight"],
             "component_name": {"select": selector, "mix": "static", "weight": "loss"},
-            "components_cfg_file": str(folder / "own.yaml"),
+            "components_cfg_file": str(components),
             "output_dir": str(folder),
             "warmup_step": WARMUP,
             "update_step": UPDATE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -187,7 +188,8 @@ class LessSelector(Selector):
 
     def pool_scores(self, directions: Any) -> NDArray[np.float32]:
         """Scores of the pool's samples, float32 [n]."""
-        spec, target = self.spec, self.target.fingerprint
+        spec = self.spec
+        target = f"{self.target.fingerprint} {hashlib.sha256(self.subtasks.tobytes()).hexdigest()[:16]}"
         if spec.proj_dim:
             return self.passes.gradient_scores(
                 self.scorer,
