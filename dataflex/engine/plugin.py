@@ -40,6 +40,11 @@ class DataflexEngine:
             raise AttributeError(name)
         return getattr(self.engine, name)
 
+    @property
+    def loss_is_per(self) -> str:
+        """What a step's loss is the mean over: ``token`` or ``sample``."""
+        return "token" if self._loop.stepper.normalization == "tokens" else "sample"
+
     def batches(self) -> Iterator[StepBatch]:
         """One item per optimizer step, following the plan; ends when the schedule ends.
 
