@@ -79,6 +79,10 @@ class WeightingSection(Section):
         """Whether draws are weighted."""
         return self.sampling is not None or self.sample_weight_as != "loss"
 
+    def epoch(self, pool_size: int) -> int:
+        """The samples of one pass: ``sampling_samples`` where draws are weighted and it is given, else the pool's."""
+        return self.sampling_samples if self.draws and self.sampling_samples else pool_size
+
     @property
     def with_replacement(self) -> bool:
         return self.sampling_replacement is not False

@@ -53,7 +53,7 @@ def read_inputs(cfg: Config) -> Inputs:
     tokenizer = load_tokenizer(cfg)
     model_config = load_model_config(cfg)
     data = load_data(cfg, tokenizer, _subtask_column(cfg))
-    schedule = _schedule(cfg, cfg.weighting.sampling_samples or len(data.train))
+    schedule = _schedule(cfg, cfg.weighting.epoch(len(data.train)))
     _say_data(data, tokenizer)
     return Inputs(cfg, tokenizer, model_config, data, schedule)
 

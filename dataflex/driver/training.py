@@ -94,8 +94,7 @@ def _finish(inputs: Inputs, engine: DataflexEngine, log: LogHook) -> None:
         write_atomically(folder / "README.md", model_card(cfg, engine.run, pool, results))
         if cfg.output.plot_loss:
             steps = [record["step"] for record in read_decisions(folder)]
-            weighted = "weight" in cfg.flex.kinds and cfg.flex.weight_normalization != "tokens"
-            plot_loss(log.history, steps, folder / "training_loss.png", "sample" if weighted else "token")
+            plot_loss(log.history, steps, folder / "training_loss.png", engine.loss_is_per)
         write_atomically(folder / run_folder.RESULTS, json.dumps(results, indent=2))
         for line in closing_lines(folder, pool, log.history):
             logger.info(line)

@@ -49,6 +49,11 @@ class DataflexEngine:
         """The hook that decides what is trained on; a `SelectPlanner` has the selector."""
         return self._loop.planner
 
+    @property
+    def loss_is_per(self) -> str:
+        """What a step's loss is the mean over: ``token`` or ``sample``."""
+        return "token" if self._loop.stepper.normalization == "tokens" else "sample"
+
     def batches(self) -> Iterator[StepBatch]:
         """One item per optimizer step, following the plan; ends when the schedule ends.
 

@@ -62,6 +62,12 @@ def test_sample_weight_as() -> None:
         made(sample_weight_as="both")
 
 
+def test_a_pass_is_that_of_the_pool_unless_draws_are_weighted() -> None:
+    assert WeightingSection(sampling_samples=5).epoch(9) == 9
+    assert WeightingSection(sampling_samples=5, sampling="inverse_class").epoch(9) == 5
+    assert WeightingSection(sampling="inverse_class").epoch(9) == 9
+
+
 def test_presets() -> None:
     def draw(**keys: Any) -> list[float]:
         return draw_probabilities(WeightingSection(**keys), pool(WEIGHTS)).tolist()

@@ -191,7 +191,7 @@ def _make_run(engine: Any, cfg: Config, pool: Pool) -> Run:
     world_size = engine.dp_world_size
     schedule = make_schedule(
         cfg.flex,
-        pool_size=cfg.weighting.sampling_samples or len(pool),
+        pool_size=cfg.weighting.epoch(len(pool)),
         global_batch=micro * accumulation * world_size,
         epochs=cfg.train.num_train_epochs,
         fixed=cfg.fixed_steps,
