@@ -46,7 +46,11 @@ from less_setup import (
 
 _ROWS_AT_ONCE = 2048
 # What is compared: params of `less`.
-OURS: dict[str, dict[str, Any]] = {"dataflex seed 1": {"seed": 1}, "dataflex seed 2": {"seed": 2}}
+OURS: dict[str, dict[str, Any]] = {
+    "dataflex seed 1": {"seed": 1},
+    "dataflex seed 2": {"seed": 2},
+    "dataflex exact": {"scoring": "exact"},
+}
 
 
 class Adam(NamedTuple):
