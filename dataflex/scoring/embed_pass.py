@@ -22,14 +22,15 @@ from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
-POOLINGS = ("mean", "last")
+POOLINGS = ("mean", "last", "trained")
 
 
 def pooled(hidden: Tensor, real: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
     """One vector per sample, float32 [S, H].
 
     hidden: [N, H], any float dtype; real: bool [N], false for padding; cu_seqlens: [S + 1]. pooling: ``mean`` over
-    the real tokens, or the ``last`` of them. A sample without a real token has zeros.
+    the real tokens, or the ``last`` of them. A sample without a real token has zeros. ``trained``, the mean over the
+    positions that are trained, is ``mean`` with those as the real ones.
     """
     if pooling == "last":
         place = torch.arange(len(real), device=real.device)
@@ -58,7 +59,10 @@ def embeddings(scorer: Scorer, dataset: Any, ids: Ids | None = None, *, pooling:
     with scoring_mode(scorer.engine.module, gradients=False), _last_hidden_states(scorer.engine.module) as forward:
         for places, counts in deal(batches, dist.rank(), dist.world_size()):
             batch = split_batch(scorer.collator([dataset[int(i)] for i in ids[places]]), scorer.device)
-            real = _real_tokens(batch.inputs, batch.cu_seqlens, torch.from_numpy(lengths[places]).to(scorer.device))
+            if pooling == "trained":
+                real = batch.labels != -100
+            else:
+                real = _real_tokens(batch.inputs, batch.cu_seqlens, torch.from_numpy(lengths[places]).to(scorer.device))
             vectors = pooled(forward(batch.inputs).flatten(0, 1), real, batch.cu_seqlens, pooling)
             if out is None:
                 out = np.zeros((len(ids), vectors.shape[1]), dtype=np.float32)
@@ -104,3 +108,27 @@ def _last_hidden_states(module: nn.Module) -> Iterator[Any]:
         yield forward
     finally:
         handle.remove()
+
+
+class LastHidden:
+    """Keeps what the output layer of ``module`` was last given, [B, T, H] without gradient: no second forward.
+
+    Holds the tensor only, without a copy. UserError for a model without an output layer.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        find = getattr(module, "get_output_embeddings", None)
+        head = find() if find is not None else None
+        if not isinstance(head, nn.Module):
+            raise UserError(f"{type(module).__name__}: has no output layer (get_output_embeddings) to read states from")
+        self._value: Tensor | None = None
+        head.register_forward_pre_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._value = inputs[0].detach()
+
+    def take(self) -> Tensor:
+        """The states of the last forward, once."""
+        value, self._value = self._value, None
+        assert value is not None, "no forward has passed the output layer"
+        return value

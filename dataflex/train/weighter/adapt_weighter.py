@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dataflex.core.plan import generator
 from dataflex.core.registry import register_weighter
-from dataflex.scoring.hidden import LastHidden, raw_mean_states, representations
+from dataflex.ops import shift_labels
+from dataflex.scoring.embed_pass import LastHidden, embeddings, pooled
 from dataflex.scoring.scorer import Scorer
 from dataflex.train.weighter.base_weighter import SampleWeighter
 from dataflex.utils import dist
@@ -75,12 +76,13 @@ class AdaptWeighter(SampleWeighter):
     def before_step(self, ctx: Any) -> None:
         if self.anchors is not None and ctx.step < self.refreshed + self.refresh_step:
             return
-        found = representations(self.scorer, self.states, self.target, self.anchor_ids)
+        found = embeddings(self.scorer, self.target, self.anchor_ids, pooling="trained")
         self.anchors, self.refreshed = torch.from_numpy(found).to(self.scorer.device), ctx.step
 
     def sample_weights(self, losses: Tensor, *, ctx: Any, model: Any, inputs: Any) -> Tensor:
         assert self.anchors is not None, "before_step comes first"
-        states = raw_mean_states(self.states.take(), inputs["labels"], inputs["cu_seqlens"])
+        trained = shift_labels(inputs["labels"]) != -100
+        states = pooled(self.states.take().flatten(0, 1), trained, inputs["cu_seqlens"], "mean")
         scores = similarities(states, self.anchors, self.similarity)
         weights = similarity_weights(dist.all_gather(scores), self.temperature)
         mine = len(losses) * dist.rank()
