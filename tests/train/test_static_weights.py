@@ -30,7 +30,7 @@ WEIGHTS = [1.0, 2.0, 0.0, 4.0, 1.0, 2.0]
 
 def pool(weights: list[float] | None = None) -> Pool:
     items = [{"input_ids": [0, *a], "labels": [-100, *a]} for a in ANSWERS]
-    return Pool(items, np.array([0, 0, 0, 0, 1, 1]), ["maths", "prose"], np.full(6, 3), "f00d", weights)
+    return Pool(items, np.array([0, 0, 0, 0, 1, 1]), ["maths", "prose"], np.full(6, 3), "f00d", sample_weights=weights)
 
 
 def made(weights: list[float] | None = None, **keys: Any) -> StaticWeights:
