@@ -1,6 +1,6 @@
 """What mixers do to each domain's perplexity after the same number of tokens, and how their mixtures move.
 
-    python benchmarks/mixing_table.py [--data ../shared/data] [--steps 150] [--seeds 0 1 2] [--name mixing]
+    python benchmarks/mixing_table.py --data FOLDER [--steps 150] [--seeds 0 1 2] [--name mixing]
 
 Four text domains (c4, wiki, gsm8k, alpaca), read as bytes and cut into blocks; every tenth block is held out, up to 96.
 A small Llama from scratch, one process. `doremi` is a final run on the weights that its proxy found, which had a
@@ -237,7 +237,7 @@ def start() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--name", default="mixing")
