@@ -139,7 +139,7 @@ def test_subtasks_by_column_and_scores_summed_by_learning_rate() -> None:
 
     target = [{"task": "b"}, {"task": "a"}, {"task": "b"}]
     selector = LessSelector(
-        [], None, None, "", StandIn(), target, subtask_column="task", accumulate=True, self_check=False
+        [None] * 3, None, None, "", StandIn(), target, subtask_column="task", accumulate=True, self_check=False
     )
     assert selector.subtasks.tolist() == [1, 0, 1]
     answers = iter(np.float32([[0.5, 0.4, 0.1], [0.1, 0.3, 0.2], [0.9, 0.1, 0.2]]))
