@@ -147,7 +147,7 @@ def test_subtasks_by_column_and_scores_summed_by_learning_rate() -> None:
     assert selector.select(None, 0, 2) == [0, 1], "a learning rate of 0 leaves the scores as they are"
     assert selector.select(None, 5, 2) == [1, 2]
     resumed = LessSelector(
-        [], None, None, "", StandIn(), target, subtask_column="task", accumulate=True, self_check=False
+        [None] * 3, None, None, "", StandIn(), target, subtask_column="task", accumulate=True, self_check=False
     )
     resumed.load_state_dict(selector.state_dict())
     resumed.scores = lambda: next(answers)  # type: ignore[method-assign]
