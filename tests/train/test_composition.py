@@ -13,6 +13,7 @@ import pytest
 
 import dataflex
 from dataflex.train.selector.base_selector import Selector
+from dataflex.train.selector.random_selector import RandomSelector
 from dataflex.train.trainer.select_trainer import SelectPlanner
 from dataflex.utils.errors import UserError
 from tests import tiny_engine as tiny
@@ -22,14 +23,14 @@ from tests.train.test_planners import make_run
 SIZES = {"short": 24, "long": 40}
 WARMUP, UPDATE, TIMES, BATCH = 1, 3, 2, 4
 COUNTS = [9, 3]
-SELECTORS = ("less", "cluster_less", "loss", "random")
+SELECTORS = ("less", "loss")
 
 
 def build(folder: Path, world: int, selector: str) -> Any:
     components = folder / f"components_{os.environ['RANK']}.yaml"
     components.write_text(
-        "selectors:\n  less: {params: {proj_dim: 64}}\n  cluster_less: {params: {proj_dim: 64, n_clusters: 9}}\n"
-        "  loss: {params: {focus: high}}\n  random: {params: {}}\n"
+        "selectors:\n  less: {params: {proj_dim: 64}}\n"
+        "  loss: {params: {focus: high}}\n"
         "mixers:\n  static: {params: {proportions: [3, 1]}}\nweighters:\n  loss: {params: {r_start: 1.0}}\n"
     )
     return dataflex.initialize(
@@ -106,6 +107,12 @@ def test_less_takes_the_best_of_each_domain(results: list[dict[str, Any]]) -> No
         scores = decision["metric"]["score"]
         for part in (scores[: COUNTS[0]], scores[COUNTS[0] :]):
             assert part == sorted(part, reverse=True)
+
+
+def test_random_picks_as_many_of_each_domain_as_it_is_asked_for() -> None:
+    pool = make_run().pool
+    picks = RandomSelector(pool, None, None, "").select(None, 3, 7, domain_counts=np.array([2, 4, 1]))
+    assert np.bincount(pool.domain_ids[picks]).tolist() == [2, 4, 1] and len(set(picks)) == 7
 
 
 class Deaf(Selector):
