@@ -97,7 +97,7 @@ PLANTED_BUGS = [
     ("BUG_PLAIN_GLOBAL_ADD", "histogram", "tsan", r"data race .*histogram\.cu:\d+ in histogram"),
     ("BUG_NO_WARP_BARRIER", "matmul", "tsan", r"data race .* in .*ldmatrix"),
 ]
-QUICK = 4  # the first ones run in every test run, the others with the slow tests
+QUICK = 1  # the first runs in every test run, the others with the slow tests
 
 
 @pytest.mark.parametrize(

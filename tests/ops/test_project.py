@@ -169,7 +169,7 @@ def test_chunks_of_rows_change_nothing(kind: str, chunk: int, monkeypatch: pytes
     assert len(calls) > 1 and sum(calls) == M
 
 
-@pytest.mark.parametrize("proj_dim", [8, 64])
+@pytest.mark.parametrize("proj_dim", [8, pytest.param(64, marks=pytest.mark.slow)])
 def test_inner_products_are_unbiased_with_the_predicted_variance(proj_dim: int) -> None:
     """Elements of one tile never collide, others do with probability 1/d: the formula of design section 6
     less its pairs inside tiles."""

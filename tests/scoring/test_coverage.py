@@ -145,7 +145,9 @@ def test_activation_checkpointing(family: str, reentrant: bool) -> None:
     assert error(got, truth) < 1e-5
 
 
-@pytest.mark.parametrize("projection", ["countsketch", "sjlt", "rademacher", "kronecker"])
+@pytest.mark.parametrize(
+    "projection", ["countsketch", "sjlt", pytest.param("rademacher", marks=pytest.mark.slow), "kronecker"]
+)
 def test_other_projections(projection: str) -> None:
     net, samples = families.model("mixtral"), pool(3)
     truth = projected(gradients(net, samples), projection)
