@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,13 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def start(what: str, folder: Path) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "TMPDIR": str(folder)}
     words = [sys.executable, "-c", LAUNCH, what, str(folder)]
-    return subprocess.Popen(words, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    out: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(words, env=env, cwd=ROOT, preexec_fn=heed_ctrl_c, **out)
+
+
+def heed_ctrl_c() -> None:
+    """A shell starts its background jobs with SIGINT ignored, and the launcher leaves it so."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> str:
