@@ -23,14 +23,14 @@ from tests.train.test_planners import make_run
 SIZES = {"short": 24, "long": 40}
 WARMUP, UPDATE, TIMES, BATCH = 1, 3, 2, 4
 COUNTS = [9, 3]
-SELECTORS = ("less", "loss")
+SELECTORS = ("less", "cluster_less", "loss", "random")
 
 
 def build(folder: Path, world: int, selector: str) -> Any:
     components = folder / f"components_{os.environ['RANK']}.yaml"
     components.write_text(
-        "selectors:\n  less: {params: {proj_dim: 64}}\n"
-        "  loss: {params: {focus: high}}\n"
+        "selectors:\n  less: {params: {proj_dim: 64}}\n  cluster_less: {params: {proj_dim: 64, n_clusters: 9}}\n"
+        "  loss: {params: {focus: high}}\n  random: {params: {}}\n"
         "mixers:\n  static: {params: {proportions: [3, 1]}}\nweighters:\n  loss: {params: {r_start: 1.0}}\n"
     )
     return dataflex.initialize(
