@@ -111,13 +111,17 @@ def start_process() -> None:
     """A process group of this process alone, as DeepSpeed wants one, and no chatter."""
     import logging
     import os
-    import socket
     import warnings
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    from dataflex.launcher import free_port
+
+    place = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     for name, value in place.items():
         os.environ.setdefault(name, value)
     if not torch.cuda.is_available():

@@ -14,7 +14,6 @@ import argparse
 import json
 import logging
 import os
-import socket
 import sys
 import tempfile
 from importlib.metadata import version
@@ -181,10 +180,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rows", type=int, default=1000)
     arguments = parser.parse_args()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from dataflex.launcher import free_port
+
+    place = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     os.environ.update(place)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

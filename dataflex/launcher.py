@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -26,6 +27,7 @@ from dataflex.utils.errors import UserError
 from dataflex.worker import LAUNCH_DIR, USER_ERROR, prctl, print_error
 
 GRACE_S = 35.0
+_PORTS = (20_000, 32_000)
 _DEFAULT_HOSTFILE = Path("/job/hostfile")
 _PR_SET_CHILD_SUBREAPER = 36
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -63,10 +65,18 @@ def gpu_count() -> int:
 
 
 def free_port() -> int:
-    """A TCP port that nothing on this machine listens on."""
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
+    """A TCP port that nothing on this machine listens on, and that no connection is likely to take before we do.
+
+    The kernel hands out ephemeral ports (32768 and up by default) to whoever connects or listens without naming one,
+    as gloo does; between our look and the first worker's, seconds later, one of those may be gone.
+    """
+    numbers = random.SystemRandom()
+    for _ in range(100):
+        port = numbers.randrange(*_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise UserError(f"no free TCP port from {_PORTS[0]} to {_PORTS[1] - 1} on this machine; name one: --master_port")
 
 
 def command(module: str, args: Sequence[str], request: Request, gpus: int) -> tuple[list[str], dict[str, str]]:

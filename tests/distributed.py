@@ -6,12 +6,13 @@ import gc
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from dataflex.launcher import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,7 +25,7 @@ def run_ranks(target: str, world_size: int, timeout_s: int = 240, **arguments: A
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             _start(target, rank, world_size, port, folder, arguments)
-            for port in [_free_port()]
+            for port in [free_port()]
             for rank in range(world_size)
         ]
         outputs = []
@@ -60,13 +61,6 @@ def _start(
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _main() -> None:

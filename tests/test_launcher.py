@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -258,7 +259,21 @@ def test_gpus_hidden_by_the_environment_are_not_counted(monkeypatch: pytest.Monk
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert gpu_count() == 0
-    assert 1024 <= free_port() <= 65535
+
+
+def test_a_free_port_is_outside_the_range_that_linux_hands_out() -> None:
+    ports = {free_port() for _ in range(20)}
+    assert len(ports) > 1  # two runs that start together get two ports
+    assert min(ports) >= 20_000 and max(ports) < 32_768
+
+
+def test_a_port_that_is_taken_is_not_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", free_port()))
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(launcher, "_PORTS", (port, port + 1))
+        with pytest.raises(UserError, match=f"no free TCP port from {port} .* name one: --master_port"):
+            free_port()
 
 
 def refuse() -> int:

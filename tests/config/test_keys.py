@@ -60,7 +60,11 @@ KEYS: list[tuple[str, str, Any]] = [
     ("role_weights: {answer: 0.1}", "weighting", {"answer": 0.1}),
     ("turn_weights: [0, 1]", "weighting", (0.0, 1.0)),
     ("token_weight: per_token", "weighting", "per_token"),
-    ("token_weight_spans: {<think>: [</think>, 0.5], A: [null, 2]}", "weighting", {"<think>": ("</think>", 0.5), "A": (None, 2.0)}),
+    (
+        "token_weight_spans: {<think>: [</think>, 0.5], A: [null, 2]}",
+        "weighting",
+        {"<think>": ("</think>", 0.5), "A": (None, 2.0)},
+    ),
     ("sampling: inverse_domain", "weighting", "inverse_domain"),
     ("sampling_temperature: 0.3", "weighting", 0.3),
     ("sampling_replacement: true", "weighting", True),
