@@ -84,32 +84,34 @@ LAUNCHED = {
 
 
 def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """Return the parser and those of the commands."""
     parser = _Parser(prog="dataflex-cli", description="Data-centric training on DeepSpeed.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"dataflex {__version__}")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    launched = {}
+    of_command = {}
     for name, command in LAUNCHED.items():
-        launched[name] = commands.add_parser(
+        of_command[name] = commands.add_parser(
             name,
             help=command.summary,
             description=command.description,
             usage=f"dataflex-cli {name} CFG [key=value ...] [--num_processes N] [launcher flags]",
             allow_abbrev=False,
         )
-        _add_run_arguments(launched[name])
+        _add_run_arguments(of_command[name])
         if command.dry_run:
             text = "read everything, time one batch, say what the whole costs, and end"
-            launched[name].add_argument("--dry-run", action="store_true", help=text)
-    launched["select"] = commands.add_parser(
+            of_command[name].add_argument("--dry-run", action="store_true", help=text)
+    of_command["select"] = commands.add_parser(
         "select",
         help="choose a dataset by the scores of `score`",
         description="Write the rows that CFG's select_* keys choose; one process, no model.",
         allow_abbrev=False,
     )
-    _add_config(launched["select"])
-    commands.add_parser("env", help="show versions, the accelerator and which kernels run", allow_abbrev=False)
-    return parser, launched
+    _add_config(of_command["select"])
+    text = "show versions, the accelerator and which kernels run"
+    of_command["env"] = commands.add_parser("env", help=text, allow_abbrev=False)
+    return parser, of_command
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -130,11 +132,14 @@ def _add_run_arguments(command: argparse.ArgumentParser) -> None:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse with overrides and flags in any order."""
-    parser, launched = _parser()
+    parser, of_command = _parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in of_command:
+        names = ", ".join(of_command)
+        parser.error(f"unknown command '{argv[0]}'{nearest(argv[0], of_command)}; the commands are {names}")
     args, rest = parser.parse_known_args(argv)
-    actions = launched[args.command]._actions if args.command in launched else []
+    actions = of_command[args.command]._actions
     for word in rest:
-        if actions and not word.startswith("-"):
+        if args.command != "env" and not word.startswith("-"):
             args.overrides = [*args.overrides, word]
             continue
         name = word.lstrip("-").partition("=")[0]

@@ -179,7 +179,7 @@ def _run(words: list[str], env: Mapping[str, str]) -> tuple[int, int | None]:
     runner = subprocess.Popen(words, env=env, start_new_session=True)
     with _forwarding(runner.pid) as received:
         code = runner.wait()
-        _end_group(runner.pid)
+        _end_group(runner.pid, asked=bool(received))
     return code, received[0] if received else None
 
 
@@ -202,9 +202,12 @@ def _forwarding(group: int) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _end_group(group: int) -> None:
-    """End what the runner left behind: nothing after a good run, orphaned workers after a killed launcher."""
-    start, asked = time.monotonic(), False
+def _end_group(group: int, asked: bool) -> None:
+    """End what the runner left behind: nothing after a good run, orphaned workers after a killed launcher.
+
+    asked: the group has had a SIGTERM; a second one would interrupt the launcher's own exit, which then says so.
+    """
+    start = time.monotonic()
     while _alive(group):
         with contextlib.suppress(ProcessLookupError):
             if not asked:

@@ -1,20 +1,30 @@
-"""Runs a test function in several processes over gloo, as training does, and brings back what it returns."""
+"""Runs a test function in several processes over gloo, as training does, and brings back what it returns.
+
+The processes are forked from a server that has imported what they need: an import of it all takes seconds.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from dataflex.launcher import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of the server, before it imports anything.
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+_IMPORTED = ["deepspeed.ops", "datasets", "peft", "pytest", "tests.families", "tests.tiny_engine", "dataflex.ops"]
 
 
 def run_ranks(target: str, world_size: int, timeout_s: int = 240, **arguments: Any) -> list[Any]:
@@ -22,55 +32,82 @@ def run_ranks(target: str, world_size: int, timeout_s: int = 240, **arguments: A
 
     Arguments and results are JSON. Fails with the ranks' output if one of them fails or hangs.
     """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(_IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            _start(target, rank, world_size, port, folder, arguments)
-            for port in [free_port()]
+        port = free_port()
+        ranks = [
+            server.Process(target=_rank, args=(target, rank, world_size, port, folder, json.dumps(arguments)))
             for rank in range(world_size)
         ]
-        outputs = []
         try:
-            for process in processes:
-                outputs.append(process.communicate(timeout=timeout_s)[0])
-        except subprocess.TimeoutExpired as exc:
-            raise AssertionError(f"{target} hung on {world_size} ranks") from exc
+            with _environment():
+                for process in ranks:
+                    process.start()
+            hung = not _joined(ranks, timeout_s)
         finally:
-            for process in processes:
+            for process in ranks:
                 process.kill()
-        failed = [f"rank {r}:\n{out}" for r, out in enumerate(outputs) if processes[r].returncode != 0]
+                process.join()
+        outputs = [f"rank {rank}:\n{_output(folder, rank).read_text()}" for rank in range(world_size)]
+        assert not hung, f"{target} hung on {world_size} ranks\n" + "\n".join(outputs)
+        failed = [outputs[rank] for rank, process in enumerate(ranks) if process.exitcode != 0]
         assert not failed, f"{target} failed\n" + "\n".join(failed)
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def _start(
-    target: str, rank: int, world_size: int, port: int, folder: str, arguments: dict[str, Any]
-) -> subprocess.Popen[str]:
-    environment = os.environ | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",
-    }
-    command = [sys.executable, "-m", "tests.distributed", target, folder, json.dumps(arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """The server takes its environment from the process that starts the first rank."""
+    before = dict(os.environ)
+    os.environ.update(_ENVIRONMENT)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
-def _main() -> None:
+def _joined(processes: list[BaseProcess], timeout_s: float) -> bool:
+    """Wait until all have ended; False if one still runs after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    return all(process.exitcode is not None for process in processes)
+
+
+def _output(folder: str, rank: int) -> Path:
+    return Path(folder, f"{rank}.txt")
+
+
+def _rank(target: str, rank: int, world_size: int, port: int, folder: str, arguments: str) -> None:
     """One rank. DeepSpeed collects garbage at every start of ZeRO-3: what is imported is left out of that."""
-    target, folder, arguments = sys.argv[1:]
+    output = os.open(_output(folder, rank), os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in place.items()})
+    from dataflex.worker import leave
+
+    try:
+        result = _call(target, json.loads(arguments))
+        Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    except BaseException:
+        traceback.print_exc()
+        leave(1)
+    leave(0)
+
+
+def _call(target: str, arguments: dict[str, Any]) -> Any:
     import deepspeed
     import deepspeed.ops
     import torch
-
-    from dataflex.worker import leave
 
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -78,11 +115,6 @@ def _main() -> None:
     module, function = target.split(":")
     call = getattr(importlib.import_module(module), function)
     gc.freeze()
-    result = call(**json.loads(arguments))
-    Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(result))
+    result = call(**arguments)
     torch.distributed.destroy_process_group()
-    leave(0)
-
-
-if __name__ == "__main__":
-    _main()
+    return result

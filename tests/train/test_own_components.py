@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,9 @@ import dataflex
 from dataflex.core.registry import REGISTRY
 from dataflex.train.trainer.components import load_components
 from dataflex.utils.errors import UserError
-from tests import distributed
 from tests import tiny_engine as tiny
 from tests.component_cases import Recorder
+from tests.distributed import ROOT, run_ranks
 
 SAMPLES = Path(__file__).parent / "samples"
 FILES = {"selector": "own_selector", "mixer": "own_mixer", "weighter": "own_weighter"}
@@ -112,7 +115,7 @@ def test_files_with_relative_and_absolute_imports_a_module_and_an_entry_point(tm
     (package / "entry_points.txt").write_text("[dataflex.components]\n" + "".join(plugin))
     prefixes = list(HOMES)
     write_components(tmp_path / "own.yaml", prefixes)
-    ranks = distributed.run_ranks(
+    ranks = run_ranks(
         "tests.train.test_own_components:train_all",
         2,
         prefixes=prefixes,
@@ -125,25 +128,36 @@ def test_files_with_relative_and_absolute_imports_a_module_and_an_entry_point(tm
             check(results, prefix, home)
 
 
-def test_files_in_the_package_and_a_line_in_its_init(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+ON_A_COPY = """
+import json, sys
+from tests.distributed import run_ranks
+ranks = run_ranks(
+    "tests.train.test_own_components:train_all", 2, prefixes=["own"], components=sys.argv[1], modules=[]
+)
+print(json.dumps(ranks))
+"""
+
+
+def test_files_in_the_package_and_a_line_in_its_init(tmp_path: Path) -> None:
     """On a copy of the package, as someone who edits a clone of the repository does it."""
     for folder in ("dataflex", "configs", "tests"):
-        shutil.copytree(distributed.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for kind, file in FILES.items():
         room = tmp_path / "dataflex" / "train" / kind
         shutil.copy(SAMPLES / f"{file}.py", room)
         with (room / "__init__.py").open("a") as handle:
             handle.write(f"from .{file} import *\n")
     write_components(tmp_path / "own.yaml", ["own"])
-    monkeypatch.setattr(distributed, "ROOT", tmp_path)
-    ranks = distributed.run_ranks(
-        "tests.train.test_own_components:train_all",
-        2,
-        prefixes=["own"],
-        components=str(tmp_path / "own.yaml"),
-        modules=[],
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_COPY, str(tmp_path / "own.yaml")],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    for results in ranks:
+    assert done.returncode == 0, done.stderr
+    for results in json.loads(done.stdout):
         check(results, "own", "dataflex.train.")
 
 
