@@ -52,7 +52,7 @@ SEED, STACK = 1, 16
 TRAINING, SCORING = "training", "scoring"
 SINGLE, OFFICIAL = "batch-1 backward, not projected", "official way: batch-1 backward + TRAK fp32 on 16"
 HALF = "official way with the projector in fp16"
-SHOWN = ("what", "samples_per_s", "tokens_per_s", "ratio", "against", "peak_mib", "note")
+SHOWN = ("what", "samples_per_s", "tokens_per_s", "ratio", "against", "allocated_mib", "peak_mib", "note")
 
 
 def arguments() -> argparse.Namespace:
@@ -227,19 +227,28 @@ def half_rate(bench: Bench, subject: Subject, few: int, backward_ms: float) -> f
 
 
 def memory_rows(bench: Bench, subject: Subject) -> list[Row]:
-    """Peak above what is allocated before: a training step and a scoring pass over the longest batch, and over all."""
+    """Peaks above what is allocated before, training against scoring over the same batches: the longest, and all.
+
+    allocated_mib counts what PyTorch asked for; peak_mib, on a CPU, what the process grew by, which holds what the C
+    allocator keeps of batches of other lengths as well.
+    """
     longest = np.argsort(-subject.pool.lengths, kind="stable")[: len(subject.batches[0]["labels"])].astype(np.int64)
     subject.score(longest)
-    peaks = {
-        "training step, longest batch": bench.peak_mib(lambda: subject.train(subject.batches[:1])),
-        "scoring, longest batch": bench.peak_mib(lambda: subject.score(longest)),
-        "scoring, all samples": bench.peak_mib(subject.score),
+    pairs = {
+        "the longest batch": (lambda: subject.train(subject.batches[:1]), lambda: subject.score(longest)),
+        "all batches": (subject.train, subject.score),
     }
-    base = "training step, longest batch"
-    return [
-        {"what": name, "peak_mib": round(peak, 1), "ratio": round(peak / max(peaks[base], 1e-9), 3), "against": base}
-        for name, peak in peaks.items()
-    ]
+    rows = []
+    for batches, (train, score) in pairs.items():
+        base = f"training, {batches}"
+        found = {base: train, f"scoring, {batches}": score}
+        allocated = {name: bench.allocated_mib(variant) for name, variant in found.items()}
+        peaks = {name: bench.peak_mib(variant) for name, variant in found.items()}
+        for name in found:
+            row = {"what": name, "peak_mib": round(peaks[name], 1), "allocated_mib": round(allocated[name], 1)}
+            row |= {"ratio": round(allocated[name] / allocated[base], 3), "against": base}
+            rows.append(row | {"note": f"process: {peaks[name] / peaks[base]:.2f} x"})
+    return rows
 
 
 class Repeated:

@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Row = dict[str, Any]
 Variant = Callable[[], Any]
@@ -66,6 +68,17 @@ class Bench:
         before_kib = _memory_kib("VmRSS")
         variant()
         return max(0, _memory_kib("VmHWM") - before_kib) / 2**10
+
+    def allocated_mib(self, variant: Variant) -> float:
+        """The most that PyTorch had allocated during a call, above what it had before."""
+        if self.device.type == "cuda":
+            return self.peak_mib(variant)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as taken:
+            variant()
+        assert taken.profiler is not None and taken.profiler.kineto_results is not None
+        changes = [e for e in taken.profiler.kineto_results.events() if e.name() == "[memory]"]
+        changes.sort(key=lambda event: event.start_ns())
+        return max(accumulate((event.nbytes() for event in changes), initial=0)) / 2**20
 
     def rows(
         self,
