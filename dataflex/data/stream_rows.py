@@ -100,14 +100,15 @@ class HubRows(RowSource):
         self.parts, self.line = hub_parts(info), f"{info.hub_id} of the hub"
         if self._dataset.column_names is not None:
             converter.check_columns(self._dataset.column_names, info.where)
-        self._rows: Iterator[Record] = iter(self._dataset)
-        self._first = deepcopy(self._dataset.state_dict())
-        self._number, self._found = 0, dict[str, None]()
+        self._first = self._dataset.state_dict()
+        self._found = dict[str, None]()
+        self.begin(0)
 
     def begin(self, epoch: int, state: dict[str, Any] | None = None) -> None:
         self._number = state["row"] if state else 0
-        self._dataset.load_state_dict(deepcopy(state["dataset"] if state else self._first))
-        self._rows = iter(self._dataset)
+        self._begun: Any = state["dataset"] if state else self._first
+        self._dataset.load_state_dict(deepcopy(self._begun))
+        self._rows: Iterator[Record] = iter(self._dataset)
 
     def __next__(self) -> Record:
         try:
@@ -115,13 +116,14 @@ class HubRows(RowSource):
         except (OSError, ValueError) as error:
             text = " ".join(str(error).split())
             raise UserError(f"{self.info.hub_id}: unreadable after row {self._number}: {text}") from None
-        self._number += 1
+        self._number, self._begun = self._number + 1, None
         self._found |= dict.fromkeys(row)
         where = f"{self.info.hub_id}:{self._number}"
         return record_of(row, self.converter, where, where)
 
     def state(self) -> dict[str, Any]:
-        return {"row": self._number, "dataset": deepcopy(self._dataset.state_dict())}
+        """As `RowSource.state`; before its first row the dataset itself still has the state of the pass before."""
+        return {"row": self._number, "dataset": self._begun or self._dataset.state_dict()}
 
     def check_columns(self) -> None:
         if self._found:
