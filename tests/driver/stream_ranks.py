@@ -15,11 +15,18 @@ from dataflex.utils.errors import UserError
 
 
 class Batches(Hook):
-    """Keeps the ids and the token ids of each global batch, of all ranks."""
+    """Keeps the ids and the token ids of each global batch, of all ranks, and where the streams' chunks begin."""
 
     def __init__(self) -> None:
+        self.starts: list[list[int]] = []
         self.ids: list[list[int]] = []
         self.tokens: list[list[list[int]]] = []
+
+    def on_train_start(self, run: Any) -> None:
+        self.starts.append([stream.start for stream in run.pool.streams])
+
+    def on_step_end(self, run: Any, batch: Any) -> None:
+        self.starts.append([stream.start for stream in run.pool.streams])
 
     def on_step_start(self, run: Any, batch: Any) -> None:
         mine = []
@@ -55,6 +62,7 @@ def _train(keys: dict[str, Any]) -> dict[str, Any]:
     return {
         "ids": batches.ids,
         "tokens": batches.tokens,
+        "starts": batches.starts,
         "losses": [entry["loss"] for entry in read_log(folder) if "loss" in entry],
         "weights": hashlib.sha256(weights).hexdigest(),
         "mixtures": mixtures,

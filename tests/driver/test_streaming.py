@@ -26,12 +26,12 @@ CASES: dict[str, dict[str, Any]] = {
         "train_type": "dynamic_mix",
         "component_name": "odm",
         "update_step": 3,
+        "buffer_size": 5,
         "save_steps": 4,
         "max_steps": 9,
     },
     "pt": {"stage": "pt", "dataset": ["text"], "cutoff_len": 48, "save_steps": 5, "max_steps": 8},
 }
-RESUMED = ("ids", "tokens", "losses")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def found(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int
     (workspace / "data" / "dataset_info.json").write_text(json.dumps(info))
 
     def keys(world: int, **changes: Any) -> dict[str, Any]:
-        return settings(workspace, **STREAM, **changes, per_device_train_batch_size=4 // world)
+        return settings(workspace, **(STREAM | changes), per_device_train_batch_size=4 // world)
 
     made = {}
     for world in (1, 2):
@@ -68,6 +68,8 @@ def test_a_resumed_run_is_bit_identical(found: dict[int, list[dict[str, Any]]], 
     assert resumed["losses"] == whole["losses"], "the log of the steps before comes with the checkpoint"
     assert resumed["ids"] == whole["ids"][done:] and resumed["tokens"] == whole["tokens"][done:]
     assert resumed["weights"] == whole["weights"]
+    assert resumed["starts"] == whole["starts"][done:], "it begins with the chunks that it stands in"
+    assert max(resumed["starts"][0]) > 0
 
 
 @pytest.mark.parametrize("name", CASES)
