@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataflex.config import deepspeed_json, weighting
+from dataflex.config import deepspeed_json, streaming, weighting
 from dataflex.config.components import component_params
 from dataflex.config.paths import resolve
 from dataflex.config.schema import Config
@@ -37,6 +37,8 @@ def problems(cfg: Config, embedded: bool) -> Iterator[Problem]:
     yield from _schedule(cfg)
     yield from _mixing(cfg)
     for keys, text in weighting.problems(cfg.weighting, cfg.data, cfg.flex.kinds, embedded):
+        yield Problem(keys, text)
+    for keys, text in streaming.problems(cfg, embedded):
         yield Problem(keys, text)
     yield from _components(cfg, embedded)
     yield from _paths(cfg)
@@ -68,9 +70,6 @@ def _data(cfg: Config) -> Iterator[Problem]:
         yield Problem(("mask_history", "train_on_prompt"), "cannot be used together with train_on_prompt")
     if data.neat_packing and data.packing is False:
         yield Problem(("neat_packing", "packing"), "needs packing: true, or drop packing: false")
-    if data.streaming:
-        text = "true is not supported yet; drop the key: data is memory-mapped, not loaded"
-        yield Problem(("streaming",), text)
     if cfg.output.eval_strategy != "no" and not (data.eval_dataset or data.val_size):
         text = f"'{cfg.output.eval_strategy}' needs eval_dataset or val_size"
         yield Problem(("eval_strategy", "eval_dataset", "val_size"), text)
@@ -207,6 +206,8 @@ def notes(cfg: Config, embedded: bool) -> Iterator[Problem]:
         yield Problem(("eval_steps",), "not used: eval_strategy is 'no'")
     if "mix" in cfg.flex.kinds and len(cfg.data.dataset) == 1 and not embedded:
         yield Problem(("dataset",), "dynamic_mix has one dataset, so there is nothing to mix")
+    if cfg.data.streaming and cfg.data.dataloader_num_workers:
+        yield Problem(("dataloader_num_workers",), "not used: streams are read in the training process")
     idle = weighting.unused(cfg.weighting)
     if idle:
         yield Problem((idle[0],), f"not used without weighted sampling of that kind: {', '.join(idle)}")
@@ -217,17 +218,17 @@ def notes(cfg: Config, embedded: bool) -> Iterator[Problem]:
 
 
 def _unused(cfg: Config) -> list[str]:
-    kinds = set(cfg.flex.kinds)
+    kinds = set(cfg.flex.kinds) | ({"stream"} if cfg.data.streaming else set())
     used_by = {
         "component_name": {"select", "mix", "weight"},
         "warmup_step": {"select", "mix", "weight"},
         "update_step": {"select", "mix"},
         "update_times": {"select", "mix"},
         "mixture_sample_rule": {"mix"},
-        "init_mixture_proportions": {"mix"},
+        "init_mixture_proportions": {"mix", "stream"},
         "static_mix": {"mix"},
         "mixer_eval_dataset": {"mix"},
-        "warn_domain_epochs": {"mix"},
+        "warn_domain_epochs": {"mix", "stream"},
         "reference_model_path": {"mix"},
         "proxy_model_name_or_path": {"mix"},
         "proxy_train_step": {"mix"},

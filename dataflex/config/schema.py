@@ -91,7 +91,10 @@ class MethodSection(Section):
 
 
 class DataSection(Section):
-    """What it is trained on. Dataset names are entries of ``dataset_dir``/dataset_info.json."""
+    """What it is trained on. Dataset names are entries of ``dataset_dir``/dataset_info.json.
+
+    streaming: read the datasets as training goes on, endlessly, ``buffer_size`` rows shuffled at a time.
+    """
 
     dataset: Names = ()
     eval_dataset: Names = ()

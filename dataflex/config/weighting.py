@@ -79,8 +79,11 @@ class WeightingSection(Section):
         """Whether draws are weighted."""
         return self.sampling is not None or self.sample_weight_as != "loss"
 
-    def epoch(self, pool_size: int) -> int:
-        """The samples of one pass: ``sampling_samples`` where draws are weighted and it is given, else the pool's."""
+    def epoch(self, pool_size: int | None) -> int | None:
+        """The samples of one pass: ``sampling_samples`` where draws are weighted and it is given, else the pool's.
+
+        pool_size: None of streams.
+        """
         return self.sampling_samples if self.draws and self.sampling_samples else pool_size
 
     @property

@@ -13,7 +13,7 @@ from dataflex.core.plan import Floats, Ids
 
 @dataclass(frozen=True, eq=False)
 class StaticWeights:
-    """loss: multiplier of each sample's loss, float64 [pool], or None for 1.
+    """loss: multiplier of each sample's loss, float64 [pool] or of streams [domains], or None for 1.
 
     draw: the probability of each sample in a draw, float64 [pool] of sum 1, or None where the plan is not weighted.
     corrected: multipliers are divided by pool size x the probability of the sample's draw, so that the
@@ -32,11 +32,15 @@ class StaticWeights:
         """Whether the loss is weighted at all."""
         return self.loss is not None or self.corrected or self.class_weight is not None or self.tokens
 
-    def of(self, ids: Ids, probabilities: Floats, pool_size: int) -> Floats | None:
-        """Multipliers of the drawn samples' losses, float64 [n]; None for 1."""
-        weights = None if self.loss is None else self.loss[ids]
+    def of(self, rows: Ids, probabilities: Floats, pool_size: int | None) -> Floats | None:
+        """Multipliers of the drawn samples' losses, float64 [n]; None for 1. rows: int64 [n], places in ``loss``.
+
+        pool_size: None of streams, whose draws are not corrected.
+        """
+        weights = None if self.loss is None else self.loss[rows]
         if not self.corrected:
             return weights
+        assert pool_size is not None, "the configuration refuses weighted draws of streams"
         correction = 1.0 / (pool_size * probabilities)
         return correction if weights is None else weights * correction
 

@@ -16,12 +16,12 @@ from dataflex.data.convert import Converter
 from dataflex.data.encode import tokenizer_identity
 from dataflex.data.held_out import held_out, part_of
 from dataflex.data.info import DatasetInfo, find_dataset_dir, read_dataset_infos
-from dataflex.data.pool import Pool
+from dataflex.data.pool import Pool, TrainingPool
 from dataflex.data.report import DataReport, DomainReport
 from dataflex.data.saved import load_or_make
 from dataflex.data.source import fingerprint_of, read_source
-from dataflex.data.template import get_template
-from dataflex.data.tokenize import Encoder, Settings, pack_blocks, tokenise
+from dataflex.data.stream_pool import load_streams
+from dataflex.data.tokenize import Encoder, pack_blocks, tokenise
 from dataflex.data.weight_file import WeightFile, token_weights
 from dataflex.utils.dist import main_first
 from dataflex.utils.errors import UserError
@@ -32,14 +32,15 @@ if TYPE_CHECKING:
 
     from dataflex.config import Config
 
-FIRST_PLACES = 3
-
 
 @dataclass(frozen=True)
 class LoadedData:
-    """The pools. ``eval``'s domains are the evaluation datasets, or with val_size the training domains."""
+    """The pools; with ``streaming`` the one to train on is a `StreamPool`.
 
-    train: Pool
+    ``eval``'s domains are the evaluation datasets, or with val_size the training domains.
+    """
+
+    train: TrainingPool
     eval: Pool | None
     report: DataReport
 
@@ -72,16 +73,14 @@ def load_data(cfg: Config, tokenizer: Any, eval_column: str | None = None) -> Lo
     if data.val_size and data.eval_dataset:
         raise UserError("val_size: cannot be used together with eval_dataset")
     if data.streaming:
-        logger.warning(
-            "streaming: the pool stays on disk and is read sample by sample anyway; streaming and "
-            "buffer_size are ignored, since selection needs every sample to have an id"
-        )
+        streams, evaluation = load_streams(cfg, tokenizer), _evaluation(cfg, tokenizer, None)
+        report = DataReport(eval=[d.report for d in evaluation], streams=[s.line for s in streams.streams])
+        return LoadedData(streams, _pool(evaluation) if evaluation else None, report)
     with main_first(), _bars_on_terminals_only():
         train = _Loader(cfg, tokenizer, weighted=True).domains(
             data.dataset, "dataset", eval_column if data.val_size else None
         )
-        loader = _Loader(cfg, tokenizer)
-        evaluation = loader.domains(data.eval_dataset, "eval_dataset", eval_column) if data.eval_dataset else []
+    evaluation = _evaluation(cfg, tokenizer, eval_column)
     report = DataReport([d.report for d in train], [d.report for d in evaluation])
     if evaluation:
         seen = np.unique(np.concatenate([d.digests for d in train]))
@@ -95,6 +94,14 @@ def load_data(cfg: Config, tokenizer: Any, eval_column: str | None = None) -> Lo
     rest = np.setdiff1d(np.arange(len(whole)), chosen)
     tag = [data.val_size, cfg.train.seed]
     return LoadedData(part_of(whole, rest, ["train", *tag]), part_of(whole, chosen, ["eval", *tag]), report)
+
+
+def _evaluation(cfg: Config, tokenizer: Any, kept: str | None) -> list[Domain]:
+    """The domains of eval_dataset, none where there is none. kept: a column that stays, as text."""
+    if not cfg.data.eval_dataset:
+        return []
+    with main_first(), _bars_on_terminals_only():
+        return _Loader(cfg, tokenizer).domains(cfg.data.eval_dataset, "eval_dataset", kept)
 
 
 def load_pool(cfg: Config, tokenizer: Any, names: Sequence[str], key: str) -> Pool:
@@ -122,16 +129,10 @@ class _Loader:
 
     def __init__(self, cfg: Config, tokenizer: Any, weighted: bool = False) -> None:
         self.cfg = cfg
-        stage, data = cfg.method.stage, cfg.data
-        packed = stage == "pt" and cfg.packs
-        if packed and data.sample_weight is not None:
+        data = cfg.data
+        if cfg.method.stage == "pt" and cfg.packs and data.sample_weight is not None:
             raise UserError("sample_weight: a packed block of stage pt has no one weight; set packing: false")
-        if stage == "pt" and cfg.weighting.weighs_tokens:
-            raise UserError("token weights: stage pt has no roles, turns and answers; they need stage sft")
-        template = None if stage == "pt" else get_template(data.template, tokenizer)
-        tokens = token_weights(cfg) if weighted else None
-        settings = Settings(stage, data.cutoff_len, data.train_on_prompt, data.mask_history, packed, tokens)
-        self.encoder = Encoder(tokenizer, template, settings)
+        self.encoder = Encoder.of(cfg, tokenizer, token_weights(cfg) if weighted else None)
         self.dataset_dir = find_dataset_dir(data.dataset_dir, cfg.source)
         self.weight_column = data.sample_weight if weighted else None
         self.weight_file = None
@@ -246,13 +247,11 @@ def _usable_rows(source: Dataset, info: DatasetInfo, report: DomainReport) -> np
 
     is_bad = pc.not_equal(source.data.column("problem"), "").to_numpy()
     for row in source.select_columns(["problem", "where"]).select(np.flatnonzero(is_bad)):
-        count, places = report.dropped.get(row["problem"], (0, []))
-        report.dropped[row["problem"]] = (count + 1, (places + [row["where"]])[:FIRST_PLACES])
-    reasons = [f"{count} {reason} ({', '.join(at)})" for reason, (count, at) in report.dropped.items()]
+        report.drop(row["problem"], row["where"])
     if is_bad.all():
-        raise UserError(f"{info.where}: none of its {len(source)} rows can be used: {'; '.join(reasons)}")
-    if reasons:
-        logger.warning(f"{info.name}: {int(is_bad.sum())} of {len(source)} rows dropped: {'; '.join(reasons)}")
+        raise UserError(f"{info.where}: none of its {len(source)} rows can be used: {report.reasons}")
+    if report.dropped:
+        logger.warning(f"{info.name}: {int(is_bad.sum())} of {len(source)} rows dropped: {report.reasons}")
     usable: np.ndarray = np.flatnonzero(~is_bad)
     return usable
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,19 +17,68 @@ DEFAULT_DOMAIN = "train"
 WEIGHTS = ("sample_weight", "token_weight")
 
 
-class Pool:
+class TrainingPool(ABC):
+    """What training asks of its data, whether it is known as a whole (`Pool`) or read as it comes (`StreamPool`).
+
+    Attributes:
+        domain_names: the datasets' names.
+        fingerprint: changes with the content or the tokenisation; the same in every process.
+        sample_weights: float64 [N], finite and not negative, the samples' own weights; or None.
+    """
+
+    domain_names: list[str]
+    fingerprint: str
+    sample_weights: np.ndarray | None = None
+
+    @abstractmethod
+    def __getitem__(self, index: int | np.integer[Any]) -> dict[str, Any]:
+        """The sample of an id: `input_ids`, `labels` (-100: not trained on; unshifted) and what else it brings."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int | None:
+        """How many samples there are; None where it is not known."""
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """No sample has more tokens."""
+
+    @property
+    @abstractmethod
+    def weighs_tokens(self) -> bool:
+        """Whether the samples bring weights of their tokens."""
+
+    @abstractmethod
+    def domains_of(self, ids: Any) -> np.ndarray:
+        """The domain of each sample, int64 [n]. ids: int64 [n]."""
+
+    @abstractmethod
+    def weight_rows(self, ids: np.ndarray) -> np.ndarray:
+        """Where the weights of these samples lie in `StaticWeights.loss`, int64 [n]."""
+
+    @abstractmethod
+    def tokens_of(self, batch: Any) -> np.ndarray:
+        """Tokens by domain of the global batch that was just trained on, int64 [domains]; may be a collective.
+
+        batch: a `dataflex.engine.batches.StepBatch`.
+        """
+
+    @abstractmethod
+    def first_ids(self, count: int) -> np.ndarray:
+        """Ids to try a step with, int64 [count]."""
+
+
+class Pool(TrainingPool):
     """A map-style dataset with the domain and the length of every sample.
 
     Attributes:
         dataset: map-style; items are dicts with `input_ids` and `labels` (-100: not trained on; unshifted)
             and, where asked for, `token_weight`. Kept on disk; nothing here holds the samples in memory.
         domain_ids: int32 [N], indices into domain_names.
-        domain_names: the datasets' names.
         lengths: int32 [N], tokens per sample.
-        fingerprint: changes with the content or the tokenisation; the same in every process.
         rows: int64 [N], the row of its dataset that each sample is made from, counted from 0 over the dataset's
             files; None where samples are not made from one row each.
-        sample_weights: float64 [N], finite and not negative, the samples' own weights; or None.
     """
 
     def __init__(
@@ -57,6 +107,32 @@ class Pool:
     def __getitem__(self, index: int | np.integer[Any]) -> dict[str, Any]:
         sample: dict[str, Any] = self.dataset[int(index)]
         return sample
+
+    @property
+    def size(self) -> int:
+        return len(self)
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+    @property
+    def weighs_tokens(self) -> bool:
+        return len(self) > 0 and "token_weight" in self[0]
+
+    def domains_of(self, ids: Any) -> np.ndarray:
+        return self.domain_ids[ids].astype(np.int64)
+
+    def weight_rows(self, ids: np.ndarray) -> np.ndarray:
+        return ids
+
+    def tokens_of(self, batch: Any) -> np.ndarray:
+        ids = batch.sample_ids
+        tokens = np.bincount(self.domain_ids[ids], self.lengths[ids], len(self.domain_names))
+        return tokens.astype(np.int64)
+
+    def first_ids(self, count: int) -> np.ndarray:
+        return np.arange(count) % len(self)
 
     def domain_sizes(self) -> np.ndarray:
         """Samples per domain, int64 [domains]."""
@@ -100,7 +176,7 @@ class Pool:
         )
 
 
-def describe_sample(pool: Pool, index: int, tokenizer: Any, max_chars: int = 2000) -> str:
+def describe_sample(pool: TrainingPool, index: int, tokenizer: Any, max_chars: int = 2000) -> str:
     """One decoded sample for the log: what is trained on stands between ⟦ and ⟧."""
     sample = pool[index]
     ids, labels = _to_array(sample["input_ids"]), _to_array(sample["labels"])
@@ -109,7 +185,7 @@ def describe_sample(pool: Pool, index: int, tokenizer: Any, max_chars: int = 200
         half = max_chars // 2
         text = f"{text[:half]} ... {len(text) - 2 * half:,} characters left out ... {text[-half:]}"
     trained = int((labels != IGNORE_INDEX).sum())
-    domain = pool.domain_names[pool.domain_ids[index]]
+    domain = pool.domain_names[int(pool.domains_of([index])[0])]
     return f"sample {index} of {domain}: {len(ids)} tokens, {trained} trained on (between ⟦ and ⟧)\n{text}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 _SAVED_DATASET_FILES = {"state.json", "dataset_info.json"}
+
+
+@dataclass
+class Cursor:
+    """How far a file is read, so that it can be gone on with: its rows, and in a text file its lines and bytes."""
+
+    row: int = 0
+    line: int = 0
+    offset: int = 0
 
 
 def list_files(path: Path) -> tuple[Path, ...]:
@@ -48,31 +58,37 @@ def list_files(path: Path) -> tuple[Path, ...]:
 def column_names(path: Path) -> list[str] | None:
     """The columns of a table, None for JSON, whose rows name their own."""
     if path.suffix == ".csv":
-        return _csv_header(_csv_records(path), path)
+        return _csv_header(_csv_records(path, Cursor()), path)
     if path.suffix in (".parquet", ".arrow"):
         return list(_table_schema(path).names)
     return None
 
 
-def read_rows(path: Path, wanted: Collection[str]) -> Iterator[tuple[int, Row]]:
-    """(row number, row) of a file. A table's columns outside ``wanted`` are not read."""
+def read_rows(path: Path, wanted: Collection[str], cursor: Cursor | None = None) -> Iterator[tuple[int, Row]]:
+    """(row number, row) of a file. A table's columns outside ``wanted`` are not read.
+
+    cursor: moves along with the rows; one of an earlier reading makes this one begin after it. What lies before is not
+    read again, except in a .json list, which is one text.
+    """
+    cursor = cursor or Cursor()
     if path.suffix == ".csv":
-        return _read_csv(path)
+        return _read_csv(path, cursor)
     if path.suffix == ".parquet":
-        return _read_batches(_parquet_batches(path, wanted), path)
+        return _read_batches(_parquet_batches(path, wanted, cursor.row), path, cursor)
     if path.suffix == ".arrow":
-        return _read_batches(_arrow_batches(path), path, wanted)
+        return _read_batches(_arrow_batches(path), path, cursor, wanted)
     if path.suffix == ".json" and _first_byte(path) == b"[":
-        return _read_json_list(path)
-    return _read_json_lines(path)
+        return _read_json_list(path, cursor)
+    return _read_json_lines(path, cursor)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    offset = 0
+def _lines(path: Path, cursor: Cursor) -> Iterator[tuple[int, str]]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        file.seek(cursor.offset)
+        for line in file:
+            number, offset = cursor.line + 1, cursor.offset
+            cursor.line, cursor.offset = number, offset + len(line)
             yield number, _decode(line, path, number, offset)
-            offset += len(line)
 
 
 def _decode(data: bytes, path: Path, first_line: int, offset: int) -> str:
@@ -91,8 +107,8 @@ def _first_byte(path: Path) -> bytes:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[int, Row]]:
-    for number, line in _lines(path):
+def _read_json_lines(path: Path, cursor: Cursor) -> Iterator[tuple[int, Row]]:
+    for number, line in _lines(path, cursor):
         if not line.strip():
             continue
         try:
@@ -102,12 +118,13 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, Row]]:
             raise UserError(
                 f"{path}:{number}: malformed JSON at column {error.colno}: {error.msg}; expected {expected}"
             ) from None
+        cursor.row += 1
         yield number, _object(row, path, number)
 
 
-def _read_json_list(path: Path) -> Iterator[tuple[int, Row]]:
+def _read_json_list(path: Path, cursor: Cursor) -> Iterator[tuple[int, Row]]:
     text = _decode(path.read_bytes(), path, 1, 0)
-    decoder = json.JSONDecoder()
+    decoder, done = json.JSONDecoder(), cursor.row
     position, number = _skip_space(text, text.index("[") + 1), 0
     while text[position : position + 1] != "]":
         number += 1
@@ -124,7 +141,9 @@ def _read_json_list(path: Path) -> Iterator[tuple[int, Row]]:
             raise UserError(
                 f"{path}:{number}: malformed JSON in line {error.lineno}, column {error.colno}: {error.msg}"
             ) from None
-        yield number, _object(row, path, number)
+        if number > done:
+            cursor.row = number
+            yield number, _object(row, path, number)
     if text[position + 1 :].strip():
         line = text.count("\n", 0, position) + 1
         raise UserError(f"{path}:{number}: malformed JSON: more text after the list that ends in line {line}")
@@ -147,16 +166,14 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _csv_records(path: Path) -> Iterator[list[str]]:
+def _csv_records(path: Path, cursor: Cursor) -> Iterator[list[str]]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
-    number = 0
+    reader = csv.reader((line for _, line in _lines(path, cursor)), strict=True)
     try:
-        for number, record in enumerate(reader):  # noqa: B007 (number names the row in the error)
-            if record:
-                yield record
+        yield from (record for record in reader if record)
     except csv.Error as error:
-        raise UserError(f"{path}:{number + 1}: malformed CSV near line {reader.line_num}: {error}") from None
+        row = cursor.row + 1
+        raise UserError(f"{path}:{row}: malformed CSV near line {cursor.line}: {error}") from None
 
 
 def _csv_header(records: Iterator[list[str]], path: Path) -> list[str]:
@@ -169,13 +186,17 @@ def _csv_header(records: Iterator[list[str]], path: Path) -> list[str]:
     return header
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
-    records = _csv_records(path)
-    header = _csv_header(records, path)
-    for number, record in enumerate(records, start=1):
+def _read_csv(path: Path, cursor: Cursor) -> Iterator[tuple[int, Row]]:
+    at_start = cursor.offset == 0
+    header = _csv_header(_csv_records(path, Cursor()), path)
+    records = _csv_records(path, cursor)
+    if at_start:
+        next(records)
+    for record in records:
+        cursor.row += 1
         if len(record) != len(header):
-            raise UserError(f"{path}:{number}: {len(record)} fields, but the header has {len(header)}")
-        yield number, dict(zip(header, record, strict=True))
+            raise UserError(f"{path}:{cursor.row}: {len(record)} fields, but the header has {len(header)}")
+        yield cursor.row, dict(zip(header, record, strict=True))
 
 
 def _table_schema(path: Path) -> pa.Schema:
@@ -205,38 +226,47 @@ def _open_arrow(source: pa.MemoryMappedFile) -> pa.RecordBatchStreamReader | pa.
         return pa.ipc.open_file(source)
 
 
-def _parquet_batches(path: Path, wanted: Collection[str]) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(path: Path, wanted: Collection[str], done: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(rows before it, batch), without the row groups that lie within the first ``done`` rows."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
         columns = [name for name in file.schema_arrow.names if name in wanted]
-        yield from file.iter_batches(batch_size=1024, columns=columns)
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        before = first = 0
+        while first < len(sizes) and before + sizes[first] <= done:
+            before, first = before + sizes[first], first + 1
+        groups = list(range(first, len(sizes)))
+        for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=columns):
+            yield before, batch
+            before += batch.num_rows
 
 
-def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
+def _arrow_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as source:
         reader = _open_arrow(source)
-        if isinstance(reader, pa.RecordBatchFileReader):
-            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            yield from reader
+        is_file = isinstance(reader, pa.RecordBatchFileReader)
+        before = 0
+        for batch in (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader:
+            yield before, batch
+            before += batch.num_rows
 
 
 def _read_batches(
-    batches: Iterator[pa.RecordBatch], path: Path, wanted: Collection[str] | None = None
+    batches: Iterator[tuple[int, pa.RecordBatch]], path: Path, cursor: Cursor, wanted: Collection[str] | None = None
 ) -> Iterator[tuple[int, Row]]:
     import pyarrow as pa
 
-    number = 0
+    done = cursor.row
     try:
-        for batch in batches:
+        for before, batch in batches:
             if wanted is not None:
                 batch = batch.select([name for name in batch.schema.names if name in wanted])
-            for start in range(0, batch.num_rows, 1024):
+            for start in range(max(0, done - before), batch.num_rows, 1024):
                 for row in batch.slice(start, 1024).to_pylist():
-                    number += 1
-                    yield number, row
+                    cursor.row += 1
+                    yield cursor.row, row
     except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: unreadable after row {number}: {_one_line(error)}") from None
+        raise UserError(f"{path}: unreadable after row {cursor.row}: {_one_line(error)}") from None

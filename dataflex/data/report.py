@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 PERCENTILES = (5, 50, 95)
+FIRST_PLACES = 3
 
 
 @dataclass
@@ -24,6 +25,16 @@ class DomainReport:
     tokens: int = 0
     trained_tokens: int = 0
     lengths: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    def drop(self, reason: str, where: str) -> None:
+        """Count a row that cannot be used; the places of the first ones are kept."""
+        count, places = self.dropped.get(reason, (0, []))
+        self.dropped[reason] = (count + 1, (places + [where])[:FIRST_PLACES])
+
+    @property
+    def reasons(self) -> str:
+        """Why rows were dropped, how many and where: ``5 no answer (x.json:1, x.json:2)``."""
+        return "; ".join(f"{count} {reason} ({', '.join(at)})" for reason, (count, at) in self.dropped.items())
 
     def measure(self, lengths: np.ndarray, trained: np.ndarray) -> None:
         """Take samples, tokens and the length percentiles from the tokens per sample (int [N])."""
@@ -60,16 +71,20 @@ class DomainReport:
 
 @dataclass
 class DataReport:
-    """Counts of all datasets; ``held_out`` samples were moved from training to evaluation by val_size."""
+    """Counts of all datasets; ``held_out`` samples were moved from training to evaluation by val_size.
+
+    streams: a line for each training dataset that is streamed, and so not counted.
+    """
 
     train: list[DomainReport] = field(default_factory=list)
     eval: list[DomainReport] = field(default_factory=list)
     held_out: int = 0
     shared_rows: int = 0
+    streams: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """The report for the screen."""
-        lines = [line for report in self.train for line in report.lines()]
+        lines = [*self.streams, *(line for report in self.train for line in report.lines())]
         if self.held_out:
             lines.append(f"val_size holds {self.held_out:,} samples out of training for evaluation")
         for report in self.eval:

@@ -11,16 +11,14 @@ import numpy as np
 
 from dataflex.data.info import INFO_FILE, DatasetInfo
 from dataflex.data.read import column_names, list_files, read_rows
-from dataflex.data.source import fingerprint_of, load_from_hub
+from dataflex.data.source import fingerprint_of, hub_parts, load_from_hub
 from dataflex.utils.files import sha256_of
 
 
 def content_of(info: DatasetInfo) -> str:
     """A digest of a dataset's raw content: of its files' bytes, or of what the hub gave."""
     if info.path is None:
-        return fingerprint_of(
-            "hub", info.hub_id, info.subset, info.folder, info.split, load_from_hub(info)._fingerprint
-        )
+        return fingerprint_of(*hub_parts(info), load_from_hub(info)._fingerprint)
     return fingerprint_of("files", [sha256_of(path) for path in list_files(info.path)])
 
 

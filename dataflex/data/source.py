@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataflex.data.convert import Converted, Converter
+from dataflex.data.convert import Converter
 from dataflex.data.info import DatasetInfo
-from dataflex.data.read import column_names, list_files, read_rows
+from dataflex.data.read import Cursor, column_names, list_files, read_rows
 from dataflex.utils.errors import UserError
 from dataflex.utils.files import sha256_of
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Dataset, Features, IterableDataset
 
 FORMAT_VERSION = "2"
 """Raised whenever the same data is converted or tokenised otherwise: older caches are then ignored."""
@@ -43,16 +43,16 @@ def read_source(info: DatasetInfo, converter: Converter) -> Dataset:
     if info.hub_id is not None:
         raw = load_from_hub(info)
         converter.check_columns(raw.column_names, info.where)
-        content: Any = ["hub", info.hub_id, info.subset, info.folder, info.split, raw._fingerprint]
+        content: Any = [*hub_parts(info), raw._fingerprint]
         rows = partial(_hub_rows, raw, info.hub_id, converter)
     else:
         assert info.path is not None
         files = list_files(info.path)
         for path in files:
-            _check_table(path, converter)
+            check_table(path, converter)
         content = [sha256_of(path) for path in files]
         rows = partial(_file_rows, files, converter)
-    fingerprint = fingerprint_of("source", content, _conversion(converter))
+    fingerprint = fingerprint_of("source", content, conversion_parts(converter))
     return cached_dataset(rows, source_features(converter.token_column is not None), fingerprint)
 
 
@@ -89,7 +89,13 @@ def cached_dataset(rows: Any, features: Features, fingerprint: str) -> Dataset:
     return dataset
 
 
-def _conversion(converter: Converter) -> list[Any]:
+def hub_parts(info: DatasetInfo) -> list[Any]:
+    """What names the data of a hub dataset, for a fingerprint."""
+    return ["hub", info.hub_id, info.subset, info.folder, info.split]
+
+
+def conversion_parts(converter: Converter) -> list[Any]:
+    """What decides how rows become turns, for a fingerprint."""
     info = converter.info
     columns = {key: getattr(info.columns, key) for key in ("prompt", "query", "response", "history")}
     columns |= {"messages": info.columns.messages, "system": info.columns.system}
@@ -98,7 +104,7 @@ def _conversion(converter: Converter) -> list[Any]:
     return [converter.stage, info.formatting, columns, vars(info.tags), *read]
 
 
-def _check_table(path: Path, converter: Converter) -> None:
+def check_table(path: Path, converter: Converter) -> None:
     if path.stat().st_size == 0:
         raise UserError(f"{path}: the file is empty")
     names = column_names(path)
@@ -108,24 +114,34 @@ def _check_table(path: Path, converter: Converter) -> None:
 
 def _file_rows(files: tuple[Path, ...], converter: Converter) -> Iterator[dict[str, Any]]:
     for path in files:
-        found: dict[str, None] = {}
-        number = 0
-        for number, row in read_rows(path, converter.wanted):
-            found |= dict.fromkeys(row)
-            yield _record(converter(row, f"{path}:{number}"), f"{path.name}:{number}", converter.token_column)
-        if number == 0:
-            raise UserError(f"{path}: the file holds no rows")
+        yield from rows_of_file(path, converter, Cursor(), {})
+
+
+def rows_of_file(path: Path, converter: Converter, cursor: Cursor, found: dict[str, None]) -> Iterator[dict[str, Any]]:
+    """The rows of a file after ``cursor``, which moves along, as records of `source_features`.
+
+    found: takes in the columns of the rows; at the end of a file that is read from its beginning they are checked.
+    """
+    whole = cursor.row == 0
+    for number, row in read_rows(path, converter.wanted, cursor):
+        found |= dict.fromkeys(row)
+        yield record_of(row, converter, f"{path}:{number}", f"{path.name}:{number}")
+    if cursor.row == 0:
+        raise UserError(f"{path}: the file holds no rows")
+    if whole:
         converter.check_columns(found, str(path))
 
 
 def _hub_rows(raw: Dataset, hub_id: str, converter: Converter) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(raw, start=1):
         where = f"{hub_id}:{number}"
-        yield _record(converter(row, where), where, converter.token_column)
+        yield record_of(row, converter, where, where)
 
 
-def _record(converted: Converted, where: str, token_column: str | None) -> dict[str, Any]:
-    token_weight = {} if token_column is None else {"token_weight": converted.token_weight}
+def record_of(row: Mapping[str, Any], converter: Converter, place: str, where: str) -> dict[str, Any]:
+    """A row as a record of `source_features`; ``place`` names it in errors, ``where`` in the record."""
+    converted = converter(row, place)
+    token_weight = {} if converter.token_column is None else {"token_weight": converted.token_weight}
     return token_weight | {
         "turns": [{"role": role, "content": content} for role, content in converted.turns],
         "problem": converted.problem,
@@ -136,14 +152,28 @@ def _record(converted: Converted, where: str, token_column: str | None) -> dict[
 
 
 def load_from_hub(info: DatasetInfo) -> Dataset:
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset
+
+    dataset = _load_from_hub(info, streaming=False)
+    assert isinstance(dataset, Dataset)
+    return dataset
+
+
+def stream_from_hub(info: DatasetInfo) -> IterableDataset:
+    from datasets import IterableDataset
+
+    dataset = _load_from_hub(info, streaming=True)
+    assert isinstance(dataset, IterableDataset)
+    return dataset
+
+
+def _load_from_hub(info: DatasetInfo, streaming: bool) -> Any:
+    from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     assert info.hub_id is not None
     try:
-        dataset = load_dataset(info.hub_id, name=info.subset, data_dir=info.folder, split=info.split)
+        return load_dataset(info.hub_id, name=info.subset, data_dir=info.folder, split=info.split, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
         text = " ".join(str(error).split())
         raise UserError(f"{info.where}.hf_hub_url: '{info.hub_id}' cannot be loaded: {text}") from None
-    assert isinstance(dataset, Dataset)
-    return dataset

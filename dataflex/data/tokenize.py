@@ -11,13 +11,15 @@ import numpy as np
 
 from dataflex.data.encode import IdPair, digest_of, encode_pairs, tokenizer_identity, trained_count
 from dataflex.data.source import cached_dataset, fingerprint_of
-from dataflex.data.template import Template
+from dataflex.data.template import Template, get_template
 from dataflex.data.token_weights import TokenWeights
 from dataflex.utils.dist import is_main
 from dataflex.utils.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
+
+    from dataflex.config import Config
 
 Batch = dict[str, list[Any]]
 ROWS_PER_PROCESS = 500
@@ -46,6 +48,15 @@ class Encoder:
     tokenizer: Any
     template: Template | None
     settings: Settings
+
+    @classmethod
+    def of(cls, cfg: Config, tokenizer: Any, tokens: TokenWeights | None) -> Encoder:
+        """As ``cfg`` says. tokens: the weights of tokens, where they are asked for."""
+        stage, data = cfg.method.stage, cfg.data
+        template = None if stage == "pt" else get_template(data.template, tokenizer)
+        packed = stage == "pt" and cfg.packs
+        settings = Settings(stage, data.cutoff_len, data.train_on_prompt, data.mask_history, packed, tokens)
+        return cls(tokenizer, template, settings)
 
     def identity(self) -> list[Any]:
         """What the fingerprint of a tokenised dataset covers besides its rows."""
@@ -176,15 +187,18 @@ def pack_blocks(documents: Dataset, cutoff_len: int, fingerprint: str) -> Datase
     )
 
 
+def cut_blocks(ids: np.ndarray, cutoff_len: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Whole blocks of ``cutoff_len`` tokens, int32, and the tokens that are left. ids: int32 [n]."""
+    whole = len(ids) // cutoff_len * cutoff_len
+    return [ids[start : start + cutoff_len] for start in range(0, whole, cutoff_len)], ids[whole:]
+
+
 def _blocks(documents: Dataset, cutoff_len: int) -> Iterator[dict[str, Any]]:
     rest = np.empty(0, dtype=np.int32)
     for table in documents.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=256):
         ids = table["input_ids"].combine_chunks().flatten().to_numpy()
-        rest = np.concatenate([rest, ids])
-        whole = len(rest) // cutoff_len * cutoff_len
-        for start in range(0, whole, cutoff_len):
-            yield _block(rest[start : start + cutoff_len])
-        rest = rest[whole:]
+        blocks, rest = cut_blocks(np.concatenate([rest, ids]), cutoff_len)
+        yield from map(_block, blocks)
     if len(rest):
         yield _block(rest)
 

@@ -50,10 +50,12 @@ class WeightFile:
 
 
 def token_weights(cfg: Config) -> TokenWeights | None:
-    """The weights of tokens that ``cfg`` asks for, or None."""
+    """The weights of tokens that ``cfg`` asks for, or None. UserError for stage pt, which has none."""
     keys = cfg.weighting
     if not keys.weighs_tokens:
         return None
+    if cfg.method.stage == "pt":
+        raise UserError("token weights: stage pt has no roles, turns and answers; they need stage sft")
     roles = keys.role_weights or {}
     return TokenWeights(
         prompt=roles.get("prompt", 1.0),

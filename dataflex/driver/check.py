@@ -8,8 +8,10 @@ import numpy as np
 
 from dataflex.config import Config
 from dataflex.config.components import component_params
+from dataflex.config.streaming import needs_known_data
 from dataflex.core.plan import generator
 from dataflex.core.registry import REGISTRY
+from dataflex.data.pool import Pool
 from dataflex.driver.setup import build_engine, read_inputs, with_components
 from dataflex.scoring.self_check import check_scoring, require
 from dataflex.scoring.spec import FeatureSpec
@@ -25,10 +27,12 @@ def check(cfg: Config) -> None:
     The optimizer has taken no step yet, so Adam's moments are zero. What is compared is what the config's LESS
     selector scores with, or else the plain gradient of every trained parameter.
     """
+    needs_known_data(cfg, "check")
     cfg = with_components(cfg)
     inputs = read_inputs(cfg)
     engine = build_engine(inputs)
     pool = inputs.data.train
+    assert isinstance(pool, Pool)
     ids = generator(cfg.train.seed, "self-check").choice(len(pool), min(SAMPLES, len(pool)), replace=False)
     verdicts = check_scoring(engine.scorer, pool, np.sort(ids).astype(np.int64), _spec(cfg))
     for verdict in verdicts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataflex.data.pool import Pool
 from dataflex.driver.setup import Inputs
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.scoring.progress import duration, memory_in_use, size
@@ -16,12 +17,15 @@ def estimate(inputs: Inputs, engine: DataflexEngine, training: bool) -> None:
     A collective. The engine is not to be trained with afterwards.
     """
     pool, run = inputs.data.train, engine.run
-    tokens = int(pool.lengths.sum())
-    lines = [f"dry run: the pool has {len(pool):,} samples, {tokens:,} tokens"]
+    tokens = int(pool.lengths.sum()) if isinstance(pool, Pool) else 0
+    lines = ["dry run: the data is streamed, its size is not known"]
+    if isinstance(pool, Pool):
+        lines = [f"dry run: the pool has {len(pool):,} samples, {tokens:,} tokens"]
     seconds = 0.0
     passes = sum(phase.decides for phase in run.schedule.phases) if training else 1
-    if inputs.cfg.score.score_token_losses or isinstance(engine.planner, SelectPlanner):
-        probe = _probe(inputs, engine)
+    scores = inputs.cfg.score.score_token_losses or isinstance(engine.planner, SelectPlanner)
+    if isinstance(pool, Pool) and scores:
+        probe = _probe(pool, engine)
         each = probe.seconds * tokens / max(1, probe.tokens)
         seconds += passes * each
         lines.append(
@@ -45,9 +49,9 @@ def _kept(inputs: Inputs) -> str:
     return "features (fp16)" if inputs.cfg.score.keep_features else "scores"
 
 
-def _probe(inputs: Inputs, engine: DataflexEngine) -> Probe:
+def _probe(pool: Pool, engine: DataflexEngine) -> Probe:
     """What a batch of the pass takes: of the selector's own, or of losses."""
-    probe, pool = Probe(), inputs.data.train
+    probe = Probe()
     planner = engine.planner
     passes = getattr(planner.selector, "passes", None) if isinstance(planner, SelectPlanner) else None
     if isinstance(planner, SelectPlanner) and isinstance(passes, ScoringPasses):

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from dataflex.config import Config
+from dataflex.config.streaming import needs_known_data
 from dataflex.data.info import find_dataset_dir, read_dataset_infos
+from dataflex.data.pool import Pool
 from dataflex.data.rows import content_of
 from dataflex.driver import scores
 from dataflex.driver.estimate import estimate
-from dataflex.driver.setup import Inputs, build_engine, read_inputs, with_components
+from dataflex.driver.setup import build_engine, read_inputs, with_components
 from dataflex.engine import checkpoint
 from dataflex.engine.identity import weights_identity
 from dataflex.engine.plugin import DataflexEngine
@@ -28,8 +30,11 @@ def score(cfg: Config) -> None:
     """Score as ``cfg`` says, under a started process group; a collective."""
     if not cfg.score.score_token_losses and "select" not in cfg.flex.kinds:
         raise UserError("score: needs train_type: dynamic_select with a component_name, or score_token_losses: true")
+    needs_known_data(cfg, "score")
     cfg = with_components(cfg)
     inputs = read_inputs(cfg)
+    pool = inputs.data.train
+    assert isinstance(pool, Pool)
     start = _checkpoint(cfg)
     engine = build_engine(inputs)
     if start is not None:
@@ -42,10 +47,10 @@ def score(cfg: Config) -> None:
     if cfg.score.score_token_losses:
         parts = weights_identity(engine, cfg.model.model_name_or_path, moments=False)
         where = folder / "token_losses"
-        write_token_losses(engine.scorer, inputs.data.train, where, parts, cfg.score.score_shard_samples)
-        logger.info(f"token losses of {len(inputs.data.train):,} samples: {where}")
+        write_token_losses(engine.scorer, pool, where, parts, cfg.score.score_shard_samples)
+        logger.info(f"token losses of {len(pool):,} samples: {where}")
         return
-    _write_scores(inputs, engine, start, folder)
+    _write_scores(cfg, pool, engine, start, folder)
 
 
 def _checkpoint(cfg: Config) -> Path | None:
@@ -61,8 +66,7 @@ def _checkpoint(cfg: Config) -> Path | None:
     return newest
 
 
-def _write_scores(inputs: Inputs, engine: DataflexEngine, start: Path | None, folder: Path) -> None:
-    cfg, pool = inputs.cfg, inputs.data.train
+def _write_scores(cfg: Config, pool: Pool, engine: DataflexEngine, start: Path | None, folder: Path) -> None:
     name = str(cfg.flex.component("select"))
     selector = _selector(engine, name)
     if start is None and hasattr(selector, "use_plain_gradient") and selector.use_plain_gradient():

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from dataflex.config import Config
+from dataflex.config.streaming import needs_known_data
 from dataflex.data.info import INFO_FILE, DatasetInfo, find_dataset_dir, read_dataset_infos
 from dataflex.data.rows import content_of, entry_for, raw_rows
 from dataflex.driver import scores
@@ -25,6 +26,7 @@ from dataflex.utils.logging import logger
 
 def select(cfg: Config) -> None:
     """Choose as ``cfg.score`` says, and write the rows as datasets with a dataset_info.json of their own."""
+    needs_known_data(cfg, "select")
     wanted = cfg.score
     folders = [Path(name).expanduser() for name in wanted.select_from or (cfg.output.output_dir,)]
     facts, tables = zip(*map(scores.read, folders), strict=True)

@@ -53,7 +53,7 @@ def read_inputs(cfg: Config) -> Inputs:
     tokenizer = load_tokenizer(cfg)
     model_config = load_model_config(cfg)
     data = load_data(cfg, tokenizer, _subtask_column(cfg))
-    schedule = _schedule(cfg, cfg.weighting.epoch(len(data.train)))
+    schedule = _schedule(cfg, cfg.weighting.epoch(data.train.size))
     _say_data(data, tokenizer)
     return Inputs(cfg, tokenizer, model_config, data, schedule)
 
@@ -67,7 +67,7 @@ def _with_packaged_model(cfg: Config) -> Config:
     return cfg.model_copy(update={"model": model})
 
 
-def _schedule(cfg: Config, pool_size: int) -> Schedule:
+def _schedule(cfg: Config, pool_size: int | None) -> Schedule:
     """The run's schedule, checked against the pool before any model is loaded."""
     train = cfg.train
     global_batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * dist.world_size()
@@ -79,6 +79,7 @@ def _schedule(cfg: Config, pool_size: int) -> Schedule:
         fixed=cfg.fixed_steps,
     )
     if "select" in cfg.flex.kinds:
+        assert pool_size is not None, "the configuration refuses selection from streams"
         name, params = component_params(cfg.flex, "select")
         with_replacement = params.get("replacement", getattr(REGISTRY.get("selector", name), "replacement", False))
         asked = max((p.steps for p in schedule.phases if p.decides), default=0) * global_batch
@@ -154,7 +155,7 @@ def build_engine(inputs: Inputs, hooks: Sequence[Hook] = ()) -> DataflexEngine:
         collator=_collator(cfg, tokenizer),
         tokenizer=tokenizer,
         hooks=hooks,
-        workers=cfg.data.dataloader_num_workers,
+        workers=0 if cfg.data.streaming else cfg.data.dataloader_num_workers,
     )
     torch.manual_seed(cfg.train.seed + dist.rank())
     return wrapped

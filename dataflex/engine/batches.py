@@ -102,7 +102,7 @@ class BatchSource:
             )
         counted = (labels != -100).to(torch.float32)
         counts = torch.segment_reduce(counted, "sum", lengths=cu_seqlens.diff(), unsafe=True).to(torch.int64)
-        static = self.weights.of(ids, draws, len(self.run.pool))
+        static = self.weights.of(self.run.pool.weight_rows(ids), draws, self.run.pool.size)
         weights = None if static is None else torch.from_numpy(static).to(self.device, torch.float32)
         shifted = None if of_tokens is None else shift_labels(of_tokens.to(self.device, torch.float32), 0)
         return MicroBatch(inputs, labels, raw_labels, cu_seqlens, counts, ids, draws, weights, shifted)

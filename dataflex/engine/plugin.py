@@ -71,7 +71,8 @@ class DataflexEngine:
         It changes the weights and nothing is saved: for a process that ends without training.
         """
         run = self.run
-        plan = Plan(np.arange(2 * run.global_batch) % len(run.pool), np.full(2 * run.global_batch, 1 / len(run.pool)))
+        ids = run.pool.first_ids(2 * run.global_batch)
+        plan = Plan(ids, np.full(len(ids), 1 / (run.pool.size or len(ids))))
         seconds = 0.0
         for batch in self._loop.source.batches(plan, 0, 2):
             started = time.monotonic()

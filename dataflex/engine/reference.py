@@ -36,6 +36,11 @@ def open_reference(path: str, *, engine: Any, pool: Any, model: ModelSection) ->
     if not folder.is_dir():
         raise UserError(f"reference_model_path: there is no folder '{path}'")
     if not any((folder / name).exists() for name in _MODEL_FILES):
+        if pool.size is None:
+            raise UserError(
+                f"reference_model_path: '{path}' is no model, and stored token losses are of known samples, which "
+                "streaming: true does not have; name the folder of a model"
+            )
         return StoredReference(dist.together(lambda: TokenLossStore.open(folder, pool)))
     return FrozenReference(folder, engine, model.trust_remote_code)
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from dataflex import __version__
+from dataflex.data.pool import Pool
 
 if TYPE_CHECKING:
     from dataflex.config import Config
-    from dataflex.data.pool import Pool
+    from dataflex.data.pool import TrainingPool
 
 _METHODS = {"lora": "LoRA", "full": "full finetuning", "freeze": "finetuning of some layers"}
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft")
@@ -26,7 +27,7 @@ _SHOWN = (
 )
 
 
-def model_card(cfg: Config, run: Any, pool: Pool, results: dict[str, float]) -> str:
+def model_card(cfg: Config, run: Any, pool: TrainingPool, results: dict[str, float]) -> str:
     """Markdown with the front matter that model hubs read. ``results``: those of all_results.json."""
     name, method = cfg.model.model_name_or_path, cfg.method
     head: dict[str, Any] = {
@@ -60,7 +61,9 @@ def _table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> li
     return [f"## {title}", "", *("| " + " | ".join(row) + " |" for row in ruled), ""]
 
 
-def _data_rows(pool: Pool) -> list[tuple[str, ...]]:
+def _data_rows(pool: TrainingPool) -> list[tuple[str, ...]]:
+    if not isinstance(pool, Pool):
+        return [(name, "streamed", "streamed") for name in pool.domain_names]
     rows: list[tuple[str, ...]] = []
     for number, name in enumerate(pool.domain_names):
         mine = pool.domain_ids == number

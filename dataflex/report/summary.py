@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dataflex.core.context import Run
+from dataflex.data.pool import Pool, TrainingPool
 
 
 def opening_lines(run: Run, deciders: str, zero_stage: int) -> list[str]:
@@ -17,7 +18,7 @@ def opening_lines(run: Run, deciders: str, zero_stage: int) -> list[str]:
     shown = ", ".join(sizes if len(sizes) <= 5 else [*sizes[:3], "...", sizes[-1]])
     return [
         "***** Running training *****",
-        f"  Num examples = {len(run.pool):,}",
+        f"  Num examples = {'not known (streamed)' if run.pool.size is None else f'{run.pool.size:,}'}",
         f"  Batch size per device = {run.micro_batch}",
         f"  Gradient accumulation steps = {run.accumulation}",
         f"  Total train batch size (x {run.world_size} processes) = {run.global_batch}",
@@ -27,7 +28,7 @@ def opening_lines(run: Run, deciders: str, zero_stage: int) -> list[str]:
     ]
 
 
-def closing_lines(folder: Path, pool: Any, history: list[dict[str, Any]]) -> list[str]:
+def closing_lines(folder: Path, pool: TrainingPool, history: list[dict[str, Any]]) -> list[str]:
     """Lines for the screen, from a finished run's folder, its pool and its log."""
     lines = [*_decision_table(folder, pool), *_losses(history), f"run folder: {folder}"]
     for name, what in (
@@ -47,21 +48,22 @@ def read_decisions(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def _decision_table(folder: Path, pool: Any) -> list[str]:
-    """One row per domain: its share of the pool, and of each decision."""
+def _decision_table(folder: Path, pool: TrainingPool) -> list[str]:
+    """One row per domain: its share of the pool, where its size is known, and of each of the last decisions."""
     decisions = read_decisions(folder)
     if not decisions:
         return []
-    names, domains = pool.domain_names, np.asarray(pool.domain_ids)
-    columns = [("pool", np.bincount(domains, minlength=len(names)) / len(domains))]
+    names = pool.domain_names
+    whole = [("pool", pool.domain_sizes() / len(pool))] if isinstance(pool, Pool) else []
+    columns = []
     for record in decisions:
         if "indices" in record:
-            picks = np.bincount(domains[record["indices"]], minlength=len(names))
+            picks = np.bincount(pool.domains_of(record["indices"]), minlength=len(names))
             share = picks / max(1, picks.sum())
         else:
             share = np.array([record["proportions"][name] for name in names])
         columns.append((f"step {record['step']}", share))
-    shown = columns if len(columns) <= 7 else [columns[0], *columns[-6:]]
+    shown = [*whole, *columns[-6:]]
     width = max(len("domain"), *(len(name) for name in names))
     kind = "chose" if "indices" in decisions[0] else "mixed"
     head = f"{'domain':<{width}}" + "".join(f"{title:>10}" for title, _ in shown)

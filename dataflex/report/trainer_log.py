@@ -69,7 +69,7 @@ class LogHook(Hook):
             state = {
                 "global_step": run.step,
                 "max_steps": run.total_steps,
-                "epoch": self._epoch(run),
+                **self._epoch(run),
                 "log_history": self.history,
             }
             write_atomically(run.output_dir / "trainer_state.json", json.dumps(state, indent=2))
@@ -84,7 +84,7 @@ class LogHook(Hook):
         steps = run.step - self._first_step
         losses = [e["loss"] for e in self.history if "loss" in e]
         return {
-            "epoch": self._epoch(run),
+            **self._epoch(run),
             "train_loss": sum(losses) / max(1, len(losses)),
             "train_runtime": round(self.seconds, 2),
             "train_samples_per_second": round(steps * run.global_batch / self.seconds, 3),
@@ -105,7 +105,7 @@ class LogHook(Hook):
             "total_steps": run.total_steps,
             "loss": sum(self._losses) / max(1, len(self._losses)),
             "lr": float(run.engine.get_lr()[0]),
-            "epoch": self._epoch(run),
+            **self._epoch(run),
             "percentage": round(100 * run.step / run.total_steps, 2),
             "elapsed_time": str(timedelta(seconds=int(elapsed))),
             "remaining_time": str(timedelta(seconds=int(per_step * (run.total_steps - run.step)))),
@@ -115,9 +115,10 @@ class LogHook(Hook):
             entry["grad_norm"] = float(norm)
         return entry
 
-    def _epoch(self, run: Run) -> float:
-        """Samples trained on / samples in the pool."""
-        return round(run.step * run.global_batch / len(run.pool), 4)
+    def _epoch(self, run: Run) -> dict[str, float]:
+        """``epoch``: samples trained on / samples in the pool; nothing where the data is streamed."""
+        size = run.pool.size
+        return {} if size is None else {"epoch": round(run.step * run.global_batch / size, 4)}
 
     def _write(self, run: Run) -> None:
         """Make the file hold the history and nothing else: a resume drops what came after the checkpoint."""

@@ -11,7 +11,7 @@ import pytest
 
 from dataflex.config import Config, load_config
 from dataflex.utils.errors import UserError
-from tests.config.wrong_configs import FOREIGN, MIX, RULES, SELECT, TYPES, WEIGHT
+from tests.config.wrong_configs import FOREIGN, MIX, RULES, SELECT, STREAM, STREAMING, TYPES, WEIGHT
 
 GOOD = {"model_name_or_path": "org/model", "dataset": "a,b", "output_dir": "out"}
 
@@ -30,7 +30,7 @@ def lines_of(folder: Path, text: str, overrides: Sequence[str] = ()) -> list[str
     return str(caught.value).replace(f"{folder}/", "").splitlines()
 
 
-@pytest.mark.parametrize(("text", "line"), TYPES + RULES + FOREIGN)
+@pytest.mark.parametrize(("text", "line"), TYPES + RULES + FOREIGN + STREAMING)
 def test_wrong_config_gets_one_clear_line(tmp_path: Path, text: str, line: str) -> None:
     assert lines_of(tmp_path, text) == [f"run.yaml:{line}"]
 
@@ -160,3 +160,24 @@ def test_embedded_configs_need_no_model_data_or_output(tmp_path: Path) -> None:
     assert cfg.source is None
     with pytest.raises(UserError, match="config:update_step: dynamic_select needs"):
         load_config({"train_type": "dynamic_select", "component_name": "less"}, embedded=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        STREAM + "init_mixture_proportions: [3, 1]",
+        "streaming: true\nupdate_times: 3\n" + MIX,
+        STREAM + WEIGHT,
+        STREAM + "eval_dataset: c\nrole_weights: {answer: 2}\ndomain_weights: {a: 2}",
+        STREAM + MIX.replace("random", "dynamic_moe") + "mixer_eval_dataset: a,b",
+    ],
+)
+def test_what_streams_do_is_taken_without_a_note(tmp_path: Path, text: str) -> None:
+    assert load(tmp_path, text).notes == ()
+
+
+def test_streams_know_no_loader_workers_and_no_embedding(tmp_path: Path) -> None:
+    note = "dataloader_num_workers: not used: streams are read in the training process"
+    assert load(tmp_path, STREAM + "dataloader_num_workers: 2").notes == (f"{tmp_path}/run.yaml:{note}",)
+    with pytest.raises(UserError, match="streaming: true is for dataflex-cli train; dataflex.initialize takes"):
+        load_config({"streaming": True}, embedded=True)

@@ -77,10 +77,6 @@ RULES = [
         "neat_packing: true\npacking: false",
         "neat_packing: needs packing: true, or drop packing: false",
     ),
-    (
-        "streaming: true",
-        "streaming: true is not supported yet; drop the key: data is memory-mapped, not loaded",
-    ),
     ("eval_strategy: steps", "eval_strategy: 'steps' needs eval_dataset or val_size"),
     ("bf16: true\nfp16: true", "fp16: cannot be used together with bf16; keep one of them"),
     ("adam_beta2: 0", "adam_beta2: expected a number > 0, got 0"),
@@ -171,4 +167,34 @@ FOREIGN = [
      "'evaluation_strategy', which is set too; keep one"),
     ("packin: false", "packin: unknown key (did you mean 'packing'?)"),
     ("logging_step: 5", "logging_step: unknown key (did you mean 'logging_steps'?)"),
+]  # fmt: skip
+
+STREAM = "streaming: true\nmax_steps: 9\n"
+STREAM_MIX = STREAM + MIX.replace("random", "{}")
+STREAMING = [
+    ("streaming: true", "max_steps: missing: streams have no end, so streaming: true needs max_steps or train_step "
+     "(mixing: or update_times)"),
+    ("streaming: true\nnum_train_epochs: 2\n" + MIX, "max_steps: missing: streams have no end, so streaming: true "
+     "needs max_steps or train_step (mixing: or update_times)"),
+    (STREAM + SELECT, "train_type: dynamic_select chooses among all samples, which streaming: true does not have; "
+     "set streaming: false"),
+    (STREAM + "sample_weight: w", "sample_weight: streamed samples (streaming: true) have no weights of their own; "
+     "use domain_weights or a weighter"),
+    (STREAM + "sampling: inverse_domain", "sampling: weighted draws need all samples at hand, which streaming: true "
+     "does not have; drop one of them"),
+    (STREAM + "val_size: 0.1", "val_size: a part of a stream (streaming: true) cannot be held out; use eval_dataset"),
+    (STREAM + "tokenized_path: t", "tokenized_path: streaming: true tokenises as it reads and keeps nothing; drop one "
+     "of them"),
+    (STREAM + "group_by_length: true", "group_by_length: true needs the lengths of all samples, which streaming: true "
+     "does not know; drop one of them"),
+    (STREAM + "save_strategy: epoch", "save_strategy: 'epoch' is not known of streams (streaming: true); use steps "
+     "with save_steps"),
+    (STREAM + "eval_strategy: epoch\neval_dataset: c", "eval_strategy: 'epoch' is not known of streams (streaming: "
+     "true); use steps with eval_steps"),
+    *((STREAM_MIX.format(name), f"component_name: '{name}' mixes by the sizes of the datasets, which streaming: true "
+       "does not know; give init_mixture_proportions") for name in ("stratified", "temperature")),
+    (STREAM + "train_type: dynamic_mix\nmixture_sample_rule: stratified", "mixture_sample_rule: 'stratified' mixes by "
+     "the sizes of the datasets, which streaming: true does not know; give init_mixture_proportions"),
+    (STREAM_MIX.format("dynamic_moe"), "component_name: dynamic_moe looks at samples ahead, which streaming: true "
+     "cannot; set mixer_eval_dataset"),
 ]  # fmt: skip

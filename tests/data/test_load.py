@@ -186,12 +186,6 @@ def test_pt_does_not_join_domains_and_needs_an_end_token(add: Add, config: MakeC
         load_data(config("t", stage="pt"), byte_tokenizer(eos=False))
 
 
-def test_streaming_is_said_to_be_needless(add: Add, config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    add("x", numbered(5))
-    assert len(load(config("x", streaming=True)).train) == 5
-    assert "streaming: the pool stays on disk" in capsys.readouterr().err
-
-
 @needs_real_data
 def test_real_data(config: MakeConfig) -> None:
     names = ("alpaca_en_demo", "gsm8k_train")

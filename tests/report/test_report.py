@@ -12,15 +12,12 @@ import pytest
 import yaml
 
 from dataflex.config import Config, load_config
+from dataflex.data.pool import Pool
 from dataflex.report.model_card import model_card
 from dataflex.report.plot import plot_loss
 from dataflex.report.summary import closing_lines
 
-POOL = SimpleNamespace(
-    domain_names=["maths", "poems"],
-    domain_ids=np.array([0, 0, 0, 1], dtype=np.int32),
-    lengths=np.array([5, 6, 7, 1000], dtype=np.int32),
-)
+POOL = Pool(range(4), np.array([0, 0, 0, 1]), ["maths", "poems"], np.array([5, 6, 7, 1000]), fingerprint="f00d")
 RUN = SimpleNamespace(step=30, micro_batch=2, accumulation=3, world_size=4, global_batch=24)
 HISTORY = [
     {"current_steps": 0, "eval_loss": 3.0},

@@ -176,7 +176,7 @@ def test_the_planner_counts_and_warns_once_of_a_domain_that_repeats(
     run = make_run(output_dir=tmp_path)
     mixture = MixtureManager(run.pool.domain_ids, run.pool.domain_names, np.full(3, 1 / 3), 3)
     planner = MixPlanner(mixture, None, "static", None, most_epochs=2.0)
-    plans(planner, run)
+    plans(planner, run, trained=True)
     planner.on_train_end(run)
     lines = [json.loads(line) for line in (tmp_path / "static_weights.jsonl").read_text().splitlines()]
     assert [sum(line["samples"].values()) for line in lines] == [0, 8, 20, 32, 44]

@@ -59,11 +59,14 @@ class Told(Selector):
         return answer
 
 
-def plans(planner: Any, run: Any) -> list[Plan]:
+def plans(planner: Any, run: Any, trained: bool = False) -> list[Plan]:
+    """The plan of each phase; trained: each is also said to have been trained on."""
     made = []
     for phase in run.schedule.phases:
         run.step = phase.start
         made.append(planner.plan(run, phase))
+        for index in range(phase.steps if trained else 0):
+            planner.on_step_end(run, SimpleNamespace(sample_ids=made[-1].step(index, BATCH)[0]))
     return made
 
 

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from dataflex.core.plan import Floats
 from dataflex.ops import SampleLoss
-from dataflex.train.mixer.mixture import MixtureManager
+from dataflex.train.mixer.mixture import Mixture
 
 
 class Mixer(ABC):
     """Decides the proportions of the domains.
 
-    mixture_manager: knows the domains (``names``, ``sizes``) and the present ``proportions``.
+    mixture_manager: knows the domains (``names``, and ``sizes`` unless they are streamed) and the present
+        ``proportions``.
     """
 
-    def __init__(self, mixture_manager: MixtureManager) -> None:
+    def __init__(self, mixture_manager: Mixture) -> None:
         self.mixture_manager = mixture_manager
 
     @abstractmethod

@@ -13,7 +13,7 @@ from dataflex.core.plan import Floats
 from dataflex.core.registry import register_mixer
 from dataflex.ops import SampleLoss
 from dataflex.train.mixer.base_mixer import WeighingMixer
-from dataflex.train.mixer.mixture import MixtureManager
+from dataflex.train.mixer.mixture import Mixture
 from dataflex.utils.errors import UserError, nearest
 
 VARIANTS = ("paper", "official")
@@ -44,7 +44,7 @@ class DoremiMixer(WeighingMixer):
 
     def __init__(
         self,
-        mixture_manager: MixtureManager,
+        mixture_manager: Mixture,
         scorer: Any,
         open_reference: Callable[[str], Callable[[Any], Tensor]],
         reference_model_path: str | None = None,

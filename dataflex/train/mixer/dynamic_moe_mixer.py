@@ -10,7 +10,7 @@ from dataflex.core.plan import Floats, Ids, generator
 from dataflex.core.registry import register_mixer
 from dataflex.scoring.router_pass import expert_loads, has_routers
 from dataflex.train.mixer.base_mixer import Mixer
-from dataflex.train.mixer.mixture import MixtureManager
+from dataflex.train.mixer.mixture import Mixture
 from dataflex.utils.errors import UserError
 
 
@@ -41,7 +41,7 @@ class DynamicMoeMixer(Mixer):
 
     def __init__(
         self,
-        mixture_manager: MixtureManager,
+        mixture_manager: Mixture,
         dataset: Any,
         scorer: Any,
         mixer_eval_dataset: Any = None,

@@ -9,7 +9,7 @@ import numpy as np
 from dataflex.core.plan import Floats
 from dataflex.core.registry import register_mixer
 from dataflex.train.mixer.base_mixer import LearningMixer
-from dataflex.train.mixer.mixture import MixtureManager
+from dataflex.train.mixer.mixture import Mixture
 from dataflex.utils.errors import UserError
 
 
@@ -43,7 +43,7 @@ class OdmMixer(LearningMixer):
     rewards are learned. The paper decides at every step (update_step: 1).
     """
 
-    def __init__(self, mixture_manager: MixtureManager, alpha: float = 0.9) -> None:
+    def __init__(self, mixture_manager: Mixture, alpha: float = 0.9) -> None:
         super().__init__(mixture_manager)
         if not 0 <= alpha < 1:
             raise UserError(f"odm mixer: alpha: expected a number from 0 to below 1, got {alpha}")

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from dataflex.core.plan import generator
 from dataflex.core.registry import register_mixer
 from dataflex.train.mixer.base_mixer import Mixer
-from dataflex.train.mixer.mixture import MixtureManager
+from dataflex.train.mixer.mixture import Mixture
 
 
 @register_mixer("random")
 class RandomMixer(Mixer):
     """Uniform from the simplex's corner-normalised cube, seeded by (seed, step). seed: int."""
 
-    def __init__(self, mixture_manager: MixtureManager, seed: int = 42) -> None:
+    def __init__(self, mixture_manager: Mixture, seed: int = 42) -> None:
         super().__init__(mixture_manager)
         self.seed = seed
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dataflex.core.plan import check_proportions
 from dataflex.core.registry import register_mixer
 from dataflex.train.mixer.base_mixer import Mixer
-from dataflex.train.mixer.mixture import MixtureManager
+from dataflex.train.mixer.mixture import Mixture
 from dataflex.utils.errors import UserError
 
 
@@ -19,7 +19,7 @@ from dataflex.utils.errors import UserError
 class StaticMixer(Mixer):
     """proportions: one number per domain, normalised; null: the run's initial proportions."""
 
-    def __init__(self, mixture_manager: MixtureManager, proportions: Sequence[float] | None = None) -> None:
+    def __init__(self, mixture_manager: Mixture, proportions: Sequence[float] | None = None) -> None:
         super().__init__(mixture_manager)
         self.proportions = (
             mixture_manager.initial_proportions
@@ -44,7 +44,7 @@ class StratifiedMixer(Mixer):
 class TemperatureMixer(Mixer):
     """Proportional to size ** tau: 1 is `stratified`, 0 is equal shares; small domains come more often than by size."""
 
-    def __init__(self, mixture_manager: MixtureManager, tau: float = 0.5) -> None:
+    def __init__(self, mixture_manager: Mixture, tau: float = 0.5) -> None:
         super().__init__(mixture_manager)
         if not 0 <= tau < np.inf:
             raise UserError(f"temperature mixer: tau: expected a number >= 0, got {tau}")

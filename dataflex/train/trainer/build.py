@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from dataflex.config import Config, load_config
@@ -17,9 +16,7 @@ from dataflex.config.components import component_params
 from dataflex.core.context import Accelerator, Run
 from dataflex.core.hook import Hook, Planner, Weigher
 from dataflex.core.plan import (
-    Floats,
     Schedule,
-    check_proportions,
     decision_schedule,
     epoch_schedule,
     steps_of_epochs,
@@ -27,7 +24,8 @@ from dataflex.core.plan import (
 from dataflex.core.registry import REGISTRY
 from dataflex.core.weights import StaticWeights
 from dataflex.data.collate import Collator
-from dataflex.data.pool import Pool
+from dataflex.data.pool import Pool, TrainingPool
+from dataflex.data.stream_pool import StreamPool
 from dataflex.engine.identity import weights_identity
 from dataflex.engine.loop import BatchSource, Loop, Stepper
 from dataflex.engine.optimizer_state import read_moments
@@ -35,12 +33,13 @@ from dataflex.engine.plugin import DataflexEngine
 from dataflex.engine.reference import open_reference
 from dataflex.scoring.scorer import Scorer
 from dataflex.scoring.sharded import ScoringPasses
-from dataflex.train.mixer.mixture import MixtureManager
+from dataflex.train.mixer.mixture import mixture_of
 from dataflex.train.trainer.components import load_components
 from dataflex.train.trainer.mix_trainer import mix_planner
 from dataflex.train.trainer.sample_trainer import WeightedPlanner
 from dataflex.train.trainer.select_trainer import SelectPlanner
 from dataflex.train.trainer.static_trainer import StaticPlanner
+from dataflex.train.trainer.stream_trainer import StreamHook
 from dataflex.train.trainer.weight_trainer import WeightHook, WeightLog
 from dataflex.train.weighter.static_weights import static_weights
 from dataflex.utils.errors import UserError
@@ -49,6 +48,7 @@ from dataflex.utils.logging import logger
 if TYPE_CHECKING:
     from dataflex.config.schema import FlexSection, Kind
 
+STREAM_PLAN = 65536
 KIND_NAMES: dict[Kind, str] = {"select": "selector", "mix": "mixer", "weight": "weighter"}
 
 
@@ -103,7 +103,7 @@ def attach(
     engine: Any,
     *,
     cfg: Config,
-    pool: Pool,
+    pool: TrainingPool,
     eval_pool: Pool | None,
     mixer_eval_pool: Pool | None = None,
     collator: Callable[[list[Any]], dict[str, Any]],
@@ -115,7 +115,7 @@ def attach(
     if getattr(getattr(engine.module, "config", None), "use_cache", False):
         engine.module.config.use_cache = False
     run = _make_run(engine, cfg, pool)
-    budget = cfg.flex.scoring_batch_tokens or run.micro_batch * int(pool.lengths.max())
+    budget = cfg.flex.scoring_batch_tokens or run.micro_batch * pool.longest
     scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names))
     device = torch.device(engine.device)
     weights = static_weights(cfg.weighting, pool, tokenizer, _vocabulary(engine.module), device)
@@ -154,14 +154,17 @@ def _passes(run: Run, cfg: Config, engine: Any) -> ScoringPasses:
 
 
 def make_schedule(
-    flex: FlexSection, *, pool_size: int, global_batch: int, epochs: float, fixed: int | None
+    flex: FlexSection, *, pool_size: int | None, global_batch: int, epochs: float, fixed: int | None
 ) -> Schedule:
     """The schedule of a run (design section 4); ``fixed``: total steps where train_step or max_steps sets them.
 
-    UserError where the run would end before anything is decided.
+    pool_size: None of streams, which have no epochs: what decides nothing is then planned for STREAM_PLAN samples at a
+    time. UserError where the run would end before anything is decided.
     """
-    epoch_steps = steps_of_epochs(1.0, pool_size, global_batch)
-    by_epochs = steps_of_epochs(epochs, pool_size, global_batch)
+    epoch_steps, by_epochs = max(1, STREAM_PLAN // global_batch), 0
+    if pool_size is not None:
+        epoch_steps = steps_of_epochs(1.0, pool_size, global_batch)
+        by_epochs = steps_of_epochs(epochs, pool_size, global_batch)
     mixes_fixed = "mix" in flex.kinds and flex.mixes_fixed
     if mixes_fixed or not {"select", "mix"} & set(flex.kinds):
         asked = mixes_fixed and flex.update_step and flex.update_times > 0
@@ -185,13 +188,13 @@ def make_schedule(
     return schedule
 
 
-def _make_run(engine: Any, cfg: Config, pool: Pool) -> Run:
+def _make_run(engine: Any, cfg: Config, pool: TrainingPool) -> Run:
     micro = engine.train_micro_batch_size_per_gpu()
     accumulation = engine.gradient_accumulation_steps()
     world_size = engine.dp_world_size
     schedule = make_schedule(
         cfg.flex,
-        pool_size=cfg.weighting.epoch(len(pool)),
+        pool_size=cfg.weighting.epoch(pool.size),
         global_batch=micro * accumulation * world_size,
         epochs=cfg.train.num_train_epochs,
         fixed=cfg.fixed_steps,
@@ -215,7 +218,7 @@ class _Builder:
     def __init__(self, run: Run, cfg: Config, weights: StaticWeights, collator: Any, tokenizer: Any) -> None:
         self.run, self.flex, self.weighting, self.weights = run, cfg.flex, cfg.weighting, weights
         self.tokenizer, self.collator = tokenizer, collator
-        self.manager = self._mixture()
+        self.manager = mixture_of(run.pool, cfg.flex, run.seed)
         self.runtime: dict[str, Any] = {
             "dataset": run.pool,
             "accelerator": Accelerator(torch.device(run.engine.device)),
@@ -227,8 +230,10 @@ class _Builder:
         }
 
     def hooks(self) -> list[Hook]:
-        """Planner first, then the weight hook."""
+        """Planner first, then what keeps streams in place, then the weight hook."""
         found: list[Hook] = [self._planner()]
+        if isinstance(self.run.pool, StreamPool):
+            found.append(StreamHook(self.run.pool))
         if "weight" in self.flex.kinds:
             weighter, name = self._component("weight")
             static = self.weights.loss is not None or self.weights.corrected
@@ -242,6 +247,8 @@ class _Builder:
             planner = mix_planner(self.manager, mixer, name, self.collator, self.flex.warn_domain_epochs)
             planner.selection = selection
             return planner
+        if isinstance(self.run.pool, StreamPool):
+            return mix_planner(self.manager, None, "static", self.collator, self.flex.warn_domain_epochs)
         if selection is not None:
             return selection
         if self.weights.draw is not None:
@@ -267,20 +274,6 @@ class _Builder:
         if kind == "mix" and self.runtime["mixer_eval_dataset"] is not None and "mixer_eval_dataset" not in asked:
             logger.warning(f"mixer_eval_dataset: not used, since mixer '{name}' evaluates nothing")
         return REGISTRY.build(KIND_NAMES[kind], name, runtime=self.runtime, cfg=params), name
-
-    def _mixture(self) -> MixtureManager:
-        pool = self.run.pool
-        return MixtureManager(pool.domain_ids, pool.domain_names, self._initial(pool), self.run.seed)
-
-    def _initial(self, pool: Pool) -> Floats:
-        if self.flex.init_mixture_proportions is not None:
-            return check_proportions(
-                self.flex.init_mixture_proportions, names=pool.domain_names, source="init_mixture_proportions"
-            )
-        k = len(pool.domain_names)
-        if self.flex.mixture_sample_rule == "stratified":
-            return np.bincount(pool.domain_ids, minlength=k) / len(pool)
-        return np.full(k, 1.0 / k)
 
 
 def _vocabulary(module: torch.nn.Module) -> int | None:

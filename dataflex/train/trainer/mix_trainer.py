@@ -14,7 +14,7 @@ from dataflex.core.hook import Planner, Weigher
 from dataflex.core.plan import Floats, Phase, Plan, check_proportions
 from dataflex.ops import SampleLoss
 from dataflex.train.mixer.base_mixer import LearningMixer, Mixer, WeighingMixer
-from dataflex.train.mixer.mixture import MixtureManager
+from dataflex.train.mixer.mixture import Mixture
 from dataflex.train.trainer.decisions import write_decision
 from dataflex.train.trainer.select_trainer import SelectPlanner
 from dataflex.utils import dist
@@ -24,9 +24,7 @@ from dataflex.utils.logging import logger
 SAID_AGAIN_AT = 0.01
 
 
-def mix_planner(
-    manager: MixtureManager, mixer: Mixer | None, name: str, data_collator: Any, most_epochs: float
-) -> MixPlanner:
+def mix_planner(manager: Mixture, mixer: Mixer | None, name: str, data_collator: Any, most_epochs: float) -> MixPlanner:
     """The planner that gives ``mixer`` what it needs."""
     planner = MixPlanner
     if isinstance(mixer, LearningMixer):
@@ -45,7 +43,7 @@ class MixPlanner(Planner):
 
     def __init__(
         self,
-        manager: MixtureManager,
+        manager: Mixture,
         mixer: Mixer | None,
         name: str,
         data_collator: Any = None,
@@ -67,9 +65,6 @@ class MixPlanner(Planner):
         self._say(run, proportions, phase)
         self._record(run, proportions)
         plan = self._draw(run, phase, proportions)
-        ids = plan.sample_ids
-        tokens = np.bincount(run.pool.domain_ids[ids], run.pool.lengths[ids], len(self.tokens))
-        self.tokens = self.tokens + tokens.astype(np.int64)
         self._warn(run)
         return plan
 
@@ -96,12 +91,16 @@ class MixPlanner(Planner):
         if self.selection is not None:
             self.selection.on_train_start(run)
 
+    def on_step_end(self, run: Run, batch: Any) -> None:
+        self.tokens = self.tokens + run.pool.tokens_of(batch)
+
     def _named(self, values: Any) -> dict[str, Any]:
         return dict(zip(self.manager.names, values.tolist(), strict=True))
 
     def _say(self, run: Run, proportions: Floats, phase: Phase) -> None:
-        """On the screen; where every step decides, only what moved a share by a percentage point."""
-        if phase.steps == 1 and self._said is not None and np.abs(proportions - self._said).max() < SAID_AGAIN_AT:
+        """On the screen; where every step decides, or nothing does, only what moved a share by a percentage point."""
+        often = phase.steps == 1 or self.mixer is None
+        if often and self._said is not None and np.abs(proportions - self._said).max() < SAID_AGAIN_AT:
             return
         self._said = proportions
         shown = ", ".join(f"{name} {value:.1%}" for name, value in self._named(proportions).items())
@@ -173,6 +172,7 @@ class LearningPlanner(MixPlanner):
         self._sums.index_add_(1, domains, values)
 
     def on_step_end(self, run: Run, batch: Any) -> None:
+        super().on_step_end(run, batch)
         self._learn()
 
     def _learns(self, run: Run) -> bool:
@@ -180,7 +180,7 @@ class LearningPlanner(MixPlanner):
 
     def _domains(self, run: Run, micro: Any, device: torch.device) -> Tensor:
         """Domain of each sample of the micro-batch, int64 [S]."""
-        return torch.from_numpy(run.pool.domain_ids[micro.sample_ids].astype(np.int64)).to(device)
+        return torch.from_numpy(run.pool.domains_of(micro.sample_ids)).to(device)
 
     def _learn(self) -> None:
         """A collective: every rank has seen as many micro-batches of the step."""
@@ -211,7 +211,7 @@ class WeighingPlanner(LearningPlanner, Weigher):
         weights = np.divide(
             self.mixer.domain_weights(), proportions, out=np.zeros_like(proportions), where=proportions > 0
         )
-        return torch.from_numpy(weights[run.pool.domain_ids[micro.sample_ids]]).to(losses.loss)
+        return torch.from_numpy(weights[run.pool.domains_of(micro.sample_ids)]).to(losses.loss)
 
     def on_train_end(self, run: Run) -> None:
         """Write the result beside the steps' lines, with the keys that OpenDCAI/DataFlex uses."""

@@ -103,7 +103,7 @@ class WeightLog(Hook):
     def on_weights(self, run: Run, micro: Any, weights: torch.Tensor | None) -> None:
         if self._is_due(run.step + 1, run):
             shown = np.ones(len(micro.sample_ids)) if weights is None else weights.detach().double().cpu().numpy()
-            self._seen.append((np.asarray(run.pool.domain_ids)[micro.sample_ids], shown))
+            self._seen.append((run.pool.domains_of(micro.sample_ids), shown))
 
     def on_step_end(self, run: Run, batch: Any) -> None:
         if not self._is_due(run.step, run):

@@ -15,7 +15,7 @@ from torch import Tensor
 from dataflex.core.plan import Floats
 from dataflex.core.weights import StaticWeights
 from dataflex.data.encode import IGNORE_INDEX
-from dataflex.data.pool import Pool, check_weights
+from dataflex.data.pool import Pool, TrainingPool, check_weights
 from dataflex.utils.errors import UserError, nearest
 from dataflex.utils.logging import logger
 
@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 
 
 def static_weights(
-    keys: WeightingSection, pool: Pool, tokenizer: Any, vocabulary: int | None, device: torch.device
+    keys: WeightingSection, pool: TrainingPool, tokenizer: Any, vocabulary: int | None, device: torch.device
 ) -> StaticWeights:
     """What the keys and the pool's own weights say. vocabulary: columns of the logits, None where unknown."""
     if keys.sample_weight_as != "loss" and pool.sample_weights is None:
         raise UserError(f"sample_weight_as: {keys.sample_weight_as}: the training samples have no sample_weight")
     loss = pool.sample_weights if keys.sample_weight_as != "probability" else None
     if keys.domain_weights is not None:
-        domains = domain_multipliers(keys.domain_weights, pool.domain_names)[pool.domain_ids]
+        domains = domain_multipliers(keys.domain_weights, pool.domain_names)
+        domains = domains[pool.domain_ids] if isinstance(pool, Pool) else domains
         loss = domains if loss is None else loss * domains
     if loss is not None and not loss.any():
         raise UserError("sample_weight: every sample weighs 0")
@@ -40,9 +41,8 @@ def static_weights(
         if vocabulary is None:
             raise UserError("class_weights: the model does not say how many tokens its output has")
         classes = class_weights(keys.class_weights, vocabulary, tokenizer).to(device)
-    draw = draw_probabilities(keys, pool) if keys.draws else None
-    tokens = len(pool) > 0 and "token_weight" in pool[0]
-    return StaticWeights(loss, draw, keys.corrected and draw is not None, classes, tokens)
+    draw = draw_probabilities(keys, pool) if keys.draws and isinstance(pool, Pool) else None
+    return StaticWeights(loss, draw, keys.corrected and draw is not None, classes, pool.weighs_tokens)
 
 
 def domain_multipliers(weights: Mapping[str, float], names: Sequence[str]) -> Floats:
