@@ -14,6 +14,7 @@ inline void add_exp_fold(const float* x, int64_t n, float max, float inverse_cap
                          const uint32_t* signs, float* sketch, Floats (&sum)[4]) {
   const Ints order = bits_of<Ints>(lanes() ^ (key & (W - 1)));
   const uint32_t group = key & ~static_cast<uint32_t>(kUnroll - 1);
+  Floats sums[4] = {sum[0], sum[1], sum[2], sum[3]};  // in registers: the stores below could change `sum` for all we know
   uint32_t place[4];
   for (int k = 0; k < 4; k++) place[k] = static_cast<uint32_t>(k * W) ^ (key & static_cast<uint32_t>(kUnroll - W));
   for (int64_t i = 0; i < n; i += kUnroll) {
@@ -22,12 +23,13 @@ inline void add_exp_fold(const float* x, int64_t n, float max, float inverse_cap
     memcpy(&bits, reinterpret_cast<const char*>(signs) + i / 8, kUnroll / 8);
     for (int k = 0; k < 4; k++) {
       const Floats logit = load(x + i + k * W), e = exp(logit - max);
-      sum[k] += e;
+      sums[k] += e;
       Floats part = negated(e, static_cast<uint32_t>(bits >> (k * W)));
       if (kCapped) part *= cap_slope(logit, inverse_cap);
       store(load(to + place[k]) + __builtin_shuffle(part, order), to + place[k], false);
     }
   }
+  for (int k = 0; k < 4; k++) sum[k] = sums[k];
 }
 
 // begin is a multiple of k1.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,3 +88,29 @@ def scoring_mode(module: nn.Module, *, gradients: bool) -> Iterator[None]:
         else:
             with torch.no_grad():
                 yield
+
+
+def release_gathered(engine: Any) -> None:
+    """End a scoring pass on a DeepSpeed engine: under ZeRO-3 give back the parameters that it left gathered.
+
+    DeepSpeed prefetches by the order of modules that it recorded, and keeps what each step of it may release in a
+    functools.lru_cache that outlives the order. A forward pass at the start of a run would leave "released before the
+    backward" there for good. So both go, and training records its own order.
+    """
+    engine.empty_partition_cache()
+    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    if offload is None:
+        return
+    coordinator = offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    _clear_caches(type(coordinator))
+
+
+def _clear_caches(cls: type) -> None:
+    """Clear every functools.lru_cache of a class's methods, those inside another decorator too."""
+    for method in vars(cls).values():
+        inner = inspect.getclosurevars(method).nonlocals.values() if inspect.isfunction(method) else ()
+        for function in (method, *inner):
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()

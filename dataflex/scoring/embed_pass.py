@@ -68,7 +68,7 @@ def embeddings(scorer: Scorer, dataset: Any, ids: Ids | None = None, *, pooling:
                 out = np.zeros((len(ids), vectors.shape[1]), dtype=np.float32)
             if counts:
                 out[places] = vectors.cpu().numpy()
-    scorer.engine.empty_partition_cache()
+    scorer.release()
     assert out is not None
     seconds = time.monotonic() - started
     logger.info(f"embeddings: {len(ids):,} samples, {int(lengths.sum()):,} tokens in {seconds:.1f} s")

@@ -51,7 +51,7 @@ def expert_loads(scorer: Scorer, dataset: Any, ids: Ids, groups: Ids, count: int
                 group = torch.from_numpy(groups[places]).to(scorer.device)
                 loads.index_add_(0, *_real_tokens(chosen, cu_seqlens, real, group))
     assert loads is not None
-    scorer.engine.empty_partition_cache()
+    scorer.release()
     total = dist.all_reduce(loads)
     return (total / total.sum(-1, keepdim=True).clamp(min=1)).cpu().numpy()
 

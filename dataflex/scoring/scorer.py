@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dataflex.ops import SampleLoss, Transform, per_sample_loss
 from dataflex.scoring.batches import MOST_SAMPLES, Ids, bucket, deal, sample_lengths
-from dataflex.scoring.context import scoring_mode
+from dataflex.scoring.context import release_gathered, scoring_mode
 from dataflex.scoring.coverage import Target, find_targets, parameter_names, trained_names
 from dataflex.scoring.gather import merge
 from dataflex.scoring.layers import LayerRule
@@ -97,7 +97,7 @@ class Scorer:
                 losses, cu_seqlens = self._forward(batch, reduction)
                 if places is not None:
                     consume(places, losses, cu_seqlens)
-        self._release()
+        self.release()
 
     def gradient_features(self, dataset: Any, ids: Ids | None = None, **how: Any) -> Floats:
         """Features of the samples, float32 [n, proj_dim], all in memory: for targets and small sets.
@@ -196,7 +196,7 @@ class Scorer:
                 result = sink.finish()
                 if places is not None:
                     consume(places, result)
-        self._release()
+        self.release()
 
     def _backward(
         self, taps: Taps, sink: ProjectingSink | DirectionSink, batch: dict[str, Any], weights: Tensor | None
@@ -264,6 +264,6 @@ class Scorer:
             f"({lengths.sum() / max(seconds, 1e-9):,.0f} tokens/s, {len(batches)} batches)"
         )
 
-    def _release(self) -> None:
-        """Under ZeRO-3 give back the parameters that the pass left gathered."""
-        self.engine.empty_partition_cache()
+    def release(self) -> None:
+        """End a pass: see `release_gathered`."""
+        release_gathered(self.engine)

@@ -166,7 +166,7 @@ def _sample_gradient(scorer: Scorer, sample: Any, names: list[str]) -> dict[str,
         logits = logits_of(module(**inputs))
         loss = per_sample_loss(logits.flatten(0, 1), labels, cu_seqlens).loss.sum()
         grads = torch.autograd.grad(loss, [*chosen.values(), *ends], allow_unused=True)[: len(chosen)]
-    scorer.engine.empty_partition_cache()
+    scorer.release()
     shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in chosen.items()}
     return {
         n: torch.zeros(shapes[n], device=scorer.device) if g is None else g for n, g in zip(chosen, grads, strict=True)

@@ -187,6 +187,4 @@ def test_evaluation_data_stays_mapped_and_streams_are_described(add: Add, config
     out = load(config("a", streaming=True, buffer_size=3, eval_dataset=("c",)))
     assert out.eval is not None and len(out.eval) == 4
     first, *rest = out.report.lines()
-    assert first == "a: streamed (a.json, 333 B), shuffled 3 rows at a time" and rest[0].startswith(
-        "evaluation: c: 4"
-    )
+    assert first == "a: streamed (a.json, 333 B), shuffled 3 rows at a time" and rest[0].startswith("evaluation: c: 4")

@@ -42,7 +42,6 @@ def _run(folder: Path, name: str, keys: dict[str, Any]) -> dict[str, Any]:
             engine.module.eval()
             logits.append(engine.module(input_ids=IDS).logits.float())
             engine.module.train()
-        engine.empty_partition_cache()
         finish(inputs, engine, *rest)
 
     training._finish = note_logits

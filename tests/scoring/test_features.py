@@ -155,3 +155,44 @@ def test_scoring_leaves_training_bit_identical(world_size: int) -> None:
     for rank in run_ranks("tests.scoring.test_features:both_ways", world_size):
         for stage, kind, ckpt, without, with_scoring in rank:
             assert without == with_scoring, (stage, kind, ckpt)
+
+
+def gathered_in_the_last_step(scoring: bool) -> int:
+    """How many parameters ZeRO-3 gathers in the last of four steps, with a pass before the first or without."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    engine = dataflex.initialize(
+        model=tiny.model("full"),
+        config=tiny.ds_config(3),
+        dataflex={"train_step": 4},
+        train_dataset=tiny.samples(40, seed=9),
+        tokenizer=tiny.PadZero(),
+    )
+    if scoring:
+        engine.scorer.losses(tiny.samples(40, seed=5))
+    name = "_PartitionedParameterCoordinator__all_gather_params_"
+    gather, gathered = getattr(Coordinator, name), []
+
+    def counted(self: Any, params: Any, *rest: Any, **more: Any) -> None:
+        gathered[-1] += sum(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in params)
+        gather(self, params, *rest, **more)
+
+    setattr(Coordinator, name, counted)
+    try:
+        for batch in engine.batches():
+            gathered.append(0)
+            engine.training_step(batch)
+    finally:
+        setattr(Coordinator, name, gather)
+    return gathered[-1]
+
+
+def gathered_either_way() -> list[int]:
+    return [gathered_in_the_last_step(scoring) for scoring in (False, True)]
+
+
+def test_scoring_first_leaves_zero3s_prefetching_as_it_was() -> None:
+    """DeepSpeed would go on by the scoring pass's plan and gather every parameter twice a step."""
+    ((never, first),) = run_ranks("tests.scoring.test_features:gathered_either_way", 1)
+    assert first == never > 0
