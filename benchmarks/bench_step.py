@@ -262,12 +262,14 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def start(processes: int) -> int:
     """Start this script once per rank and wait."""
+    from dataflex.launcher import free_port
+
     if shutil.which("nvidia-smi") is None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONWARNINGS": "ignore"}
     ranks = []
     for rank in range(processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "PYTHONWARNINGS": "ignore"}
         ranks.append(subprocess.Popen([sys.executable, *sys.argv], env=os.environ | place | meet))
     return max(process.wait() for process in ranks)
 
