@@ -90,6 +90,11 @@ def memory_in_use() -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB"
 
 
+def counted(count: int, noun: str, plural: str = "s") -> str:
+    """``1 sample``, ``1,200 samples``."""
+    return f"{count:,} {noun}" + (plural if count != 1 else "")
+
+
 def size(count_bytes: float) -> str:
     """``1.5 GiB``: bytes for people."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -23,6 +23,7 @@ from dataflex.scoring.context import release_gathered, scoring_mode
 from dataflex.scoring.coverage import Target, find_targets, parameter_names, trained_names
 from dataflex.scoring.gather import merge
 from dataflex.scoring.layers import LayerRule
+from dataflex.scoring.progress import counted
 from dataflex.scoring.sinks import DirectionSink, Moments, ProjectingSink, Totals
 from dataflex.scoring.split import logits_of, split_batch
 from dataflex.scoring.taps import Taps
@@ -260,8 +261,8 @@ class Scorer:
             return
         seconds = time.monotonic() - started
         logger.info(
-            f"{what}: {len(ids):,} samples, {int(lengths.sum()):,} tokens in {seconds:.1f} s "
-            f"({lengths.sum() / max(seconds, 1e-9):,.0f} tokens/s, {len(batches)} batches)"
+            f"{what}: {counted(len(ids), 'sample')}, {int(lengths.sum()):,} tokens in {seconds:.1f} s "
+            f"({lengths.sum() / max(seconds, 1e-9):,.0f} tokens/s, {counted(len(batches), 'batch', 'es')})"
         )
 
     def release(self) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dataflex import __version__
 from dataflex.scoring.batches import Ids, sample_lengths
-from dataflex.scoring.progress import Progress, size
+from dataflex.scoring.progress import Progress, counted, size
 from dataflex.scoring.scorer import Scorer
 from dataflex.scoring.store import DEFAULT_SHARD, ShardStore, folder_for, ids_part
 from dataflex.scoring.topk import FEATURES, stream_scores
@@ -195,7 +195,7 @@ class ScoringPasses:
         tokens = int(sum(lengths[store.places(i)].sum() for i in missing))
         taken_up = f", {len(done)} of them taken up from {store.folder}" if done else ""
         disk = f", {size(len(store.ids) * row_bytes)} on disk" if self.folder is not None else ""
-        whole = f"{len(store.ids):,} samples, {int(lengths.sum()):,} tokens in {len(store)} shards"
+        whole = f"{counted(len(store.ids), 'sample')}, {int(lengths.sum()):,} tokens in {counted(len(store), 'shard')}"
         logger.info(f"{what} of {whole}{taken_up}{disk}")
         with watched(scorer, Progress(what, samples, tokens)), scorer.keep_moments():
             for index in missing:

@@ -11,7 +11,7 @@ import torch
 
 import dataflex
 from dataflex.engine.identity import bits_digest, weights_identity
-from dataflex.scoring.progress import duration, size
+from dataflex.scoring.progress import counted, duration, size
 from dataflex.scoring.sharded import ScoringPasses
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -135,3 +135,4 @@ def test_a_digest_sees_every_bit_and_place(dtype: torch.dtype) -> None:
 
 def test_words_for_people() -> None:
     assert (duration(3661.4), size(512), size(3 * 2**30)) == ("1:01:01", "512 B", "3.0 GiB")
+    assert (counted(1, "batch", "es"), counted(1200, "sample")) == ("1 batch", "1,200 samples")
