@@ -35,17 +35,16 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from fidelity import Case, adam_less, features
 from less_setup import (
     Sample,
-    end_process,
     engine_for,
     llama,
     real_text,
     show,
-    start_process,
     synthetic,
     with_lora,
     write_csv,
 )
 from measure import Bench, Row, machine, relative_error
+from process_group import end_process, start_process
 from reference_less import Adam, sample_gradients, stacked, trained
 
 SEED, STACK = 1, 16

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import logging
-import os
 import statistics
 import sys
 import tempfile
@@ -25,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from process_group import start_process
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS, BATCH, VOCABULARY, HELD_OUT = 128, 16, 259, 96
@@ -220,21 +221,6 @@ def plot(steps: list[dict[str, str]], domains: list[str], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def start() -> None:
-    import deepspeed
-    import deepspeed.ops
-    import torch
-    from deepspeed.utils import logger as deepspeed_logger
-
-    from dataflex.utils.logging import logger
-
-    for quiet in (deepspeed_logger, logger):
-        quiet.setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--data", type=Path, required=True)
@@ -242,17 +228,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--name", default="mixing")
     arguments = parser.parse_args()
-    from dataflex.launcher import free_port
-
-    place = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    os.environ.update({"DS_ACCELERATOR": "cpu", **place})
-    start()
+    start_process()
     results, moves = RESULTS / f"{arguments.name}.csv", RESULTS / f"{arguments.name}_steps.csv"
     runs = Runs(*blocks(arguments.data), arguments.steps)
     domains = runs.pool.domain_names

@@ -29,7 +29,6 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from less_setup import (
     Sample,
-    end_process,
     engine_for,
     llama,
     no_data,
@@ -37,12 +36,12 @@ from less_setup import (
     real_text,
     show,
     spearman,
-    start_process,
     synthetic,
     warm_up,
     with_lora,
     write_csv,
 )
+from process_group import end_process, start_process
 
 _ROWS_AT_ONCE = 2048
 # What is compared: params of `less`.

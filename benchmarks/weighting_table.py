@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
 import sys
 import tempfile
 from importlib.metadata import version
@@ -24,6 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_step import cpu_name, write_csv
+from process_group import start_process
 
 SHUFFLED, MICRO, ACCUMULATION = 0.3, 16, 1
 WIDTH, LAYERS, TOKENS, RATE = 96, 3, 320, 3e-3
@@ -180,28 +179,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rows", type=int, default=1000)
     arguments = parser.parse_args()
-    from dataflex.launcher import free_port
-
-    place = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    os.environ.update(place)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger as deepspeed_logger
-
     from dataflex.demo.byte_tokenizer import byte_tokenizer
-    from dataflex.utils.logging import logger
 
-    deepspeed_logger.setLevel(logging.WARNING)
-    logger.setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
+    start_process()
     tokenizer = byte_tokenizer()
     packages = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
     for seed in range(arguments.seeds):
