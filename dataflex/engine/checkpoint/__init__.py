@@ -1,0 +1,39 @@
+"""Checkpoints that count only when whole.
+
+A checkpoint is a folder with DeepSpeed's files, ``dataflex_state.pt`` (steps, plan, hooks; rank-identical),
+``dataflex_random_rank<r>.pt`` and, written last, ``dataflex_manifest.json`` with every file's size and sha256.
+The pointer ``latest`` beside it is renamed into place after that. A folder without a matching manifest is a
+broken checkpoint and is passed over with a warning.
+"""
+
+from __future__ import annotations
+
+from dataflex.engine.checkpoint.loading import deepspeed_globals, load, load_weights
+from dataflex.engine.checkpoint.manifest import (
+    MANIFEST,
+    POINTER,
+    STATE,
+    broken,
+    newest_whole,
+    newest_whole_here,
+    step_of,
+)
+from dataflex.engine.checkpoint.saving import save
+from dataflex.engine.checkpoint.state import decode, encode, identity
+
+__all__ = [
+    "MANIFEST",
+    "POINTER",
+    "STATE",
+    "broken",
+    "decode",
+    "deepspeed_globals",
+    "encode",
+    "identity",
+    "load",
+    "load_weights",
+    "newest_whole",
+    "newest_whole_here",
+    "save",
+    "step_of",
+]

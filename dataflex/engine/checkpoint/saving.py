@@ -1,0 +1,52 @@
+"""Writing a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataflex import __version__
+from dataflex.engine.checkpoint.manifest import MANIFEST, POINTER, STATE
+from dataflex.engine.checkpoint.state import encode, random_state, state_of
+from dataflex.engine.loop import Loop
+from dataflex.utils import dist
+from dataflex.utils.errors import UserError
+from dataflex.utils.files import sha256_of, write_atomically
+
+
+def save(engine: Any, loop: Loop, folder: Path, client_state: dict[str, Any]) -> None:
+    """Write a checkpoint into the new ``folder``; a collective. UserError if the folder holds one already."""
+    if dist.broadcast_object((folder / MANIFEST).exists()):
+        raise UserError(f"{folder}: is a checkpoint already; a tag is never written twice")
+    frozen = any(not p.requires_grad for p in engine.module.parameters())
+    state = encode(state_of(loop) | {"client_state": client_state, "frozen": frozen})
+    if dist.is_main():
+        _clear(folder)
+    dist.barrier()
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(random_state(), folder / f"dataflex_random_rank{dist.rank()}.pt")
+    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=frozen)
+    if dist.is_main():
+        torch.save(state, folder / STATE)
+    dist.barrier()
+    if dist.is_main():
+        files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+        manifest = {
+            "step": loop.run.step,
+            "world_size": dist.world_size(),
+            "dataflex": __version__,
+            "files": {name: {"size": p.stat().st_size, "sha256": sha256_of(p)} for name, p in files.items()},
+        }
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
+        write_atomically(folder.parent / POINTER, folder.name)
+    dist.barrier()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a save that did not finish left in ``folder``."""
+    for pattern in ("*_states.pt", "dataflex_*", ".dataflex_*"):
+        for path in folder.glob(pattern):
+            path.unlink()
