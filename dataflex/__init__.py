@@ -12,7 +12,7 @@ __all__ = ["__version__", "initialize"]
 
 
 def initialize(*args: Any, **kwargs: Any) -> Any:
-    """A DeepSpeed engine with selection, mixing and weighting: see `dataflex.train.trainer.build.initialize`."""
-    from dataflex.train.trainer.build import initialize as build
+    """A DeepSpeed engine with selection, mixing and weighting: see `dataflex.train.trainer.initialize.initialize`."""
+    from dataflex.train.trainer.initialize import initialize as build
 
     return build(*args, **kwargs)

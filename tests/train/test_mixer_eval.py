@@ -12,7 +12,7 @@ from dataflex.config import load_config
 from dataflex.core.registry import REGISTRY, register_mixer
 from dataflex.core.weights import StaticWeights
 from dataflex.train.mixer.base_mixer import Mixer
-from dataflex.train.trainer import build
+from dataflex.train.trainer import component_hooks
 from tests.train.test_planners import make_run
 
 
@@ -31,10 +31,10 @@ def test_it_is_passed_on_or_said_to_be_unused(
         def mix(self, model: Any, step_id: int, **kwargs: Any) -> Any:
             return np.ones(3)
 
-    monkeypatch.setattr(build, "component_params", lambda flex, kind: (name, {}))
+    monkeypatch.setattr(component_hooks, "component_params", lambda flex, kind: (name, {}))
     run = make_run()
     run.engine.device = torch.device("cpu")
-    builder = build._Builder(run, load_config({}, embedded=True), StaticWeights(), None, None)
+    builder = component_hooks.HookBuilder(run, load_config({}, embedded=True), StaticWeights(), None, None)
     builder.runtime |= {"mixer_eval_dataset": ["held out"], "scorer": None}
     mixer, _ = builder._component("mix")
     assert getattr(mixer, "held_out", None) == (None if told else ["held out"])

@@ -1,31 +1,26 @@
-"""`initialize`: a DeepSpeed engine with the components that a config names tied to it."""
+"""`attach`: the components that a config names, tied to a DeepSpeed engine."""
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dataflex.config import Config, load_config
+from dataflex.config import Config
 from dataflex.config.components import component_params
-from dataflex.core.context import Accelerator, Run
-from dataflex.core.hook import Hook, Planner, Weigher
+from dataflex.core.context import Run
+from dataflex.core.hook import Hook, Weigher
 from dataflex.core.plan import (
     Schedule,
     decision_schedule,
     epoch_schedule,
     steps_of_epochs,
 )
-from dataflex.core.registry import REGISTRY
-from dataflex.core.weights import StaticWeights
-from dataflex.data.collate import Collator
 from dataflex.data.pool import Pool, TrainingPool
-from dataflex.data.stream_pool import StreamPool
 from dataflex.engine.identity import weights_identity
 from dataflex.engine.loop import BatchSource, Loop, Stepper
 from dataflex.engine.optimizer_state import read_moments
@@ -33,70 +28,15 @@ from dataflex.engine.plugin import DataflexEngine
 from dataflex.engine.reference import open_reference
 from dataflex.scoring.scorer import Scorer
 from dataflex.scoring.sharded import ScoringPasses
-from dataflex.train.mixer.mixture import mixture_of
-from dataflex.train.trainer.components import load_components
-from dataflex.train.trainer.mix_trainer import mix_planner
-from dataflex.train.trainer.sample_trainer import WeightedPlanner
-from dataflex.train.trainer.select_trainer import SelectPlanner
-from dataflex.train.trainer.static_trainer import StaticPlanner
-from dataflex.train.trainer.stream_trainer import StreamHook
-from dataflex.train.trainer.weight_trainer import WeightHook, WeightLog
+from dataflex.train.trainer.component_hooks import HookBuilder
+from dataflex.train.trainer.weight_trainer import WeightLog
 from dataflex.train.weighter.static_weights import static_weights
 from dataflex.utils.errors import UserError
-from dataflex.utils.logging import logger
 
 if TYPE_CHECKING:
-    from dataflex.config.schema import FlexSection, Kind
+    from dataflex.config.schema import FlexSection
 
 STREAM_PLAN = 65536
-KIND_NAMES: dict[Kind, str] = {"select": "selector", "mix": "mixer", "weight": "weighter"}
-
-
-def initialize(
-    *,
-    model: torch.nn.Module,
-    config: Any,
-    train_dataset: Any,
-    dataflex: str | Path | Mapping[str, Any] | None = None,
-    eval_dataset: Any = None,
-    mixer_eval_dataset: Any = None,
-    data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
-    tokenizer: Any = None,
-    model_parameters: Any = None,
-    hooks: Sequence[Hook] = (),
-    **deepspeed_arguments: Any,
-) -> DataflexEngine:
-    """Call `deepspeed.initialize` and tie selection, mixing and weighting to the engine.
-
-    model, config, model_parameters and ``deepspeed_arguments`` (optimizer, lr_scheduler, ...): as
-    `deepspeed.initialize` takes them. dataflex: a YAML file or a mapping with the keys of the schedule
-    (train_type, component_name, update_step, ...), ``seed``, ``num_train_epochs`` and ``output_dir``.
-    train_dataset, eval_dataset, mixer_eval_dataset: map-style datasets of dicts with ``input_ids`` and ``labels``, or
-    {domain name: dataset}. data_collator: list of samples to a batch of tensors, one row per sample; default:
-    right padding with the tokenizer's pad token. hooks: further hooks, called after dataflex's own.
-    """
-    import deepspeed
-
-    cfg = load_config(dataflex if dataflex is not None else {}, embedded=True)
-    load_components(cfg.flex.component_modules)
-    pool = Pool.from_datasets(train_dataset)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        config=config,
-        model_parameters=trained if model_parameters is None else model_parameters,
-        **deepspeed_arguments,
-    )
-    return attach(
-        engine,
-        cfg=cfg,
-        pool=pool,
-        eval_pool=None if eval_dataset is None else Pool.from_datasets(eval_dataset),
-        mixer_eval_pool=None if mixer_eval_dataset is None else Pool.from_datasets(mixer_eval_dataset),
-        collator=data_collator or Collator(_pad_token(tokenizer)),
-        tokenizer=tokenizer,
-        hooks=hooks,
-    )
 
 
 def attach(
@@ -119,7 +59,7 @@ def attach(
     scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names))
     device = torch.device(engine.device)
     weights = static_weights(cfg.weighting, pool, tokenizer, _vocabulary(engine.module), device)
-    builder = _Builder(run, cfg, weights, collator, tokenizer)
+    builder = HookBuilder(run, cfg, weights, collator, tokenizer)
     builder.runtime |= {"eval_dataset": eval_pool, "mixer_eval_dataset": mixer_eval_pool, "scorer": scorer}
     builder.runtime["passes"] = _passes(run, cfg, engine)
     builder.runtime["reference_model_path"] = cfg.flex.reference_model_path
@@ -212,80 +152,9 @@ def _make_run(engine: Any, cfg: Config, pool: TrainingPool) -> Run:
     )
 
 
-class _Builder:
-    """Builds the hooks that a config names, with the runtime objects that components may ask for."""
-
-    def __init__(self, run: Run, cfg: Config, weights: StaticWeights, collator: Any, tokenizer: Any) -> None:
-        self.run, self.flex, self.weighting, self.weights = run, cfg.flex, cfg.weighting, weights
-        self.tokenizer, self.collator = tokenizer, collator
-        self.manager = mixture_of(run.pool, cfg.flex, run.seed)
-        self.runtime: dict[str, Any] = {
-            "dataset": run.pool,
-            "accelerator": Accelerator(torch.device(run.engine.device)),
-            "data_collator": collator,
-            "cache_dir": str(run.output_dir / "cache") if run.output_dir else "",
-            "output_dir": str(run.output_dir or ""),
-            "tokenizer": tokenizer,
-            "mixture_manager": self.manager,
-        }
-
-    def hooks(self) -> list[Hook]:
-        """Planner first, then what keeps streams in place, then the weight hook."""
-        found: list[Hook] = [self._planner()]
-        if isinstance(self.run.pool, StreamPool):
-            found.append(StreamHook(self.run.pool))
-        if "weight" in self.flex.kinds:
-            weighter, name = self._component("weight")
-            static = self.weights.loss is not None or self.weights.corrected
-            found.append(WeightHook(weighter, name, self.flex.warmup_step, static))
-        return found
-
-    def _planner(self) -> Planner:
-        selection = self._selection() if "select" in self.flex.kinds else None
-        if "mix" in self.flex.kinds:
-            mixer, name = self._component("mix") if not self.flex.mixes_fixed else (None, self._fixed_rule)
-            planner = mix_planner(self.manager, mixer, name, self.collator, self.flex.warn_domain_epochs)
-            planner.selection = selection
-            return planner
-        if isinstance(self.run.pool, StreamPool):
-            return mix_planner(self.manager, None, "static", self.collator, self.flex.warn_domain_epochs)
-        if selection is not None:
-            return selection
-        if self.weights.draw is not None:
-            return WeightedPlanner(self.weights.draw, self.weighting.with_replacement)
-        return StaticPlanner()
-
-    @property
-    def _fixed_rule(self) -> str:
-        return "static" if self.flex.static_mix else self.flex.mixture_sample_rule
-
-    def _selection(self) -> SelectPlanner:
-        selector, name = self._component("select")
-        if "mix" in self.flex.kinds and not selector.takes_domain_counts:
-            raise UserError(
-                f"component_name: selector '{name}' does not say that it heeds domain_counts, so no mixer can be "
-                "combined with it (takes_domain_counts = True in its class)"
-            )
-        return SelectPlanner(selector, name, self.tokenizer)
-
-    def _component(self, kind: Kind) -> tuple[Any, str]:
-        name, params = component_params(self.flex, kind)
-        asked = inspect.signature(REGISTRY.get(KIND_NAMES[kind], name)).parameters
-        if kind == "mix" and self.runtime["mixer_eval_dataset"] is not None and "mixer_eval_dataset" not in asked:
-            logger.warning(f"mixer_eval_dataset: not used, since mixer '{name}' evaluates nothing")
-        return REGISTRY.build(KIND_NAMES[kind], name, runtime=self.runtime, cfg=params), name
-
-
 def _vocabulary(module: torch.nn.Module) -> int | None:
     """Columns of the logits, as the output layer or the config has them."""
     find = getattr(module, "get_output_embeddings", None)
     columns = getattr(find() if find is not None else None, "out_features", None)
     config = getattr(module, "config", None)
     return columns if columns is not None else getattr(config, "vocab_size", None)
-
-
-def _pad_token(tokenizer: Any) -> int:
-    pad = getattr(tokenizer, "pad_token_id", None)
-    if pad is None:
-        raise UserError("initialize: pass data_collator, or a tokenizer with a pad token")
-    return int(pad)
