@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataflex.core.clock import Clock
 from dataflex.core.plan import Schedule
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Run:
     pool: Any
     step: int = 0
     loss: float = float("nan")
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def global_batch(self) -> int:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from dataflex.config import Config
+from dataflex.core.clock import SAVE
 from dataflex.core.hook import Hook
 from dataflex.driver.estimate import estimate
 from dataflex.driver.setup import Inputs, build_engine, read_inputs, with_components
@@ -85,7 +86,8 @@ def _finish(inputs: Inputs, engine: DataflexEngine, log: LogHook) -> None:
     """Export the model, write the results and show the last screen."""
     cfg, pool = inputs.cfg, inputs.data.train
     folder = Path(cfg.output.output_dir)
-    export(engine, folder, inputs.tokenizer)
+    with engine.run.clock.part(SAVE):
+        export(engine, folder, inputs.tokenizer)
     if dist.is_main():
         results: dict[str, float] = log.summary(engine.run)
         evaluations = [e for e in log.history if "eval_loss" in e]

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from dataflex.core.clock import DECIDE
 from dataflex.core.context import Run
 from dataflex.core.hook import Hook, Planner, Weigher
 from dataflex.core.plan import Plan, group_by_length
@@ -166,7 +167,8 @@ class Loop:
     def _make_plan(self) -> None:
         run = self.run
         phase = run.schedule.phase_at(run.step)
-        plan = self.planner.plan(run, phase)
+        with run.clock.part(DECIDE):
+            plan = self.planner.plan(run, phase)
         assert len(plan.sample_ids) == phase.steps * run.global_batch, "the plan does not fit its phase"
         if self.grouped:
             plan = group_by_length(plan, run.pool.lengths, run.global_batch, run.seed, phase.index)

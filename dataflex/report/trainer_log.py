@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from dataflex.core.clock import SCORE, Clock
 from dataflex.core.context import Run
 from dataflex.core.hook import Hook
 from dataflex.utils.files import write_atomically
@@ -18,18 +18,21 @@ from dataflex.utils.logging import logger
 
 
 class LogHook(Hook):
-    """Writes one line per ``logging_steps`` steps; ``history`` holds them all and survives a resume."""
+    """Writes one line per ``logging_steps`` steps; ``history`` holds them all and survives a resume.
+
+    It starts the run's clock, which goes on where the checkpoint's stood.
+    """
 
     def __init__(self, logging_steps: int) -> None:
         self.logging_steps = logging_steps
         self.history: list[dict[str, Any]] = []
+        self.clock = Clock()
         self._losses: list[float] = []
-        self._started = time.monotonic()
-        self._first_step = 0
         self._bar: tqdm[Any] | None = None
 
     def on_train_start(self, run: Run) -> None:
-        self._started, self._first_step = time.monotonic(), run.step
+        run.clock = self.clock
+        self.clock.start()
         if run.is_main and sys.stderr.isatty():
             self._bar = tqdm(total=run.total_steps, initial=run.step, unit="step", dynamic_ncols=True)
         self._write(run)
@@ -74,32 +77,34 @@ class LogHook(Hook):
             }
             write_atomically(run.output_dir / "trainer_state.json", json.dumps(state, indent=2))
 
-    @property
-    def seconds(self) -> float:
-        """Wall time since training started or was resumed."""
-        return time.monotonic() - self._started
-
     def summary(self, run: Run) -> dict[str, float]:
-        """train_* figures as all_results.json has them; speeds are those since the start or resume."""
-        steps = run.step - self._first_step
+        """The figures of all_results.json: loss, and where the time of all starts of the run went, in seconds."""
+        seconds, scored = run.clock.seconds, run.clock.scored
+        total = sum(seconds.values())
         losses = [e["loss"] for e in self.history if "loss" in e]
+        scoring = {}
+        if scored:
+            scoring = {"samples_scored": scored, "samples_scored_per_second": round(scored / seconds[SCORE], 3)}
         return {
             **self._epoch(run),
             "train_loss": sum(losses) / max(1, len(losses)),
-            "train_runtime": round(self.seconds, 2),
-            "train_samples_per_second": round(steps * run.global_batch / self.seconds, 3),
-            "train_steps_per_second": round(steps / self.seconds, 3),
+            "train_runtime": round(total, 2),
+            "train_samples_per_second": round(run.step * run.global_batch / total, 3),
+            "train_steps_per_second": round(run.step / total, 3),
+            **{f"{part}_seconds": round(value, 2) for part, value in seconds.items()},
+            **scoring,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "losses": self._losses}
+        return {"history": self.history, "losses": self._losses, "clock": self.clock.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self._losses = state["history"], state["losses"]
+        self.clock.load_state_dict(state["clock"])
 
     def _entry(self, run: Run) -> dict[str, Any]:
-        elapsed = self.seconds
-        per_step = elapsed / max(1, run.step - self._first_step)
+        elapsed = run.clock.total
+        per_step = elapsed / run.step
         entry: dict[str, Any] = {
             "current_steps": run.step,
             "total_steps": run.total_steps,

@@ -69,6 +69,7 @@ def embeddings(scorer: Scorer, dataset: Any, ids: Ids | None = None, *, pooling:
             if counts:
                 out[places] = vectors.cpu().numpy()
     scorer.release()
+    scorer.tally(len(ids))
     assert out is not None
     seconds = time.monotonic() - started
     logger.info(f"embeddings: {len(ids):,} samples, {int(lengths.sum()):,} tokens in {seconds:.1f} s")

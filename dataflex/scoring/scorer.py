@@ -41,7 +41,8 @@ class Scorer:
 
     engine: a DeepSpeed engine, any ZeRO stage. collator: list of samples to a padded batch. moments: reads
     Adam's moments and constants of named parameters (a collective under ZeRO). watch: called with the samples and
-    tokens of each of this rank's batches, where it is set; else each pass is logged.
+    tokens of each of this rank's batches, where it is set; else each pass is logged. tally: called with the samples of
+    each pass, those of all ranks.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Scorer:
         self._read_moments = moments
         self._kept: dict[tuple[str, ...], tuple[Moments, Transform]] | None = None
         self.watch: Callable[[int, int], None] | None = None
+        self.tally: Callable[[int], None] = lambda samples: None
 
     @property
     def device(self) -> torch.device:
@@ -257,6 +259,7 @@ class Scorer:
             yield (places if counts else None), batch
             if self.watch is not None and counts:
                 self.watch(len(places), int(lengths[places].sum()))
+        self.tally(len(ids))
         if self.watch is not None:
             return
         seconds = time.monotonic() - started

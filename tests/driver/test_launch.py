@@ -124,6 +124,31 @@ def test_a_resumed_run_ends_with_the_very_same_numbers(
         assert (workspace / "killed/decisions" / path.name).read_text() == path.read_text()
 
 
+PARTS = ("train", "score", "decide", "save", "evaluate")
+
+
+@pytest.mark.parametrize("name", ["whole", "killed"])
+def test_the_results_say_where_the_time_went(
+    whole: CompletedProcess[str],
+    killed: tuple[CompletedProcess[str], CompletedProcess[str]],
+    workspace: Path,
+    name: str,
+) -> None:
+    results = json.loads((workspace / name / "all_results.json").read_text())
+    parts = [results[f"{part}_seconds"] for part in PARTS]
+    assert min(parts) > 0
+    assert sum(parts) == pytest.approx(results["train_runtime"], abs=0.05)
+    samples, target = 40 + 24, 8
+    passes = {"whole": 3 * samples, "killed": 2 * samples}[name]  # the pass at step 4 was on disk when it was resumed
+    assert (
+        results["samples_scored"] == passes + 3 * target + {"whole": 1, "killed": 2}[name]
+    )  # and one self-check a start
+    rate = results["samples_scored"] / results["score_seconds"]
+    assert results["samples_scored_per_second"] == pytest.approx(rate, rel=0.02)
+    elapsed = [entry["elapsed_time"] for entry in read_log(workspace / name) if "elapsed_time" in entry]
+    assert elapsed == sorted(elapsed)
+
+
 def test_the_config_of_a_run_starts_the_same_run(whole: CompletedProcess[str], workspace: Path) -> None:
     from dataflex.config import load_config
 

@@ -57,6 +57,7 @@ def attach(
     run = _make_run(engine, cfg, pool)
     budget = cfg.flex.scoring_batch_tokens or run.micro_batch * pool.longest
     scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names))
+    scorer.tally = lambda samples: run.clock.add_scored(samples)
     device = torch.device(engine.device)
     weights = static_weights(cfg.weighting, pool, tokenizer, _vocabulary(engine.module), device)
     builder = HookBuilder(run, cfg, weights, collator, tokenizer)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataflex.core.clock import SCORE
 from dataflex.core.context import Run
 from dataflex.core.hook import Planner, Weigher
 from dataflex.core.plan import Floats, Phase, Plan, check_proportions
@@ -69,7 +70,8 @@ class MixPlanner(Planner):
         return plan
 
     def _ask(self, run: Run, mixer: Mixer, phase: Phase) -> Floats:
-        answer = mixer.mix(run.engine.module, step_id=run.step, dataset=run.pool, data_collator=self.data_collator)
+        with run.clock.part(SCORE):
+            answer = mixer.mix(run.engine.module, step_id=run.step, dataset=run.pool, data_collator=self.data_collator)
         run.engine.module.train()
         proportions = check_proportions(
             dist.broadcast_object(answer),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from dataflex.core.clock import EVALUATE, SAVE
 from dataflex.core.context import Run
 from dataflex.core.hook import Hook
 from dataflex.engine import checkpoint
@@ -35,7 +36,8 @@ class EvalHook(Hook):
             self._evaluate(run)
 
     def _evaluate(self, run: Run) -> None:
-        result = run.engine.evaluate()
+        with run.clock.part(EVALUATE):
+            result = run.engine.evaluate()
         self.log.add(run, {"current_steps": run.step, "total_steps": run.total_steps, **result})
         logger.info(f"step {run.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.items()))
 
@@ -51,8 +53,11 @@ class CheckpointHook(Hook):
         self.tokenizer = tokenizer
 
     def on_step_end(self, run: Run, batch: Any) -> None:
-        if not due(run, self.every):
-            return
+        if due(run, self.every):
+            with run.clock.part(SAVE):
+                self._save(run)
+
+    def _save(self, run: Run) -> None:
         assert run.output_dir is not None
         folder = run.output_dir / f"checkpoint-{run.step}"
         if self.only_model:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dataflex.core.clock import SCORE
 from dataflex.core.context import Run
 from dataflex.core.hook import Planner
 from dataflex.core.plan import Ids, Phase, Plan, check_sample_ids, generator
@@ -75,15 +76,16 @@ class SelectPlanner(Planner):
         wanted = {} if domain_counts is None else {"domain_counts": domain_counts}
         if domain_counts is not None:
             self._check_room(run, domain_counts, source)
-        answer = self.selector.select(
-            run.engine.module,
-            step_id=run.step,
-            num_samples=count,
-            current_update_times=phase.decision,
-            update_times=run.schedule.decisions,
-            tokenizer=self.tokenizer,
-            **wanted,
-        )
+        with run.clock.part(SCORE):
+            answer = self.selector.select(
+                run.engine.module,
+                step_id=run.step,
+                num_samples=count,
+                current_update_times=phase.decision,
+                update_times=run.schedule.decisions,
+                tokenizer=self.tokenizer,
+                **wanted,
+            )
         picks = check_sample_ids(
             dist.broadcast_object(answer),
             pool_size=len(run.pool),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataflex.core.clock import SCORE
 from dataflex.core.context import Run
 from dataflex.core.hook import Hook, Weigher
 from dataflex.core.weights import StaticWeights
@@ -42,7 +43,8 @@ class WeightHook(Weigher):
 
     def on_step_start(self, run: Run, batch: Any) -> None:
         if run.step >= self.warmup_step:
-            self.weighter.before_step(run)
+            with run.clock.part(SCORE):
+                self.weighter.before_step(run)
 
     def weigh(self, run: Run, micro: Any, losses: SampleLoss, outputs: Any) -> torch.Tensor | None:
         if run.step < self.warmup_step:
