@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataflex.core.clock import Clock
 from dataflex.core.plan import Phase, Plan, Schedule, decision_schedule, largest_remainder
 from dataflex.data.pool import Pool
 from dataflex.train.mixer.base_mixer import Mixer
@@ -37,6 +38,7 @@ def make_run(schedule: Schedule | None = None, output_dir: Path | None = None, s
         global_batch=BATCH,
         pool=Pool(range(len(DOMAINS)), DOMAINS, NAMES, np.ones(len(DOMAINS)), fingerprint="f00d"),
         engine=SimpleNamespace(module=torch.nn.Linear(1, 1)),
+        clock=Clock(),
         step=step,
         output_dir=output_dir,
         is_main=True,
