@@ -5,10 +5,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "initialize"]
+
+if sys.argv[:1] == ["-m"] and sys.path[0] == os.getcwd():
+    # `python -m dataflex.cli`: Python put the working folder first, where a datasets.py would hide the library.
+    sys.path.append(sys.path.pop(0))
 
 
 def initialize(*args: Any, **kwargs: Any) -> Any:

@@ -4,6 +4,9 @@ The command starts ``deepspeed.launcher.runner`` in a session of its own. Signal
 since a signal to the runner alone would leave the workers running. A killed ``launch.py`` ends with exit
 code 0, so a run counts as complete only when every worker on this machine has left its mark in the launch
 folder. Bad input that only a worker can see travels through that folder too, and is printed once, here.
+
+Python looks for modules first in the folder where ``-m`` is used: in the user's, a ``random.py`` would be taken for
+the library's. So all start in the launch folder, and a worker goes to the user's once it is up.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataflex.utils.errors import UserError
-from dataflex.worker import LAUNCH_DIR, USER_ERROR, prctl, print_error
+from dataflex.worker import DEVICES, LAUNCH_DIR, USER_ERROR, WORK_DIR, prctl, print_error
 
 GRACE_S = 35.0
 _PORTS = (20_000, 32_000)
@@ -60,7 +63,8 @@ def gpu_count() -> int:
     if not any(device.exists() for device in devices):
         return 0
     ask = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    answer = subprocess.run(ask, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": _python_path()}
+    answer = subprocess.run(ask, capture_output=True, text=True, check=False, cwd=os.sep, env=env)
     return int(answer.stdout.split()[-1]) if answer.returncode == 0 else 0
 
 
@@ -88,6 +92,9 @@ def command(module: str, args: Sequence[str], request: Request, gpus: int) -> tu
     elif request.num_processes is not None:
         flags["num_gpus"] = str(request.num_processes)
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical"]
+    for name in ("hostfile", "enable_each_rank_log"):
+        if name in flags:
+            flags[name] = os.path.abspath(flags[name])
     for name, value in flags.items():
         words.append(f"--{name}={value}" if value else f"--{name}")
     return [*words, "--module", module, *args], env
@@ -102,10 +109,21 @@ def launch(module: str, args: Sequence[str], request: Request) -> int:
     try:
         words, env = command(module, args, request, gpu_count())
         env[LAUNCH_DIR] = str(folder)
-        code, stopped_by = _run(words, env)
+        here = Path.cwd()
+        if not _uses_ssh(request):  # other machines know the user's folder only
+            env |= {WORK_DIR: str(here), "PYTHONPATH": _python_path()}
+            here = folder
+        code, stopped_by = _run(words, env, here)
         return _outcome(code, stopped_by, folder, ssh=_uses_ssh(request))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _python_path() -> str:
+    """PYTHONPATH for a process that starts elsewhere; with the working folder where the package itself lies there."""
+    named = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    root = Path(__file__).resolve().parents[1]
+    return os.pathsep.join([*named, str(root)] if root == Path.cwd() else named)
 
 
 def _uses_ssh(request: Request) -> bool:
@@ -152,8 +170,11 @@ def _local_flags(request: Request, gpus: int, env: dict[str, str]) -> dict[str, 
     if gpus == 0:
         env.setdefault("DS_ACCELERATOR", "cpu")
     if "include" not in request.flags and "exclude" not in request.flags:
-        if gpus and visible:
-            flags["include"] = "localhost:" + ",".join(_device_numbers(visible)[:count])
+        named = _devices(visible)[:count] if gpus and visible else []
+        if named and named[0].isdigit():
+            flags["include"] = "localhost:" + ",".join(named)
+        elif named:  # DeepSpeed passes numbers only: the workers put the names back
+            flags["num_gpus"], env[DEVICES] = str(len(named)), ",".join(named)
         else:
             flags["num_gpus"] = str(count)
         env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
@@ -162,21 +183,27 @@ def _local_flags(request: Request, gpus: int, env: dict[str, str]) -> dict[str, 
     return flags
 
 
-def _device_numbers(visible: str) -> list[str]:
-    numbers = [part.strip() for part in visible.split(",")]
-    if not all(number.isdigit() for number in numbers):
-        raise UserError(f"CUDA_VISIBLE_DEVICES: expected device numbers such as 0,1, got '{visible}'")
-    return numbers
+def _devices(visible: str) -> list[str]:
+    """The entries of CUDA_VISIBLE_DEVICES: all numbers, or all UUIDs of GPUs or of MIG instances."""
+    entries = [part.strip() for part in visible.split(",")]
+    if not all(e.isdigit() for e in entries) and not all(e.startswith(("GPU-", "MIG-")) for e in entries):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES: expected numbers such as 0,1 or UUIDs (GPU-..., MIG-...), got '{visible}'"
+        )
+    return entries
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run(words: list[str], env: Mapping[str, str]) -> tuple[int, int | None]:
-    """Run the runner, and all that it started, to the end; return its code and the signal that stopped us."""
+def _run(words: list[str], env: Mapping[str, str], here: Path) -> tuple[int, int | None]:
+    """Run the runner in the folder ``here``, and all that it started, to the end.
+
+    Returns its code and the signal that stopped us.
+    """
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    runner = subprocess.Popen(words, env=env, start_new_session=True)
+    runner = subprocess.Popen(words, env=env, cwd=here, start_new_session=True)
     with _forwarding(runner.pid) as received:
         code = runner.wait()
         _end_group(runner.pid, asked=bool(received))

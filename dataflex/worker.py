@@ -15,6 +15,8 @@ from typing import NoReturn
 from dataflex.utils.errors import UserError
 
 LAUNCH_DIR = "DATAFLEX_LAUNCH_DIR"
+WORK_DIR = "DATAFLEX_WORK_DIR"
+DEVICES = "DATAFLEX_DEVICES"
 USER_ERROR = 2
 _PR_SET_PDEATHSIG = 1
 
@@ -32,6 +34,7 @@ def run_worker(body: Callable[[], int]) -> int:
     error; another rank waits for a moment first, since the launcher ends it if rank 0 has failed as well.
     """
     end_with_parent()
+    _settle()
     folder, rank = os.environ.get(LAUNCH_DIR), os.environ.get("RANK", "0")
     try:
         code = body()
@@ -45,6 +48,16 @@ def run_worker(body: Callable[[], int]) -> int:
     if code == 0 and folder is not None and Path(folder).is_dir():
         _write(Path(folder) / f"done.{rank}", os.environ.get("LOCAL_SIZE", "1"))
     return code
+
+
+def _settle() -> None:
+    """Go to the user's folder, whose modules come after every library's, and see the GPUs that the user named."""
+    folder, devices = os.environ.pop(WORK_DIR, None), os.environ.pop(DEVICES, None)
+    if folder is not None:
+        os.chdir(folder)
+        sys.path.append(folder)
+    if devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
 
 
 def leave(code: int) -> NoReturn:

@@ -13,6 +13,9 @@ from dataflex.worker import run_worker
 
 def body() -> int:
     what, rank = sys.argv[1], os.environ["RANK"]
+    if what == "imports":
+        Path(sys.argv[2], f"rank{rank}").write_text(imported(), encoding="utf-8")
+        return 0
     if len(sys.argv) > 2:
         facts = {k: os.environ.get(k, "") for k in ("WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "DS_ACCELERATOR")}
         target = Path(sys.argv[2]) / f"rank{rank}"
@@ -25,6 +28,16 @@ def body() -> int:
     if what in ("sleep", "refuse"):
         time.sleep(60)
     return 0
+
+
+def imported() -> str:
+    """Lines: the working folder, what lies in it, and the files of two libraries."""
+    import random
+
+    import beside
+    import datasets
+
+    return "\n".join([os.getcwd(), beside.HERE, str(random.__file__), str(datasets.__file__)])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pytest
 from dataflex import launcher, worker
 from dataflex.launcher import Request, command, free_port, gpu_count
 from dataflex.utils.errors import UserError
-from dataflex.worker import LAUNCH_DIR, run_worker
+from dataflex.worker import DEVICES, LAUNCH_DIR, run_worker
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = """
@@ -247,10 +247,70 @@ def test_requests_that_cannot_be_met(processes: int | None, flags: dict[str, str
     assert str(caught.value) == line
 
 
-def test_device_names_that_the_launcher_cannot_pass_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5a1f")
-    with pytest.raises(UserError, match="expected device numbers such as 0,1, got 'GPU-5a1f'"):
+def test_gpus_named_by_uuid_are_passed_on_to_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5a1f, GPU-77b0,GPU-01")
+    words, env = command("m", [], Request(2, {}), gpus=3)
+    assert flags_of(words)[0] == "--num_gpus=2"
+    assert env[DEVICES] == "GPU-5a1f,GPU-77b0" and "CUDA_VISIBLE_DEVICES" not in env
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1e5c/3/0")
+    words, env = command("m", [], Request(None, {}), gpus=1)
+    assert (flags_of(words)[0], env[DEVICES]) == ("--num_gpus=1", "MIG-1e5c/3/0")
+    monkeypatch.setenv(DEVICES, "GPU-5a1f,GPU-77b0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # as DeepSpeed numbers them
+    monkeypatch.setattr(worker, "end_with_parent", lambda: None)
+    seen: list[str | None] = []
+    assert run_worker(lambda: seen.extend(map(os.environ.get, ("CUDA_VISIBLE_DEVICES", DEVICES))) or 0) == 0
+    assert seen == ["GPU-5a1f,GPU-77b0", None]
+
+
+@pytest.mark.parametrize("visible", ["GPU-5a1f,1", "gpu0", "0,,1"])
+def test_device_names_that_cuda_does_not_know(visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UserError, match=f"expected numbers such as 0,1 or UUIDs .*, got '{visible}'"):
         command("m", [], Request(None, {}), gpus=1)
+
+
+LIBRARIES = ("random", "numpy", "datasets", "deepspeed", "torch", "types")
+
+
+def test_modules_of_the_working_folder_hide_no_library(tmp_path: Path) -> None:
+    """The workers start, take the library's modules, and find the folder and what lies in it all the same."""
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in LIBRARIES:
+        (work / f"{name}.py").write_text(f"raise ImportError('{name} of the working folder')\n")
+    (work / "beside.py").write_text("HERE = 'found'\n")
+    script = tmp_path / "start.py"  # as dataflex-cli, which lies elsewhere too
+    script.write_text(LAUNCH)
+    env = {**os.environ, "PYTHONPATH": os.path.relpath(ROOT, work), "DS_ACCELERATOR": "cpu"}
+    out = subprocess.run(
+        [sys.executable, str(script), "imports", str(tmp_path)], cwd=work, env=env, capture_output=True, text=True
+    )
+    assert (out.returncode, out.stdout + out.stderr) == (0, "")
+    for rank in (0, 1):
+        folder, beside, *libraries = (tmp_path / f"rank{rank}").read_text().splitlines()
+        assert (folder, beside) == (str(work), "found")
+        assert len(libraries) == 2 and not [file for file in libraries if Path(file).is_relative_to(work)]
+
+
+def test_python_m_takes_libraries_before_the_working_folder(tmp_path: Path) -> None:
+    """As `deepspeed --module dataflex.cli` starts a worker."""
+    (tmp_path / "pydantic.py").write_text("raise ImportError('mine')\n")
+    words = [sys.executable, "-m", "dataflex.cli", "--version"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    out = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (out.returncode, out.stderr) == (0, "")
+
+
+def test_gpus_are_counted_whatever_the_working_folder_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('mine')\n")
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "lib"
+    (other / "torch").mkdir(parents=True)
+    (other / "torch/__init__.py").write_text("class cuda:\n    device_count = lambda: 3\n")
+    monkeypatch.setenv("PYTHONPATH", "lib")
+    monkeypatch.setattr(launcher.Path, "exists", lambda path: True)
+    assert gpu_count() == 3
 
 
 def test_gpus_hidden_by_the_environment_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
