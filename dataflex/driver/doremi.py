@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import gc
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import yaml
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from dataflex.config import Config
 from dataflex.config.components import component_params
+from dataflex.config.yaml_reader import parse_yaml, read_mapping
 from dataflex.driver.setup import with_components
 from dataflex.driver.training import train
 from dataflex.engine import run_folder
 from dataflex.utils import dist
-from dataflex.utils.errors import UserError
+from dataflex.utils.errors import UserError, listed, shown
 from dataflex.utils.logging import logger
+from dataflex.utils.records import DamagedError, read_record
 
 RESULT = "doremi_average_weights.json"
+
+
+@with_config(ConfigDict(extra="allow"))
+class MeanWeights(TypedDict):
+    """The result of a proxy run as far as it is read again."""
+
+    domain_names: list[str]
+    average_weights: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
 
 
 def three_runs(cfg: Config) -> None:
@@ -70,9 +81,18 @@ def final_run(cfg: Config, weights: list[float]) -> Config:
 
 def read_weights(folder: Path, names: tuple[str, ...]) -> list[float]:
     """The mean weights that a proxy run found, in the order of ``names``; the same on every rank."""
-    found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    by_name = dict(zip(found["domain_names"], found["average_weights"], strict=True))
-    return dist.broadcast_object([float(by_name[name]) for name in names])
+    return dist.broadcast_object(dist.together(lambda: _read_weights(folder, names)))
+
+
+def _read_weights(folder: Path, names: tuple[str, ...]) -> list[float]:
+    try:
+        found: MeanWeights = read_record(folder / RESULT, MeanWeights)
+    except DamagedError as error:
+        raise UserError(f"{folder}: {error}; remove {folder} to make the proxy run again") from None
+    by_name = dict(zip(found["domain_names"], found["average_weights"], strict=False))
+    if set(by_name) != set(names) or len(found["average_weights"]) != len(names) or not sum(by_name.values()) > 0:
+        raise UserError(f"{folder / RESULT}: expected a weight for each of {listed(names)}, got {listed(by_name)}")
+    return [by_name[name] for name in names]
 
 
 def _small(cfg: Config) -> Config:
@@ -108,12 +128,12 @@ def _finished(folder: Path, cfg: Config) -> bool:
     """Whether ``folder`` holds this finished run; UserError where it holds another."""
     if not (folder / run_folder.RESULTS).exists():
         return False
-    before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    now = yaml.safe_load(yaml.safe_dump(cfg.dump_flat()))
+    before = read_mapping(folder / "config.yaml", "finished run's config")
+    now = parse_yaml(yaml.safe_dump(cfg.dump_flat()), "config")
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         raise UserError(
-            f"output_dir: {folder} holds a finished run with another {changed[0]} ({before.get(changed[0])}, here "
-            f"{now.get(changed[0])}); name another folder, or start over with overwrite_output_dir: true"
+            f"output_dir: {folder} holds a finished run with another {changed[0]} ({shown(before.get(changed[0]))}, "
+            f"here {shown(now.get(changed[0]))}); name another folder, or start over with overwrite_output_dir: true"
         )
     return True

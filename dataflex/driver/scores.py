@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from dataflex import __version__
 from dataflex.data.pool import Pool
-from dataflex.utils.errors import UserError
-from dataflex.utils.files import write_atomically
+from dataflex.utils.errors import UserError, cut
+from dataflex.utils.records import DamagedError, FileRecord, Record, read_sealed, write_sealed
 
 FACTS, ARRAY, LINES = "scores.json", "scores.npy", "scores.jsonl"
 RECORD = np.dtype([("id", "<i8"), ("domain", "<i4"), ("row", "<i8"), ("score", "<f4")])
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(Record):
     """What was scored, and with which weights.
 
     pool: its fingerprint. domains: names, in the order of the ids. contents: of each domain's raw data. step,
     learning_rate: of the checkpoint, where there was one; the rate is the mean since the checkpoint before it.
-    features: the store of the samples' features, where they were kept. dataflex: the version.
+    features: the store of the samples' features, where they were kept. array: `ARRAY` as it was written. dataflex: the
+    version.
     """
 
     pool: str
@@ -35,8 +35,9 @@ class Facts:
     component: str
     checkpoint: str | None
     step: int
-    learning_rate: float | None
+    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     features: str | None
+    array: FileRecord | None = None
     dataflex: str = __version__
 
 
@@ -58,7 +59,8 @@ def write(folder: Path, facts: Facts, pool: Pool, scores: NDArray[np.float32]) -
             line = {"id": int(record["id"]), "domain": facts.domains[record["domain"]], "row": int(record["row"])}
             lines.write(json.dumps(line | {"score": float(record["score"])}, ensure_ascii=False) + "\n")
     os.replace(partial, folder / LINES)
-    write_atomically(folder / FACTS, json.dumps(asdict(facts), indent=1))
+    written = facts.model_copy(update={"array": FileRecord.of(folder / ARRAY)})
+    write_sealed(folder / FACTS, written.model_dump())
 
 
 def read(folder: Path) -> tuple[Facts, NDArray[Any]]:
@@ -69,10 +71,19 @@ def read(folder: Path) -> tuple[Facts, NDArray[Any]]:
             f"select_from: {folder} has no {missing[0]}; make it with: dataflex-cli score CFG output_dir={folder}"
         )
     try:
-        facts = Facts(**json.loads((folder / FACTS).read_text(encoding="utf-8")))
+        facts = read_sealed(folder / FACTS, Facts)
+        problem = "it names no array" if facts.array is None else facts.array.differs(folder / ARRAY)
+        if problem:
+            raise DamagedError(problem)
         table = np.load(folder / ARRAY, mmap_mode="r", allow_pickle=False)
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"select_from: {folder}: {FACTS} or {ARRAY} cannot be read ({error}); score again") from None
-    if table.dtype != RECORD:
+    except (DamagedError, ValueError, EOFError, OSError) as error:
+        raise UserError(f"select_from: {folder}: {cut(str(error), 200)}; score again") from None
+    if table.dtype != RECORD or table.ndim != 1 or _strange(table, len(facts.domains)):
         raise UserError(f"select_from: {folder / ARRAY}: expected the columns {', '.join(RECORD.names or ())}")
     return facts, table
+
+
+def _strange(table: NDArray[Any], domains: int) -> bool:
+    """Whether a domain or an id is none of the pool's."""
+    ids = np.arange(len(table))
+    return bool((table["id"] != ids).any() or (table["domain"] < 0).any() or (table["domain"] >= domains).any())

@@ -103,8 +103,8 @@ def _learning_rate(start: Path) -> float | None:
     """Mean rate of the steps that were logged between the checkpoint before ``start`` and it."""
     if not (start.parent / "trainer_log.jsonl").exists():
         return None
-    step = checkpoint.step_of(start)
-    earlier = [checkpoint.step_of(p) for p in start.parent.glob("checkpoint-*") if checkpoint.step_of(p) < step]
-    since = max(earlier, default=0)
+    step = checkpoint.saved_step(start)
+    others = [checkpoint.saved_step(p) for p in start.parent.iterdir() if (p / checkpoint.MANIFEST).exists()]
+    since = max((other for other in others if other < step), default=0)
     rates = [e["lr"] for e in read_log(start.parent) if "lr" in e and since < e["current_steps"] <= step]
     return float(np.mean(rates)) if rates else None

@@ -32,6 +32,8 @@ def train(cfg: Config) -> None:
         return
     start = run_folder.prepare(cfg)
     inputs = read_inputs(cfg)
+    if start is not None:  # what the last screen is made from: better said now than after the training
+        dist.together(lambda: read_decisions(Path(cfg.output.output_dir), inputs.data.train))
     log = LogHook(cfg.output.logging_steps)
     engine = build_engine(inputs, _run_hooks(inputs, log))
     _resume(engine, cfg, start)
@@ -95,7 +97,7 @@ def _finish(inputs: Inputs, engine: DataflexEngine, log: LogHook) -> None:
             results |= {k: v for k, v in evaluations[-1].items() if k.startswith("eval_")}
         write_atomically(folder / "README.md", model_card(cfg, engine.run, pool, results))
         if cfg.output.plot_loss:
-            steps = [record["step"] for record in read_decisions(folder)]
+            steps = [record["step"] for record in read_decisions(folder, pool)]
             plot_loss(log.history, steps, folder / "training_loss.png", engine.loss_is_per)
         write_atomically(folder / run_folder.RESULTS, json.dumps(results, indent=2))
         for line in closing_lines(folder, pool, log.history):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict, with_config
+from typing_extensions import NotRequired, TypedDict
 
 from dataflex.core.context import Run
 from dataflex.data.pool import Pool, TrainingPool
+from dataflex.utils.errors import UserError
+from dataflex.utils.records import DamagedError, read_record
 
 
 def opening_lines(run: Run, deciders: str, zero_stage: int) -> list[str]:
@@ -42,15 +45,42 @@ def closing_lines(folder: Path, pool: TrainingPool, history: list[dict[str, Any]
     return lines
 
 
-def read_decisions(folder: Path) -> list[dict[str, Any]]:
-    """The records in decisions/, in the order of steps."""
-    paths = sorted((folder / "decisions").glob("step_*.json"), key=lambda p: int(p.stem.split("_")[1]))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+@with_config(ConfigDict(extra="allow"))
+class Decision(TypedDict):
+    """A file of decisions/ as far as it is read again: indices of a selector, or proportions of a mixer."""
+
+    step: int
+    component: str
+    indices: NotRequired[list[int]]
+    proportions: NotRequired[dict[str, float]]
+
+
+def read_decisions(folder: Path, pool: TrainingPool) -> list[Decision]:
+    """The records in decisions/, in the order of steps. UserError naming the file that is not one for ``pool``."""
+    found: list[Decision] = []
+    for path in (folder / "decisions").glob("step_*.json"):
+        try:
+            found.append(read_record(path, Decision))
+            problem = _misfit(found[-1], pool)
+        except DamagedError as error:
+            problem = str(error)
+        if problem:
+            raise UserError(f"{path}: not a record of a decision: {problem}; move it away to go on without it")
+    return sorted(found, key=lambda record: record["step"])
+
+
+def _misfit(record: Decision, pool: TrainingPool) -> str | None:
+    if "indices" in record:
+        size = pool.size
+        wrong = [i for i in record["indices"] if i < 0 or (size is not None and i >= size)]
+        return f"sample {wrong[0]} is not in the pool" if wrong else None
+    missing = [name for name in pool.domain_names if name not in record.get("proportions", {})]
+    return f"it has no proportion of '{missing[0]}'" if missing else None
 
 
 def _decision_table(folder: Path, pool: TrainingPool) -> list[str]:
     """One row per domain: its share of the pool, where its size is known, and of each of the last decisions."""
-    decisions = read_decisions(folder)
+    decisions = read_decisions(folder, pool)
     if not decisions:
         return []
     names = pool.domain_names

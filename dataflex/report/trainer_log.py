@@ -8,13 +8,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, with_config
 from tqdm import tqdm
+from typing_extensions import NotRequired, TypedDict
 
 from dataflex.core.clock import SCORE, Clock
 from dataflex.core.context import Run
 from dataflex.core.hook import Hook
+from dataflex.utils.errors import UserError
 from dataflex.utils.files import write_atomically
 from dataflex.utils.logging import logger
+from dataflex.utils.records import DamagedError, read_lines
 
 
 class LogHook(Hook):
@@ -132,7 +136,18 @@ class LogHook(Hook):
             write_atomically(run.output_dir / "trainer_log.jsonl", lines)
 
 
+@with_config(ConfigDict(extra="allow"))
+class LogEntry(TypedDict):
+    """A line of trainer_log.jsonl as far as it is read again; the rest stays as it is."""
+
+    current_steps: int
+    lr: NotRequired[float]
+
+
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The entries of a run's trainer_log.jsonl."""
-    path = folder / "trainer_log.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The entries of a run's trainer_log.jsonl. UserError naming the line where there is anything else."""
+    try:
+        entries: list[dict[str, Any]] = read_lines(folder / "trainer_log.jsonl", LogEntry)
+    except DamagedError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return entries

@@ -170,7 +170,7 @@ class ScoringPasses:
             self._said = True
         store = ShardStore(folder, parts, ids, self.shard_samples)
         if dist.is_main():
-            store.resume()
+            store.resume(kind)
         return store
 
     def _parent(self, kind: str) -> Path | None:

@@ -10,23 +10,48 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from dataflex.scoring.batches import Ids
-from dataflex.utils.errors import UserError
-from dataflex.utils.files import sha256_of, write_atomically
+from dataflex.utils.errors import UserError, listed
 from dataflex.utils.logging import logger
+from dataflex.utils.records import DamagedError, FileRecord, InnerPath, Record, read_sealed, write_sealed
 
 MANIFEST = "manifest.json"
-FORMAT = 1
 DEFAULT_SHARD = 4096
 
 Parts = Mapping[str, str]
+Pair = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+
+
+class ArrayRecord(FileRecord):
+    """A .npy file of a shard; file: its name."""
+
+    file: InnerPath
+
+
+class Shard(Record):
+    """samples: [first, end) places in the pass. ids: the lowest and the highest. files: by array name."""
+
+    samples: Pair
+    ids: Pair
+    files: dict[str, ArrayRecord]
+
+
+class Manifest(Record):
+    """What a store holds: the shards that are whole, by number, and what they are made from."""
+
+    format: Literal[2]
+    fingerprint: dict[str, str]
+    count: Annotated[int, Field(ge=1)]
+    shard_samples: Annotated[int, Field(ge=1)]
+    shards: dict[Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")], Shard]
 
 
 def digest_of(parts: Parts) -> str:
@@ -56,7 +81,7 @@ class ShardStore:
         assert shard_samples > 0 and len(ids) > 0
         self.folder, self.ids, self.shard_samples = folder, ids, shard_samples
         self.parts = {**parts, "shard": f"{shard_samples} samples"}
-        self.shards: dict[int, dict[str, Any]] = {}
+        self.shards: dict[int, Shard] = {}
 
     def __len__(self) -> int:
         """Number of shards of the whole pass."""
@@ -71,17 +96,22 @@ class ShardStore:
     def complete(self) -> bool:
         return len(self.shards) == len(self)
 
-    def resume(self) -> None:
-        """Find the whole shards of an earlier pass; of another fingerprint, or broken: say so and leave them out."""
+    def resume(self, *arrays: str) -> None:
+        """Find the whole shards of an earlier pass; of another fingerprint, or broken: say so and leave them out.
+
+        arrays: what each shard must hold.
+        """
         manifest = read_manifest(self.folder)
         if manifest is None:
             return
-        others = differing(manifest["fingerprint"], self.parts)
+        others = differing(manifest.fingerprint, self.parts)
         if others:
             logger.warning(f"{self.folder}: not used and written anew, since it differs in {', '.join(others)}")
             return
-        for key, shard in manifest["shards"].items():
-            problem = broken_shard(self.folder, shard)
+        for key, shard in manifest.shards.items():
+            place = self.places(int(key))
+            fits = int(key) < len(self) and shard.samples == [place.start, place.stop]
+            problem = broken_shard(self.folder, shard, arrays) if fits else "it is of other samples"
             if problem is None:
                 self.shards[int(key)] = shard
             else:
@@ -93,19 +123,16 @@ class ShardStore:
         where = self.places(index)
         ids = self.ids[where]
         files = {name: _write_array(self.folder / f"{name}-{index:05d}.npy", array) for name, array in arrays.items()}
-        self.shards[index] = {
-            "samples": [where.start, where.stop],
-            "ids": [int(ids.min()), int(ids.max())],
-            "files": files,
-        }
-        content = {
-            "format": FORMAT,
-            "fingerprint": self.parts,
-            "count": len(self.ids),
-            "shard_samples": self.shard_samples,
-            "shards": {str(k): self.shards[k] for k in sorted(self.shards)},
-        }
-        write_atomically(self.folder / MANIFEST, json.dumps(content, indent=1))
+        bounds = [int(ids.min()), int(ids.max())]
+        self.shards[index] = Shard(samples=[where.start, where.stop], ids=bounds, files=files)
+        content = Manifest(
+            format=2,
+            fingerprint=self.parts,
+            count=len(self.ids),
+            shard_samples=self.shard_samples,
+            shards={str(k): self.shards[k] for k in sorted(self.shards)},
+        )
+        write_sealed(self.folder / MANIFEST, content.model_dump(mode="json"))
 
     def read(self, index: int, name: str) -> NDArray[Any]:
         """An array of a whole shard, memory-mapped."""
@@ -122,39 +149,32 @@ def folder_for(parent: Path, parts: Parts, shard_samples: int, say: bool = True)
     if folder.exists() or not parent.is_dir() or not say:
         return folder
     manifests = [(other, read_manifest(other)) for other in sorted(parent.iterdir()) if other.is_dir()]
-    found = [(differing(m["fingerprint"], wanted), other) for other, m in manifests if m is not None]
+    found = [(differing(m.fingerprint, wanted), other) for other, m in manifests if m is not None]
     if found:
         names, other = min(found, key=lambda pair: len(pair[0]))
         logger.info(f"{other}: not used, it differs in {', '.join(names)}")
     return folder
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a store; None, and a warning, where it cannot be read; None where there is none."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        known = manifest["format"] == FORMAT and bool(manifest["fingerprint"]) and manifest["shards"] is not None
-    except (ValueError, KeyError, TypeError) as error:
-        logger.warning(f"{path}: cannot be read ({type(error).__name__}), so the store is not used")
+        return read_sealed(path, Manifest)
+    except DamagedError as error:
+        logger.warning(f"{folder}: {error}, so the store is not used")
         return None
-    if not known:
-        logger.warning(f"{path}: has another format than {FORMAT}, so the store is not used")
-        return None
-    return manifest
 
 
-def broken_shard(folder: Path, shard: Mapping[str, Any]) -> str | None:
-    """Why a shard is not as it was written, or None if it is; reads it whole."""
-    for entry in shard["files"].values():
-        path = folder / entry["file"]
-        if not path.is_file():
-            return f"{entry['file']} is missing"
-        if path.stat().st_size != entry["size"] or sha256_of(path) != entry["sha256"]:
-            return f"{entry['file']} differs from what was written"
-    return None
+def broken_shard(folder: Path, shard: Shard, arrays: Iterable[str] = ()) -> str | None:
+    """Why a shard is not as it was written, or lacks one of ``arrays``; None if it is whole. Reads it whole."""
+    missing = [name for name in arrays if name not in shard.files]
+    if missing:
+        return f"it has no {missing[0]}"
+    differences = (record.differs(folder / record.file) for record in shard.files.values())
+    return next((problem for problem in differences if problem), None)
 
 
 class StoreReader:
@@ -168,12 +188,11 @@ class StoreReader:
         if manifest is None:
             raise UserError(f"{folder}: holds no store (no {MANIFEST}); valid: a folder that a scoring pass wrote")
         self.folder = folder
-        self.parts: dict[str, str] = manifest["fingerprint"]
-        self.count: int = manifest["count"]
-        self.shard_samples: int = manifest["shard_samples"]
-        self.shards: list[dict[str, Any]] = [manifest["shards"][k] for k in sorted(manifest["shards"], key=int)]
+        self.parts, self.count, self.shard_samples = manifest.fingerprint, manifest.count, manifest.shard_samples
+        self.shards = [manifest.shards[k] for k in sorted(manifest.shards, key=int)]
         expected = -(-self.count // self.shard_samples)
-        if len(self.shards) != expected:
+        starts = [shard.samples[0] for shard in self.shards]
+        if len(self.shards) != expected or starts != list(range(0, self.count, self.shard_samples)):
             raise UserError(f"{folder}: holds {len(self.shards)} of {expected} shards; run its scoring pass to the end")
         for shard in self.shards if check else ():
             problem = broken_shard(folder, shard)
@@ -185,8 +204,8 @@ class StoreReader:
 
     def read(self, index: int, name: str) -> NDArray[Any]:
         """An array of shard ``index``, memory-mapped."""
-        if name not in self.shards[index]["files"]:
-            raise UserError(f"{self.folder}: holds no {name}, but {', '.join(self.shards[index]['files'])}")
+        if name not in self.shards[index].files:
+            raise UserError(f"{self.folder}: holds no {name}, but {listed(self.shards[index].files)}")
         return _map(self.folder, self.shards[index], name)
 
     def rows(self, name: str, places: Ids) -> NDArray[Any]:
@@ -200,12 +219,16 @@ class StoreReader:
         return out
 
 
-def _map(folder: Path, shard: Mapping[str, Any], name: str) -> NDArray[Any]:
-    array: NDArray[Any] = np.load(folder / shard["files"][name]["file"], mmap_mode="r", allow_pickle=False)
+def _map(folder: Path, shard: Shard, name: str) -> NDArray[Any]:
+    path = folder / shard.files[name].file
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read as a .npy file ({type(error).__name__}); score again") from None
     return array
 
 
-def _write_array(path: Path, array: NDArray[Any]) -> dict[str, Any]:
+def _write_array(path: Path, array: NDArray[Any]) -> ArrayRecord:
     """Write through a temporary file, fsync and rename; what the manifest says of the file."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as handle:
@@ -213,4 +236,4 @@ def _write_array(path: Path, array: NDArray[Any]) -> dict[str, Any]:
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(temporary, path)
-    return {"file": path.name, "size": path.stat().st_size, "sha256": sha256_of(path)}
+    return ArrayRecord(file=path.name, **FileRecord.of(path).model_dump())

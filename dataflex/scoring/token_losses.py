@@ -33,7 +33,7 @@ def write_token_losses(
     ids = np.arange(len(pool), dtype=np.int64)
     store = ShardStore(Path(folder), {**fingerprint, POOL: pool.fingerprint}, ids, shard_samples)
     if dist.is_main():
-        store.resume()
+        store.resume("values", "offsets")
     done = dist.broadcast_object(set(store.shards))
     for index in range(len(store)):
         if index in done:

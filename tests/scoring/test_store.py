@@ -21,6 +21,8 @@ from dataflex.scoring.store import (
 )
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
+from dataflex.utils.records import write_sealed
+from tests.faults import bit_flips
 
 IDS = np.arange(11, dtype=np.int64)
 PARTS = {"weights": "w1", "pool": "p1"}
@@ -135,3 +137,53 @@ def test_fingerprints() -> None:
     assert digest_of({"a": "1", "b": "2"}) == digest_of({"b": "2", "a": "1"}) != digest_of({"a": "1"})
     assert ids_part(IDS, 11) == "all 11"
     assert ids_part(IDS, 12) != ids_part(IDS[::-1].copy(), 12) != ids_part(IDS[:-1], 12)
+
+
+def test_a_flipped_bit_in_a_manifest_is_seen(tmp_path: Path, said: list[str]) -> None:
+    filled(tmp_path)
+    _every_flip(tmp_path, 500)
+
+
+@pytest.mark.slow
+def test_every_bit_of_a_manifest(tmp_path: Path, said: list[str]) -> None:
+    filled(tmp_path)
+    assert _every_flip(tmp_path, None) > 8000
+
+
+def _every_flip(folder: Path, most: int | None) -> int:
+    """Flip bits of the manifest; a store is then either not used or the same. How many were seen."""
+    seen = 0
+    for _ in bit_flips(folder / MANIFEST, most):
+        shards = resumed(folder).shards
+        assert sorted(shards) in ([], [0, 1, 2])
+        if shards:
+            assert np.array_equal(StoreReader(folder).rows("features", IDS), ROWS)
+            continue
+        seen += 1
+        with pytest.raises(UserError, match="holds no store"):
+            StoreReader(folder)
+    assert sorted(resumed(folder).shards) == [0, 1, 2]
+    return seen
+
+
+FORGED: dict[str, dict[str, Any]] = {
+    "no shards": {"shards": {}},
+    "another shard": {"shards": {"7": {"samples": [28, 32], "ids": [28, 31], "files": {}}}},
+    "other samples": {"shards": {"0": {"samples": [0, 5], "ids": [0, 4], "files": {}}}},
+    "no files": {"shards": {"0": {"samples": [0, 4], "ids": [0, 3], "files": {}}}},
+    "no samples": {"count": 0},
+    "shards of nothing": {"shard_samples": 0},
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_manifest_with_a_right_seal_is_held_against_the_pass(tmp_path: Path, said: list[str], case: str) -> None:
+    filled(tmp_path)
+    content = json.loads((tmp_path / MANIFEST).read_text())
+    del content["seal"]
+    write_sealed(tmp_path / MANIFEST, content | FORGED[case])
+    store = ShardStore(tmp_path, PARTS, IDS, 4)
+    store.resume("features")
+    assert not store.shards
+    with pytest.raises(UserError):
+        StoreReader(tmp_path)

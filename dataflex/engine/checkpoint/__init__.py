@@ -1,9 +1,9 @@
 """Checkpoints that count only when whole.
 
 A checkpoint is a folder with DeepSpeed's files, ``dataflex_state.pt`` (steps, plan, hooks; rank-identical),
-``dataflex_random_rank<r>.pt`` and, written last, ``dataflex_manifest.json`` with every file's size and sha256.
-The pointer ``latest`` beside it is renamed into place after that. A folder without a matching manifest is a
-broken checkpoint and is passed over with a warning.
+``dataflex_random_rank<r>.pt`` and, written last, ``dataflex_manifest.json`` with every file's size and sha256, and its
+own. The pointer ``latest`` beside it is renamed into place after that. A folder without a matching manifest is a broken
+checkpoint and is passed over with a warning.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from dataflex.engine.checkpoint.manifest import (
     MANIFEST,
     POINTER,
     STATE,
+    Manifest,
     broken,
     newest_whole,
     newest_whole_here,
+    read_manifest,
+    saved_step,
     step_of,
 )
 from dataflex.engine.checkpoint.saving import save
@@ -25,6 +28,7 @@ __all__ = [
     "MANIFEST",
     "POINTER",
     "STATE",
+    "Manifest",
     "broken",
     "decode",
     "deepspeed_globals",
@@ -34,6 +38,8 @@ __all__ = [
     "load_weights",
     "newest_whole",
     "newest_whole_here",
+    "read_manifest",
     "save",
+    "saved_step",
     "step_of",
 ]

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from dataflex.engine.checkpoint.manifest import STATE, broken
-from dataflex.engine.checkpoint.state import check_identity, decode, identity, restore, set_random_state
+from dataflex.engine.checkpoint.manifest import STATE, broken, random_state_file
+from dataflex.engine.checkpoint.state import SavedState, check_identity, decode, identity, restore, set_random_state
 from dataflex.engine.loop import Loop
 from dataflex.utils import dist
-from dataflex.utils.errors import UserError
+from dataflex.utils.errors import UserError, cut
+from dataflex.utils.records import DamagedError, fitted
 
 FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -27,13 +28,17 @@ def load(engine: Any, loop: Loop, folder: Path) -> dict[str, Any]:
     problem = dist.broadcast_object(broken(folder) if dist.is_main() else None)
     if problem:
         raise UserError(f"{folder}: {problem}")
-    state = decode(torch.load(folder / STATE, weights_only=True))
+    state = read_state(folder)
     check_identity(state["identity"], identity(loop), folder)
     with _no_code():
         path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=not state["frozen"])
     assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
     restore(loop, state)
-    set_random_state(torch.load(folder / f"dataflex_random_rank{dist.rank()}.pt", weights_only=True))
+    file = folder / random_state_file(dist.rank())
+    try:
+        set_random_state(read_plain(file))
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{file}: holds no random state ({cut(str(error))})") from error
     client_state: dict[str, Any] = state["client_state"]
     return client_state
 
@@ -46,13 +51,30 @@ def load_weights(engine: Any, folder: Path) -> int:
     problem = dist.broadcast_object(broken(folder) if dist.is_main() else None)
     if problem:
         raise UserError(f"{folder}: {problem}")
-    state = decode(torch.load(folder / STATE, weights_only=True))
+    state = read_state(folder)
     now = {"world_size": dist.world_size(), "zero_stage": engine.zero_optimization_stage()}
     check_identity(state["identity"], now, folder)
     with _no_code():
         path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=not state["frozen"])
     assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
     return int(state["step"])
+
+
+def read_plain(path: Path) -> Any:
+    """What `encode` made of the content of ``path``, decoded. UserError where it cannot be read; no code of it runs."""
+    try:
+        return decode(torch.load(path, weights_only=True))
+    except Exception as error:  # whatever else than a whole file may lie there, its reader says so in many ways
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {cut(str(error))})") from error
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The dataflex state of a checkpoint. UserError where it is not one."""
+    try:
+        state: dict[str, Any] = fitted(SavedState, read_plain(folder / STATE), STATE)
+    except DamagedError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return state
 
 
 def deepspeed_globals() -> list[Any]:

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from dataflex.utils import dist
-from dataflex.utils.files import sha256_of
 from dataflex.utils.logging import logger
+from dataflex.utils.records import DamagedError, FileRecord, InnerPath, Record, read_sealed
 
 STATE = "dataflex_state.pt"
 MANIFEST = "dataflex_manifest.json"
 POINTER = "latest"
+
+
+class Manifest(Record):
+    """What a checkpoint holds. step: optimizer steps done. dataflex: the version. files: every other file."""
+
+    step: Annotated[int, Field(ge=0)]
+    world_size: Annotated[int, Field(ge=1)]
+    dataflex: str
+    files: dict[InnerPath, FileRecord]
+
+
+def random_state_file(rank: int) -> str:
+    """The name of the file with the random state of ``rank``."""
+    return f"dataflex_random_rank{rank}.pt"
 
 
 def newest_whole(directory: Path) -> Path | None:
@@ -21,10 +37,15 @@ def newest_whole(directory: Path) -> Path | None:
 
 
 def newest_whole_here(directory: Path) -> Path | None:
-    """`newest_whole` without its broadcast, for code that runs on one rank."""
+    """`newest_whole` without its broadcast, for code that runs on one rank.
+
+    The steps are those that the manifests name, so a folder may have any name.
+    """
     folders = [p for p in directory.glob("*") if p.is_dir() and (p / STATE).exists()]
     folders += [p for p in directory.glob("checkpoint-*") if p.is_dir() and p not in folders]
-    for folder in sorted(folders, key=step_of, reverse=True):
+    found = [(read_manifest(folder), folder) for folder in folders]
+    steps = {folder: step_of(folder) if isinstance(content, str) else content.step for content, folder in found}
+    for folder in sorted(folders, key=lambda p: (steps[p], step_of(p)), reverse=True):
         problem = broken(folder)
         if problem is None:
             return folder
@@ -32,23 +53,34 @@ def newest_whole_here(directory: Path) -> Path | None:
     return None
 
 
-def broken(folder: Path) -> str | None:
-    """Why ``folder`` is not a whole checkpoint, or None if it is: compares every file with the manifest."""
+def read_manifest(folder: Path) -> Manifest | str:
+    """A checkpoint's manifest, or why there is none that can be used."""
     if not folder.is_dir():
         return "there is no such checkpoint"
     if not (folder / MANIFEST).exists():
         return f"it has no {MANIFEST} (the save did not finish)"
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, TypeError) as exc:
-        return f"{MANIFEST} cannot be read ({type(exc).__name__})"
-    for name, expected in files.items():
-        path = folder / name
-        if not path.exists():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["size"] or sha256_of(path) != expected["sha256"]:
-            return f"{name} differs from what was saved"
-    return None
+        manifest = read_sealed(folder / MANIFEST, Manifest)
+    except DamagedError as error:
+        return str(error)
+    needed = {STATE, *(random_state_file(rank) for rank in range(manifest.world_size))}
+    missing = sorted(needed - manifest.files.keys())
+    return f"{MANIFEST} does not name {missing[0]}" if missing else manifest
+
+
+def broken(folder: Path) -> str | None:
+    """Why ``folder`` is not a whole checkpoint, or None if it is: compares every file with the manifest."""
+    manifest = read_manifest(folder)
+    if isinstance(manifest, str):
+        return manifest
+    differences = (record.differs(folder / name) for name, record in manifest.files.items())
+    return next((problem for problem in differences if problem), None)
+
+
+def saved_step(folder: Path) -> int:
+    """Optimizer steps that a checkpoint was saved after: of its manifest, else by its name."""
+    manifest = read_manifest(folder)
+    return step_of(folder) if isinstance(manifest, str) else manifest.step
 
 
 def step_of(folder: Path) -> int:

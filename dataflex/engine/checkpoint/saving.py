@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dataflex import __version__
-from dataflex.engine.checkpoint.manifest import MANIFEST, POINTER, STATE
+from dataflex.engine.checkpoint.manifest import MANIFEST, POINTER, STATE, Manifest, random_state_file
 from dataflex.engine.checkpoint.state import encode, random_state, state_of
 from dataflex.engine.loop import Loop
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
-from dataflex.utils.files import sha256_of, write_atomically
+from dataflex.utils.files import write_atomically
+from dataflex.utils.records import FileRecord, write_sealed
 
 
 def save(engine: Any, loop: Loop, folder: Path, client_state: dict[str, Any]) -> None:
@@ -27,20 +27,20 @@ def save(engine: Any, loop: Loop, folder: Path, client_state: dict[str, Any]) ->
         _clear(folder)
     dist.barrier()
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(random_state(), folder / f"dataflex_random_rank{dist.rank()}.pt")
+    torch.save(random_state(), folder / random_state_file(dist.rank()))
     engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=frozen)
     if dist.is_main():
         torch.save(state, folder / STATE)
     dist.barrier()
     if dist.is_main():
         files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-        manifest = {
-            "step": loop.run.step,
-            "world_size": dist.world_size(),
-            "dataflex": __version__,
-            "files": {name: {"size": p.stat().st_size, "sha256": sha256_of(p)} for name, p in files.items()},
-        }
-        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
+        manifest = Manifest(
+            step=loop.run.step,
+            world_size=dist.world_size(),
+            dataflex=__version__,
+            files={name: FileRecord.of(path) for name, path in files.items()},
+        )
+        write_sealed(folder / MANIFEST, manifest.model_dump())
         write_atomically(folder.parent / POINTER, folder.name)
     dist.barrier()
 

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from dataflex.core.plan import Plan
 from dataflex.engine.loop import Loop
-from dataflex.utils.errors import UserError
+from dataflex.utils.errors import UserError, cut, shown
+
+
+@with_config(ConfigDict(arbitrary_types_allowed=True, strict=True, extra="allow"))
+class SavedState(TypedDict):
+    """What `dataflex_state.pt` holds. sample_ids: int64 [n], probabilities: float64 [n], of the phase's plan."""
+
+    identity: dict[str, Any]
+    step: Annotated[int, Field(ge=0)]
+    phase: Annotated[list[int], Field(min_length=3, max_length=3)]
+    sample_ids: np.ndarray
+    probabilities: np.ndarray
+    hooks: list[dict[Any, Any]]
+    client_state: dict[Any, Any]
+    frozen: bool
 
 
 def identity(loop: Loop) -> dict[str, Any]:
@@ -32,9 +48,13 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> 
     for key, value in now.items():
         if saved.get(key) != value:
             raise UserError(
-                f"{folder}: the checkpoint has {key} {saved.get(key)}, this run has {value}; resume with the "
-                "configuration that it was made with, or start in another output_dir"
+                f"{folder}: the checkpoint has {key} {_said(saved.get(key))}, this run has {_said(value)}; resume with "
+                "the configuration that it was made with, or start in another output_dir"
             )
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) and len(value) <= 80 else shown(value, 200)
 
 
 def state_of(loop: Loop) -> dict[str, Any]:
@@ -53,9 +73,17 @@ def state_of(loop: Loop) -> dict[str, Any]:
 
 def restore(loop: Loop, state: dict[str, Any]) -> None:
     run = loop.run
+    if len(state["hooks"]) != len(loop.hooks):
+        raise UserError(f"the checkpoint has the state of {len(state['hooks'])} hooks, this run has {len(loop.hooks)}")
     run.step = state["step"]
     for hook, saved in zip(loop.hooks, state["hooks"], strict=True):
-        hook.load_state_dict(saved)
+        try:
+            hook.load_state_dict(saved)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            what = f"{type(error).__name__}: {cut(str(error))}"
+            raise UserError(f"the checkpoint's state does not fit {hook.identity} ({what})") from error
     if run.step >= run.total_steps:
         return
     phase = run.schedule.phase_at(run.step)
