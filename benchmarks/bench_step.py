@@ -30,7 +30,7 @@ VOCABULARY, TOKENS, MICRO_BATCH = 8192, 256, 4
 VARIANTS: dict[str, dict[str, Any]] = {
     "static": {},
     "loss weighting": {"train_type": "dynamic_weight", "component_name": "loss"},
-    "adapt weighting": {"train_type": "dynamic_weight", "component_name": "adapt"},
+    "adapt_softmax weighting": {"train_type": "dynamic_weight", "component_name": "adapt_softmax"},
     "weighted sampling": {"sampling": "inverse_domain", "sampling_correction": True},
     "random mixing": {"train_type": "dynamic_mix", "component_name": "random", "update_step": 10},
     "odm": {"train_type": "dynamic_mix", "component_name": "odm", "update_step": 1},

@@ -26,13 +26,15 @@ from process_group import start_process
 
 SHUFFLED, MICRO, ACCUMULATION = 0.3, 16, 1
 WIDTH, LAYERS, TOKENS, RATE = 96, 3, 320, 3e-3
+SOFTMAX = {"weight": "softmax", "refresh_step": 25, "temperature": 0.02}
 VARIANTS: dict[str, dict[str, Any]] = {
     "loss uniform": {"name": "loss", "params": {"strategy": "uniform"}},
     "loss linupper": {"name": "loss", "params": {"strategy": "linupper"}},
     "loss quadratic": {"name": "loss", "params": {"strategy": "quadratic"}},
     "loss extremes": {"name": "loss", "params": {"strategy": "extremes"}},
-    "adapt mean": {"name": "adapt", "params": {"similarity": "mean", "refresh_step": 25, "temperature": 0.02}},
-    "adapt max": {"name": "adapt", "params": {"similarity": "max", "refresh_step": 25, "temperature": 0.02}},
+    "adapt": {"name": "adapt", "params": {"refresh_step": 25}},
+    "adapt_softmax mean": {"name": "adapt", "params": {"similarity": "mean", **SOFTMAX}},
+    "adapt_softmax max": {"name": "adapt", "params": {"similarity": "max", **SOFTMAX}},
 }
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class Run:
     """One training run. ``step`` counts finished optimizer steps; ``loss`` is that of the last global batch.
 
-    ``micro_batch`` is per rank; ``global_batch`` is micro-batch x GAS x world size, in samples.
+    ``micro_batch`` is per rank; ``global_batch`` is micro-batch x GAS x world size, in samples. ``figures``: what hooks
+    have to say of the step in its line of the log, emptied before each step.
     """
 
     schedule: Schedule
@@ -32,6 +33,7 @@ class Run:
     step: int = 0
     loss: float = float("nan")
     clock: Clock = field(default_factory=Clock)
+    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def global_batch(self) -> int:

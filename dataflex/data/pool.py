@@ -54,6 +54,10 @@ class TrainingPool(ABC):
         """The domain of each sample, int64 [n]. ids: int64 [n]."""
 
     @abstractmethod
+    def lengths_of(self, ids: np.ndarray) -> np.ndarray:
+        """Tokens of each sample, int64 [n]. ids: int64 [n]; of streams, samples that this rank read for this step."""
+
+    @abstractmethod
     def weight_rows(self, ids: np.ndarray) -> np.ndarray:
         """Where the weights of these samples lie in `StaticWeights.loss`, int64 [n]."""
 
@@ -122,6 +126,9 @@ class Pool(TrainingPool):
 
     def domains_of(self, ids: Any) -> np.ndarray:
         return self.domain_ids[ids].astype(np.int64)
+
+    def lengths_of(self, ids: np.ndarray) -> np.ndarray:
+        return self.lengths[ids].astype(np.int64)
 
     def weight_rows(self, ids: np.ndarray) -> np.ndarray:
         return ids

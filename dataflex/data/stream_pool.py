@@ -175,6 +175,9 @@ class StreamPool(TrainingPool):
     def first_ids(self, count: int) -> np.ndarray:
         return np.arange(count)
 
+    def lengths_of(self, ids: np.ndarray) -> np.ndarray:
+        return np.array([self._lengths[int(index)] for index in ids], dtype=np.int64)
+
     def tokens_of(self, batch: Any) -> np.ndarray:
         """A collective: a rank knows the lengths of what it read."""
         tokens = torch.zeros(len(self.streams), dtype=torch.int64)

@@ -178,6 +178,7 @@ class Loop:
 
     def training_step(self, batch: StepBatch) -> float:
         """Forward, weighting, backward and optimizer step for one batch; the loss of the global batch."""
+        self.run.figures = {}
         self._each("on_step_start", self.run, batch)
         loss = self.stepper.step(batch)
         self.run.step += 1

@@ -50,7 +50,7 @@ class LogHook(Hook):
         entry = self._entry(run)
         self._losses = []
         self.add(run, entry)
-        shown = {key: f"{entry[key]:.4g}" for key in ("loss", "grad_norm", "lr", "epoch") if key in entry}
+        shown = {key: f"{entry[key]:.4g}" for key in ("loss", "grad_norm", "lr", "epoch", *run.figures) if key in entry}
         if self._bar is not None:
             self._bar.set_postfix(shown)
         else:
@@ -122,7 +122,7 @@ class LogHook(Hook):
         norm = run.engine.get_global_grad_norm()
         if norm is not None:
             entry["grad_norm"] = float(norm)
-        return entry
+        return entry | run.figures
 
     def _epoch(self, run: Run) -> dict[str, float]:
         """``epoch``: samples trained on / samples in the pool; nothing where the data is streamed."""

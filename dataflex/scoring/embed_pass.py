@@ -22,15 +22,15 @@ from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
-POOLINGS = ("mean", "last", "trained")
+POOLINGS = ("mean", "last", "trained", "weighted")
 
 
 def pooled(hidden: Tensor, real: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
     """One vector per sample, float32 [S, H].
 
-    hidden: [N, H], any float dtype; real: bool [N], false for padding; cu_seqlens: [S + 1]. pooling: ``mean`` over
-    the real tokens, or the ``last`` of them. A sample without a real token has zeros. ``trained``, the mean over the
-    positions that are trained, is ``mean`` with those as the real ones.
+    hidden: [N, H], any float dtype; real: bool [N], the positions that count (`counted_positions`); cu_seqlens:
+    [S + 1]. pooling: the ``last`` of them; ``weighted``, sum_i i h_i / sum_j j with i from 1 over them; else their
+    mean. A sample without any has zeros.
     """
     if pooling == "last":
         place = torch.arange(len(real), device=real.device)
@@ -38,8 +38,11 @@ def pooled(hidden: Tensor, real: Tensor, cu_seqlens: Tensor, pooling: str) -> Te
         last = torch.full((len(cu_seqlens) - 1,), -1, device=real.device)
         last.scatter_reduce_(0, sample[real], place[real], "amax")
         return hidden[last.clamp_min(0)].float() * (last >= 0)[:, None]
-    weights = real.to(torch.float32)
     lengths = cu_seqlens.diff()
+    weights = real.to(torch.float32)
+    if pooling == "weighted":
+        so_far = torch.cat([weights.new_zeros(1), weights.cumsum(0, dtype=torch.float64)])
+        weights *= so_far[1:] - so_far[cu_seqlens[:-1]].repeat_interleave(lengths)
     sums = torch.segment_reduce(hidden.float() * weights[:, None], "sum", lengths=lengths, axis=0, unsafe=True)
     counts = torch.segment_reduce(weights, "sum", lengths=lengths, unsafe=True)
     return sums / counts.clamp_min(1)[:, None]
@@ -59,10 +62,8 @@ def embeddings(scorer: Scorer, dataset: Any, ids: Ids | None = None, *, pooling:
     with scoring_mode(scorer.engine.module, gradients=False), _last_hidden_states(scorer.engine.module) as forward:
         for places, counts in deal(batches, dist.rank(), dist.world_size()):
             batch = split_batch(scorer.collator([dataset[int(i)] for i in ids[places]]), scorer.device)
-            if pooling == "trained":
-                real = batch.labels != -100
-            else:
-                real = _real_tokens(batch.inputs, batch.cu_seqlens, torch.from_numpy(lengths[places]).to(scorer.device))
+            tokens = torch.from_numpy(lengths[places]).to(scorer.device)
+            real = counted_positions(batch.inputs, batch.labels, batch.cu_seqlens, tokens, pooling)
             vectors = pooled(forward(batch.inputs).flatten(0, 1), real, batch.cu_seqlens, pooling)
             if out is None:
                 out = np.zeros((len(ids), vectors.shape[1]), dtype=np.float32)
@@ -76,8 +77,16 @@ def embeddings(scorer: Scorer, dataset: Any, ids: Ids | None = None, *, pooling:
     return merge(out, scorer.device)
 
 
-def _real_tokens(inputs: dict[str, Tensor], cu_seqlens: Tensor, lengths: Tensor) -> Tensor:
-    """bool [N]: by the attention mask, else (packed rows have none) the first ``lengths`` tokens of each segment."""
+def counted_positions(
+    inputs: dict[str, Tensor], labels: Tensor, cu_seqlens: Tensor, lengths: Tensor, pooling: str
+) -> Tensor:
+    """bool [N], what ``pooling`` is over: the positions that are trained (``trained``), else all but the padding.
+
+    labels: [N], shifted. lengths: int64 [S]; where there is no attention mask (packed rows have none) the first
+    ``lengths`` tokens of each segment are the sample's.
+    """
+    if pooling == "trained":
+        return labels != -100
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         return mask.flatten().bool()

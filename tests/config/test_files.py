@@ -35,7 +35,7 @@ def test_packaged_components_are_complete() -> None:
     assert {group: list(entries) for group, entries in groups.items()} == {
         "selectors": ["less", "less_exact", "cluster_less", "loss", "random", "custom"],
         "mixers": ["random", "static", "stratified", "temperature", "odm", "doremi", "dynamic_moe"],
-        "weighters": ["loss", "adapt", "custom"],
+        "weighters": ["loss", "adapt", "adapt_softmax", "custom"],
     }
     assert groups["selectors"]["less"]["params"] == {
         "gradient_type": "adam",
@@ -51,9 +51,9 @@ def test_unknown_component_names_the_nearest_the_group_and_what_there_is() -> No
     with pytest.raises(UserError) as caught:
         weight_run(component_name="los")
     file = packaged("components.yaml")
-    text = f"'los' is not in weighters of {file} (did you mean 'loss'?); there are: loss, adapt, custom"
+    text = f"'los' is not in weighters of {file} (did you mean 'loss'?); there are: loss, adapt, adapt_softmax, custom"
     assert str(caught.value) == f"config:component_name: {text}"
-    with pytest.raises(UserError, match=r"\('less' is in selectors\); there are: loss, adapt, custom"):
+    with pytest.raises(UserError, match=r"\('less' is in selectors\); there are: loss, adapt, adapt_softmax, custom"):
         weight_run(component_name="less")
 
 

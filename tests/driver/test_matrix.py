@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dataflex.report.trainer_log import read_log
 from tests.distributed import ROOT, run_ranks
 from tests.driver.workspace import settings
 
@@ -156,6 +157,8 @@ def test_a_weighted_run_tells_of_its_weights(runs: dict[str, Any], workspace: Pa
     lines = [json.loads(line) for line in (workspace / "runs" / "weights" / "weights.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(0 < line["min"] < line["max"] and set(line["domains"]) <= {"a", "b"} for line in lines)
+    logged = [entry["weight_mean"] for entry in read_log(workspace / "runs" / "weights") if "loss" in entry]
+    assert logged == [line["mean"] for line in lines]
 
 
 def test_grouping_changes_the_order_only(runs: dict[str, Any]) -> None:

@@ -123,7 +123,7 @@ def make_references(folder: Path) -> None:
 
 
 def every_run(folder: str, world: int) -> dict[str, Any]:
-    """{run: steps} of doremi with a model and a store, and odm, with 1 and 2 micro-batches a step."""
+    """{run: steps} of doremi with a model and a store, and odm, in both variants, with 1 and 2 micro-batches a step."""
     where, found = Path(folder), {}
     make_references(where)
     for gas in (1, 2):
@@ -131,6 +131,11 @@ def every_run(folder: str, world: int) -> dict[str, Any]:
             params = {"reference_model_path": str(where / kind), "reweight_eta": ETA, "reweight_eps": SMOOTHING}
             flex = {"update_step": 3}
             found[f"doremi {kind} {gas}"] = train("doremi", params, where / f"doremi-{kind}-{gas}", gas, **flex)
+        official = {"variant": "official", "weight_normalization": "tokens", "update_step": 3}
+        name, params = f"doremi official {gas}", {**params, "variant": official.pop("variant")}
+        found[name] = train("doremi", params, where / f"doremi-official-{gas}", gas, **official)
+        params = {"alpha": ALPHA, "variant": "official"}
+        found[f"odm official {gas}"] = train("odm", params, where / f"odm-official-{gas}", gas, update_step=1)
         for update in (1, 3):
             flex = {"update_step": update}
             found[f"odm {update} {gas}"] = train("odm", {"alpha": ALPHA}, where / f"odm-{update}-{gas}", gas, **flex)

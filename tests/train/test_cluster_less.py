@@ -151,7 +151,7 @@ def test_representatives_and_picks_are_the_nearest_of_the_best() -> None:
         ({"n_clusters": 4, "representatives": 0}, "cluster_less: representatives: expected at least 1, got 0"),
         (
             {"n_clusters": 4, "pooling": "meen"},
-            "cluster_less: pooling: 'meen' (did you mean 'mean'?); valid: mean, last, trained",
+            "cluster_less: pooling: 'meen' (did you mean 'mean'?); valid: mean, last, trained, weighted",
         ),
     ],
 )

@@ -15,6 +15,8 @@ K = len(SIZES)
 DOREMI = [f"doremi {kind} {gas}" for kind in ("reference", "store") for gas in (1, 2)]
 ODM = [f"odm {update} {gas}" for update in (1, 3) for gas in (1, 2)]
 
+OFFICIAL = [f"{mixer} official {gas}" for mixer in ("doremi", "odm") for gas in (1, 2)]
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, list[dict[str, Any]]]]:
@@ -83,6 +85,73 @@ def odm_by_hand(ranks: list[dict[str, Any]], name: str) -> tuple[list[np.ndarray
     return found, proportions
 
 
+def official_doremi_by_hand(ranks: list[dict[str, Any]], gas: int) -> tuple[list[np.ndarray], list[float]]:
+    """The authors' update written out, and their loss: in each micro-batch sum w l / sum w over its tokens.
+
+    A micro-batch counts by its tokens; with one they are theirs exactly.
+    """
+    alpha, excess = np.array(SHARES), np.full(K, np.log(259))
+    weights, losses = [], []
+    for step in range(STEPS):
+        rows = tokens_of(ranks, f"doremi official {gas}", step)
+        before = alpha
+        if step >= WARMUP:
+            for d in range(K):
+                mine = rows[rows[:, 1] == d]
+                excess[d] = np.maximum(mine[:, 2] - mine[:, 3], 0.0).mean() if len(mine) else excess[d]
+            alpha = alpha * np.exp(ETA * excess)
+            alpha = (1 - SMOOTHING) * alpha / alpha.sum() + SMOOTHING / K
+        used = np.array(SHARES) if step < WARMUP else alpha if gas == 1 else before
+        total, ids = 0.0, ranks[0][f"doremi official {gas}"][step]["ids"]
+        for part in np.split(np.array(ids), gas):
+            of_sample = [rows[rows[:, 0] == i] for i in part]
+            mine = np.concatenate([own[: len(own) // ids.count(i)] for i, own in zip(part, of_sample, strict=True)])
+            w = (used / np.array(SHARES))[mine[:, 1].astype(int)]
+            total += (w * mine[:, 2]).sum() / w.sum() * len(mine) / len(rows)
+        weights.append(alpha)
+        losses.append(total)
+    return weights, losses
+
+
+def official_odm_by_hand(ranks: list[dict[str, Any]], name: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The authors' group_update, one number at a time: nothing in the warm-up, and t is the number of the step."""
+    rewards, shares = [0.0] * K, list(SHARES)
+    found, proportions = [], []
+    for step in range(STEPS):
+        proportions.append(np.array(shares))
+        rows = tokens_of(ranks, name, step)
+        iteration = step + 1
+        if iteration > WARMUP:
+            epsilon = min(1 / K, (np.log(K) / (K * iteration)) ** 0.5)
+            for d in set(rows[:, 1].astype(int)):
+                rewards[d] = ALPHA * rewards[d] + (1 - ALPHA) * np.exp(rows[rows[:, 1] == d][:, 2].mean())
+            shares = [(1 - K * epsilon) * r / sum(rewards) + epsilon for r in rewards]
+        found.append(np.array(rewards))
+    return found, proportions
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("gas", [1, 2])
+def test_official_doremi_divides_by_the_weights_of_the_tokens(gas: int, world: int, runs: Any) -> None:
+    weights, losses = official_doremi_by_hand(runs[world], gas)
+    for rank in runs[world]:
+        steps = rank[f"doremi official {gas}"]
+        np.testing.assert_allclose([s["state"] for s in steps], weights, rtol=0, atol=2e-6)
+        np.testing.assert_allclose([s["loss"] for s in steps], losses, rtol=2e-6)
+    paper = [s["loss"] for s in runs[world][0][f"doremi store {gas}"]]
+    assert np.abs(np.array(paper) - losses)[WARMUP:].max() > 0.01, "the variants do not differ here"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("gas", [1, 2])
+def test_official_odm_learns_and_samples_as_the_authors_code(gas: int, world: int, runs: Any) -> None:
+    rewards, proportions = official_odm_by_hand(runs[world], f"odm official {gas}")
+    assert np.ptp(proportions[-1]) > 0.005, "the run moves nothing, so that the test could not fail"
+    for rank in runs[world]:
+        np.testing.assert_allclose([s["state"] for s in rank[f"odm official {gas}"]], rewards, rtol=4e-6)
+        np.testing.assert_allclose([s["proportions"] for s in rank[f"odm official {gas}"]], proportions, rtol=4e-6)
+
+
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("name", DOREMI)
 def test_doremi_moves_and_uses_its_weights_as_the_paper_says(name: str, world: int, runs: Any) -> None:
@@ -110,7 +179,7 @@ def test_odm_learns_and_samples_as_the_paper_says(name: str, world: int, runs: A
         np.testing.assert_allclose([s["proportions"] for s in rank[name]], proportions, rtol=2e-6)
 
 
-@pytest.mark.parametrize("name", DOREMI + ODM)
+@pytest.mark.parametrize("name", [*DOREMI, *ODM, *OFFICIAL])
 def test_two_ranks_do_what_one_does(name: str, runs: Any) -> None:
     one, *two = (rank[name] for world in (1, 2) for rank in runs[world])
     for rank in two:

@@ -20,7 +20,7 @@ from dataflex.scoring.scorer import Scorer
 from dataflex.train.mixer.doremi_mixer import DoremiMixer, updated_weights
 from dataflex.train.mixer.dynamic_moe_mixer import DynamicMoeMixer, domain_order, mean_distances
 from dataflex.train.mixer.mixture import MixtureManager
-from dataflex.train.mixer.odm_mixer import OdmMixer, exploration, policy
+from dataflex.train.mixer.odm_mixer import OdmMixer, exploration, official_policy, official_rewards, policy
 from dataflex.train.mixer.static_mixer import TemperatureMixer
 from dataflex.train.trainer.mix_trainer import MixPlanner, mix_planner
 from dataflex.utils.errors import UserError
@@ -58,6 +58,28 @@ def test_odm_finds_the_best_arm_of_forty_and_keeps_all_apart() -> None:
     assert shares.sum() == pytest.approx(1)
 
 
+def test_official_odm_stays_with_the_worse_domain_where_the_papers_goes_back_to_equal_shares() -> None:
+    """Planted: losses of 3 and 2, 2, 2 for 10,000 steps. The authors' ends at e^3 / (e^3 + 3 e^2) = 0.475."""
+    found = {}
+    for variant in ("paper", "official"):
+        mixture = manager([100] * 4)
+        mixer, losses = OdmMixer(mixture, variant=variant), np.array([3.0, 2.0, 2.0, 2.0])
+        for step in range(1, 10_001):
+            mixer.learn(losses, np.ones(4))
+            mixture.proportions = mixer.mix(None, step)
+        found[variant] = mixture.proportions
+        assert mixture.proportions.sum() == pytest.approx(1)
+    epsilon = np.sqrt(np.log(4) / (4 * 10_000))
+    want = np.array([np.e, 1, 1, 1]) / (np.e + 3)
+    np.testing.assert_allclose(found["official"], (1 - 4 * epsilon) * want + epsilon, rtol=1e-9)
+    assert found["official"][0] > 0.46 and found["paper"][0] < 0.26
+
+
+def test_official_odm_survives_losses_whose_exponential_does_not_fit() -> None:
+    rewards = official_rewards(np.zeros(2), np.array([2000.0, 1.0]), np.array([True, True]), 0.9)
+    np.testing.assert_allclose(official_policy(rewards, 10**6), [1, 0], atol=1e-3)
+
+
 def test_odm_explores_less_with_time_and_one_domain_is_no_choice() -> None:
     assert [exploration(t, 4) for t in (0, 1)] == [0.25, 0.25]
     assert exploration(100, 4) == pytest.approx(np.sqrt(np.log(4) / 400))
@@ -89,11 +111,14 @@ def routed_by_token(**overrides: Any) -> Any:
     return net
 
 
-def moe_mixer(domains: dict[str, list[list[int]]], packing: bool = False, **params: Any) -> DynamicMoeMixer:
+def moe_mixer(
+    domains: dict[str, list[list[int]]], packing: bool = False, shares: Any = None, **params: Any
+) -> DynamicMoeMixer:
     pool = Pool.from_datasets({n: [{"input_ids": r, "labels": r} for r in rows] for n, rows in domains.items()})
     engine = SimpleNamespace(module=routed_by_token(), device="cpu", empty_partition_cache=lambda: None)
     scorer: Any = Scorer(engine, Collator(0, packing=packing, cutoff_len=24), 40, lambda names: ({}, None))  # type: ignore[arg-type, return-value]
-    mixture = MixtureManager(pool.domain_ids, pool.domain_names, np.full(len(domains), 1 / len(domains)), 0)
+    shares = np.full(len(domains), 1 / len(domains)) if shares is None else shares
+    mixture = MixtureManager(pool.domain_ids, pool.domain_names, shares, 0)
     return DynamicMoeMixer(mixture, pool, scorer, **params)
 
 
@@ -114,6 +139,31 @@ def test_dynamic_moe_raises_the_domain_with_experts_of_its_own(packing: bool) ->
     np.testing.assert_allclose(shares, by_hand)
     assert shares.argmax() == 2
     np.testing.assert_allclose(mean_distances(loads), pairs)
+
+
+def test_the_official_dynamic_moe_looks_at_the_last_layer_only() -> None:
+    """In the first layer each domain has an expert of its own; in the last 'even' and 'also' share one."""
+    draw = np.random.default_rng(0)
+    rows = [(4 * draw.integers(1, 15, size=6)).tolist() for _ in range(4)]
+    domains = {"even": rows[:2], "also": [[t + 2 for t in row] for row in rows[2:]], "odd": [[t + 1 for t in rows[0]]]}
+    start, shares = np.array([0.6, 0.3, 0.1]), {}
+    for variant in ("paper", "official"):
+        mixer = moe_mixer(domains, eta=1.0, c=0.1, variant=variant, shares=start)
+        with torch.no_grad():
+            gate = mixer.scorer.engine.module.model.layers[-1].mlp.gate.weight
+            gate.zero_()
+            gate[0, [0, 2]] = gate[1, [1, 3]] = 1.0
+        shares[variant] = mixer.mix(None, 0)
+    first = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0]])
+    last = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]])
+    deltas = [np.array([[np.linalg.norm(a - b) for b in loads] for a in loads]).mean(axis=1) for loads in (first, last)]
+    assert np.ptp(deltas[0]) < 1e-12, "the first layer alone tells the domains apart evenly"
+    for variant, delta, begin in (
+        ("paper", np.mean(deltas, axis=0), 0.9 * start + 0.1 / 3),
+        ("official", deltas[1], start),
+    ):
+        moved = begin * np.exp(delta)
+        np.testing.assert_allclose(shares[variant], 0.9 * moved / moved.sum() + 0.1 / 3, err_msg=variant)
 
 
 def test_dynamic_moe_looks_at_a_fixed_part_of_every_domain() -> None:
@@ -150,6 +200,14 @@ def doremi(**params: Any) -> DoremiMixer:
             lambda: doremi(reference_model_path="x", variant="oficial"),
             r"variant: 'oficial' \(did you mean 'official'\?\)",
         ),
+        (
+            lambda: OdmMixer(manager([3]), variant="ofical"),
+            r"odm mixer: variant: 'ofical' \(did you mean 'official'\?\)",
+        ),
+        (
+            lambda: DynamicMoeMixer(manager([3]), POOL, DENSE, variant="x"),
+            "dynamic_moe mixer: variant: 'x'; valid: paper, official",
+        ),
         (lambda: OdmMixer(manager([3]), alpha=1.0), "odm mixer: alpha: expected a number from 0 to below 1, got 1.0"),
         (lambda: TemperatureMixer(manager([3]), -1), "temperature mixer: tau: expected a number >= 0, got -1"),
         (lambda: DynamicMoeMixer(manager([3]), POOL, DENSE), "dynamic_moe mixer: a llama model has no experts"),
@@ -164,9 +222,13 @@ def test_wrong_params_are_named(make: Any, text: str) -> None:
         make()
 
 
-def test_the_official_variant_starts_unseen_domains_at_the_log_of_the_vocabulary() -> None:
-    assert doremi(reference_model_path="x").excess.tolist() == [0.0]
-    assert doremi(reference_model_path="x", variant="official").excess.tolist() == [pytest.approx(np.log(259))]
+def test_the_official_doremi_starts_at_the_log_of_the_vocabulary_and_at_the_sampling_proportions() -> None:
+    paper, official = (
+        DoremiMixer(manager([3, 3], [0.8, 0.2]), DENSE, lambda path: lambda micro: torch.zeros(1), "x", variant=variant)
+        for variant in ("paper", "official")
+    )
+    assert paper.excess.tolist() == [0.0, 0.0] and paper.weights.tolist() == [0.5, 0.5]
+    assert official.excess.tolist() == [pytest.approx(np.log(259))] * 2 and official.weights.tolist() == [0.8, 0.2]
 
 
 def test_the_planner_counts_and_warns_once_of_a_domain_that_repeats(

@@ -17,11 +17,17 @@ from dataflex.config.weighting import WeightingSection
 from dataflex.core.weights import StaticWeights
 from dataflex.data.pool import Pool
 from dataflex.train.trainer.weight_trainer import WeightHook, WeightLog, collapsed
-from dataflex.train.weighter.adapt_weighter import AdaptWeighter, similarities, similarity_weights
+from dataflex.train.weighter.adapt_weighter import (
+    AdaptWeighter,
+    directions,
+    sigmoid_weights,
+    similarities,
+    softmax_weights,
+)
 from dataflex.train.weighter.loss_weighter import LossWeighter, loss_weights
 from dataflex.train.weighter.static_weights import class_weights, draw_probabilities, static_weights
 from dataflex.utils.errors import UserError
-from tests.tiny import byte_tokenizer
+from tests.tiny import byte_tokenizer, tiny_llama
 from tests.train.test_planners import make_run
 
 ANSWERS = [[1, 2], [1, 2], [1, 3], [1, 2], [4, 4], [4, 4]]
@@ -139,7 +145,7 @@ def test_wrong_keys(keys: dict[str, Any], text: str) -> None:
 
 def log_of(weights: list[float], tmp_path: Path) -> tuple[WeightLog, Any]:
     run = make_run(output_dir=tmp_path)
-    run.engine.device, run.total_steps, run.pool = "cpu", 9, pool()
+    run.engine.device, run.total_steps, run.pool, run.figures = "cpu", 9, pool(), {}
     log = WeightLog(1, StaticWeights())
     log.on_step_start(run, None)
     log.on_weights(run, SimpleNamespace(sample_ids=np.arange(len(weights))), torch.tensor(weights))
@@ -156,6 +162,7 @@ def test_a_collapse_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert log.state_dict() == {"warned": True}
     line = json.loads((tmp_path / "weights.jsonl").read_text().splitlines()[0])
     assert line["step"] == 1 and line["domains"]["prose"]["samples"] == 2
+    assert run.figures == {"weight_mean": line["mean"]} == {"weight_mean": pytest.approx(9.05 / 6)}
     caplog.clear()
     log_of([1.0, 0.5, 2.0, 1.0], tmp_path)
     assert not caplog.text
@@ -202,9 +209,23 @@ def test_adapt_lowers_the_weight_of_what_is_unlike_the_target() -> None:
     states = torch.where(wrong[:, None], unlike, like) + 0.5 * torch.randn(200, 32, generator=draw)
     anchors = like + 0.5 * torch.randn(8, 32, generator=draw)
     for how in ("mean", "max"):
-        w = similarity_weights(similarities(states, anchors, how), 0.1)
+        scores = similarities(states, directions(anchors, how))
+        w = softmax_weights(scores, 0.1)
         assert float(w.mean()) == pytest.approx(1, abs=1e-5)
         assert float(w[wrong].max()) < float(w[~wrong].min())
+        w = sigmoid_weights(scores, 1.0)
+        assert 0.26 < float(w[wrong].max()) < 0.6 < float(w[~wrong].min()) < 0.74, "neither is moved by the other"
+
+
+@pytest.mark.parametrize("given", [{}, {"weight": "softmax"}])
+def test_adapts_params_are_those_of_its_form_unless_given(given: dict[str, Any]) -> None:
+    scorer: Any = SimpleNamespace(engine=SimpleNamespace(module=tiny_llama()))
+    made = AdaptWeighter(list(range(100)), scorer, **given)
+    found = [made.weight, made.pooling, len(made.anchor_ids), made.refresh_step, made.temperature, made.relative]
+    assert (
+        found == [["sigmoid", "weighted", 100, 50, 1.0, False], ["softmax", "trained", 64, 100, 0.1, True]][bool(given)]
+    )
+    assert AdaptWeighter([1, 2], scorer, num_anchors=1, **given).anchor_ids.size == 1
 
 
 @pytest.mark.parametrize(
@@ -212,7 +233,13 @@ def test_adapt_lowers_the_weight_of_what_is_unlike_the_target() -> None:
     [
         ({"eval_dataset": None}, "adapt weighter: needs a target to compare with: set eval_dataset"),
         ({"similarity": "men"}, r"adapt weighter: similarity: 'men' \(did you mean 'mean'\?\); valid: mean, max"),
-        ({"num_anchors": 0}, "adapt weighter: num_anchors: must be a whole number >= 1, got 0"),
+        (
+            {"weight": "sigmod"},
+            r"adapt weighter: weight: 'sigmod' \(did you mean 'sigmoid'\?\); valid: sigmoid, softmax",
+        ),
+        ({"pooling": "first"}, r"adapt weighter: pooling: 'first'.*; valid: mean, last, trained, weighted"),
+        ({"num_anchors": 0}, "adapt weighter: num_anchors: must be a whole number >= 1, or all, got 0"),
+        ({"num_anchors": "al"}, "adapt weighter: num_anchors: must be a whole number >= 1, or all, got al"),
         ({"refresh_step": 0}, "adapt weighter: refresh_step: must be a whole number >= 1, got 0"),
         ({"temperature": 0.0}, "adapt weighter: temperature: must be > 0, got 0.0"),
         ({"temprature": 1.0}, "AdaptWeighter: unknown param 'temprature' .did you mean 'temperature'"),

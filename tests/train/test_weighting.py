@@ -42,6 +42,12 @@ def test_weights_follow_the_float64_run_step_for_step(
 
 
 @pytest.mark.parametrize("world", [1, 2])
+def test_padding_of_packed_rows_has_no_part_in_a_representation(results: dict[int, dict[str, Any]], world: int) -> None:
+    padded, packed = results[world]["packed"]
+    np.testing.assert_allclose(packed, padded, rtol=1e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2])
 def test_gradients_are_those_of_explicit_weights(results: dict[int, dict[str, Any]], world: int) -> None:
     errors = results[world]["gradients"]
     assert len(errors) == 2 * len(runs.STATIC)

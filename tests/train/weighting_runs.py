@@ -22,7 +22,8 @@ RATE = 0.25
 SIZES = {"short": 9, "long": 15}
 REFRESH = 2
 LOSS = {"delta": 1.5, "r_start": 2.0, "r_end": 0.25}
-ADAPT = {"num_anchors": 3, "refresh_step": REFRESH, "temperature": 0.02, "seed": 4}
+ADAPT = {"weight": "softmax", "num_anchors": 3, "refresh_step": REFRESH, "temperature": 0.02, "seed": 4}
+TAU = 0.5
 WEIGHTERS: dict[str, dict[str, Any]] = {
     "linupper": {"name": "loss", "params": {"strategy": "linupper", **LOSS}},
     "quadratic": {"name": "loss", "params": {"strategy": "quadratic", **LOSS}},
@@ -30,6 +31,7 @@ WEIGHTERS: dict[str, dict[str, Any]] = {
     "uniform": {"name": "loss", "params": {"strategy": "uniform", **LOSS}},
     "mean": {"name": "adapt", "params": {"similarity": "mean", **ADAPT}},
     "max": {"name": "adapt", "params": {"similarity": "max", **ADAPT}},
+    "sigmoid": {"name": "adapt", "params": {"refresh_step": REFRESH, "temperature": TAU}},
 }
 STATIC: dict[str, dict[str, Any]] = {
     "sample": {},
@@ -135,6 +137,16 @@ def trajectories(folder: Path, world: int) -> dict[str, Any]:
     return found
 
 
+def packed_weights(folder: Path, world: int) -> list[list[list[float]]]:
+    """Weights of each step of adapt, padded and packed, where the padding lies in a row's last sample."""
+    found = []
+    for packing in (False, True):
+        engine, watch = engine_of(folder / str(packing), world, {"train_step": 3}, weighter="sigmoid", packing=packing)
+        train(engine)
+        found.append([[step[i] for i in ids] for step, ids in zip(watch.weights, watch.ids, strict=True)])
+    return found
+
+
 def gradients(folder: Path, world: int) -> dict[str, float]:
     """{static kind: relative error of the gradient against sum of w_i grad l_i in float64}."""
     found = {}
@@ -184,7 +196,8 @@ def reference(name: str, steps: list[list[int]]) -> tuple[list[list[float]], lis
     weights, losses = [], []
     for step, ids in enumerate(steps):
         if step >= WARMUP and (step - WARMUP) % REFRESH == 0:
-            anchors = [state_of(net, target()[i]) for i in anchor_ids()]
+            which = range(len(target())) if name == "sigmoid" else anchor_ids()
+            anchors = [state_of(net, target()[i], name) for i in which]
         of_step: list[float] = []
         total = torch.zeros((), dtype=torch.float64)
         for start in range(0, BATCH, GLOBAL_MICRO):
@@ -196,8 +209,8 @@ def reference(name: str, steps: list[list[int]]) -> tuple[list[list[float]], lis
             now = torch.stack(each)
             if step < WARMUP:
                 of = [1.0] * len(part)
-            elif name in ("mean", "max"):
-                of = adapt_by_hand([state_of(net, s) for s in part], anchors, name)
+            elif name in ("mean", "max", "sigmoid"):
+                of = adapt_by_hand([state_of(net, s, name) for s in part], anchors, name)
             else:
                 progress = (step - WARMUP) / (STEPS - WARMUP)
                 r = LOSS["r_start"] + (LOSS["r_end"] - LOSS["r_start"]) * progress
@@ -219,10 +232,13 @@ def anchor_ids() -> list[int]:
     return sorted(generator(ADAPT["seed"], "adapt anchors").permutation(len(target()))[: ADAPT["num_anchors"]].tolist())
 
 
-def state_of(net: Any, sample: dict[str, Any]) -> torch.Tensor:
-    """Mean of the normed last hidden states where the next token counts."""
+def state_of(net: Any, sample: dict[str, Any], name: str) -> torch.Tensor:
+    """Mean of the normed last hidden states where the next token counts; for sigmoid sum_i i h_i / sum_j j."""
     with torch.no_grad():
         hidden = net(input_ids=torch.tensor([sample["input_ids"]]), output_hidden_states=True).hidden_states[-1][0]
+    if name == "sigmoid":
+        weights = torch.arange(1, len(hidden) + 1, dtype=torch.float64)
+        return (hidden * weights[:, None]).sum(0) / weights.sum()
     counted = [t for t in range(len(sample["labels"]) - 1) if sample["labels"][t + 1] != -100]
     return hidden[counted].mean(0)
 
@@ -232,6 +248,8 @@ def adapt_by_hand(states: list[torch.Tensor], anchors: list[torch.Tensor], how: 
     for state in states:
         cosines = [float(state @ a / state.norm() / a.norm()) for a in anchors]
         scores.append(max(cosines) if how == "max" else sum(cosines) / len(cosines))
+    if how == "sigmoid":
+        return [1 / (1 + math.exp(-s / TAU)) for s in scores]
     powers = [math.exp(s / ADAPT["temperature"]) for s in scores]
     return [len(powers) * p / sum(powers) for p in powers]
 
@@ -283,4 +301,5 @@ def everything(folder: str, world: int) -> dict[str, Any]:
         "hashes": uniform_and_static(place / "u", world),
         "resumed": [resumed(place / f"r{r}", world, r) for r in (True, False)],
         "log": (place / "t" / "linupper" / "weights.jsonl").read_text(),
+        "packed": packed_weights(place / "p", world),
     }

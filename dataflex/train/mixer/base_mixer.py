@@ -12,6 +12,17 @@ from torch import Tensor
 from dataflex.core.plan import Floats
 from dataflex.ops import SampleLoss
 from dataflex.train.mixer.mixture import Mixture
+from dataflex.utils.errors import UserError, nearest
+
+VARIANTS = ("paper", "official")
+
+
+def check_variant(mixer: str, variant: str) -> None:
+    """UserError unless ``variant`` is one of `VARIANTS`: the paper's formula, or the authors' code where it differs."""
+    if variant not in VARIANTS:
+        raise UserError(
+            f"{mixer} mixer: variant: '{variant}'{nearest(str(variant), VARIANTS)}; valid: {', '.join(VARIANTS)}"
+        )
 
 
 class Mixer(ABC):
@@ -67,7 +78,13 @@ class LearningMixer(Mixer):
 
 
 class WeighingMixer(LearningMixer):
-    """A learning mixer that also says how much a sample of each domain counts in the loss."""
+    """A learning mixer that also says how much a sample of each domain counts in the loss.
+
+    ``weighted_mean``: divide the weights by their mean over the counted tokens of the global micro-batch, so that with
+    ``weight_normalization: tokens`` a micro-batch's loss is sum_t w_t l_t / sum_t w_t over its tokens.
+    """
+
+    weighted_mean: bool = False
 
     @abstractmethod
     def domain_weights(self) -> Floats:

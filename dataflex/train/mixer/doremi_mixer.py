@@ -12,19 +12,18 @@ from torch import Tensor
 from dataflex.core.plan import Floats
 from dataflex.core.registry import register_mixer
 from dataflex.ops import SampleLoss
-from dataflex.train.mixer.base_mixer import WeighingMixer
+from dataflex.train.mixer.base_mixer import WeighingMixer, check_variant
 from dataflex.train.mixer.mixture import Mixture
-from dataflex.utils.errors import UserError, nearest
-
-VARIANTS = ("paper", "official")
+from dataflex.utils.errors import UserError
 
 
 def updated_weights(weights: Floats, excess: Floats, eta: float, smoothing: float) -> Floats:
     """Algorithm 1's step on the simplex, float64 [K]: exponentiated gradient, then towards equal weights.
 
-    weights: positive, sum 1. excess: token-mean excess losses, >= 0.
+    weights: sum 1. excess: token-mean excess losses, >= 0.
     """
-    logits = np.log(weights) + eta * excess
+    with np.errstate(divide="ignore"):
+        logits = np.log(weights) + eta * excess
     moved = np.exp(logits - logits.max())
     return (1 - smoothing) * moved / moved.sum() + smoothing / len(weights)
 
@@ -33,11 +32,19 @@ def updated_weights(weights: Floats, excess: Floats, eta: float, smoothing: floa
 class DoremiMixer(WeighingMixer):
     """The proxy run of DoReMi: sampling stays as it begins, the loss is weighed, the weights are the result.
 
-    At every step the excess loss of a domain is the mean over its tokens in the global batch of
-    max(loss - reference loss, 0), from the training forward; a domain that is not in the batch keeps its own.
+    l: loss of a token in the training forward, l_ref: the reference model's, p_d: the proportion that domain d is
+    sampled with, K domains. At every step (algorithm 1)::
+
+        excess_d <- mean over d's tokens in the global batch of max(l - l_ref, 0)     d not in it: as it was
+        a'_d      = a_d exp(eta excess_d) / sum_j a_j exp(eta excess_j)
+        a_d      <- (1 - c) a'_d + c / K                                              a begins at 1 / K
+        loss of a sample of d *= a_d / p_d
+
     reference_model_path: folder of the reference model, or of its stored token losses (`dataflex-cli score`).
-    reweight_eta, reweight_eps: eta and c of the paper. variant: ``official`` starts the excess loss of a domain that
-    was not seen yet at the log of the vocabulary's size, as the authors' code does, instead of 0.
+    reweight_eta, reweight_eps: eta and c of the paper. variant: ``official`` does what the authors' code does
+    (sangmichaelxie/doremi, `DoReMiTrainer`): excess_d of a domain that was not seen yet is the log of the vocabulary's
+    size instead of 0, a begins at p instead of 1 / K, and the weights are divided by their mean over the tokens
+    (`WeighingMixer.weighted_mean`).
     """
 
     learns_in_warmup = False
@@ -53,10 +60,7 @@ class DoremiMixer(WeighingMixer):
         variant: str = "paper",
     ) -> None:
         super().__init__(mixture_manager)
-        if variant not in VARIANTS:
-            raise UserError(
-                f"doremi mixer: variant: '{variant}'{nearest(variant, VARIANTS)}; valid: {', '.join(VARIANTS)}"
-            )
+        check_variant("doremi", variant)
         if not reference_model_path:
             raise UserError(
                 "doremi mixer: reference_model_path: missing, the folder of the reference model or of its token losses"
@@ -67,9 +71,11 @@ class DoremiMixer(WeighingMixer):
             raise UserError(f"doremi mixer: reweight_eps: expected a number from 0 to below 1, got {reweight_eps}")
         self.eta, self.smoothing = float(reweight_eta), float(reweight_eps)
         domains = len(mixture_manager.names)
-        unseen = np.log(scorer.engine.module.config.vocab_size) if variant == "official" else 0.0
-        self.weights = np.full(domains, 1.0 / domains)
-        self.excess = np.full(domains, unseen)
+        self.weights, self.excess = np.full(domains, 1.0 / domains), np.zeros(domains)
+        if variant == "official":
+            self.weighted_mean = True
+            self.weights = mixture_manager.initial_proportions
+            self.excess += np.log(scorer.engine.module.config.vocab_size)
         self.total = np.zeros(domains)
         self.steps = 0
         self._reference = open_reference(reference_model_path)

@@ -9,7 +9,7 @@ import numpy as np
 from dataflex.core.plan import Floats, Ids, generator
 from dataflex.core.registry import register_mixer
 from dataflex.scoring.router_pass import expert_loads, has_routers
-from dataflex.train.mixer.base_mixer import Mixer
+from dataflex.train.mixer.base_mixer import Mixer, check_variant
 from dataflex.train.mixer.mixture import Mixture
 from dataflex.utils.errors import UserError
 
@@ -25,8 +25,9 @@ def mean_distances(loads: Floats) -> Floats:
 
 
 def moved_weights(weights: Floats, distances: Floats, eta: float, smoothing: float) -> Floats:
-    """softmax(log w + eta * distance), then (1 - c) of it and c of equal weights; [K] to [K]."""
-    logits = np.log(weights) + eta * distances
+    """softmax(log w + eta * distance), then (1 - c) of it and c of equal weights; [K] to [K]. A weight may be 0."""
+    with np.errstate(divide="ignore"):
+        logits = np.log(weights) + eta * distances
     shares = np.exp(logits - logits.max())
     return (1 - smoothing) * shares / shares.sum() + smoothing / len(weights)
 
@@ -35,8 +36,17 @@ def moved_weights(weights: Floats, distances: Floats, eta: float, smoothing: flo
 class DynamicMoeMixer(Mixer):
     """Looks at the routers of a mixture-of-experts model on a fixed sample of each domain at every decision.
 
-    eta, c: step size and smoothing. eval_samples: of each domain, from mixer_eval_dataset (one dataset for each
-    training dataset, in the same order or by the same names), else from the pool. UserError for a dense model.
+    G_d: shares of the experts among those chosen for domain d's tokens, in each of the M layers that have experts::
+
+        delta_d = 1/K sum_j 1/M sum_m ||G_dm - G_jm||_2
+        w'_d    = w_d exp(eta delta_d) / sum_j w_j exp(eta delta_j)
+        w_d    <- (1 - c) w'_d + c / K        w begins at (1 - c) x the initial proportions + c / K
+
+    variant: ``official`` looks at the last of these layers only and begins at the initial proportions themselves, as
+    the authors' MoE-SFT does (`AdaptiveSamplingCallback` with its defaults l2 and mean, `GateLoadRecordingTrainer`).
+    eta, c: step size and smoothing; 10 and 0.05 are the authors'. eval_samples: of each domain, from
+    mixer_eval_dataset (one dataset for each training dataset, in the same order or by the same names), else from the
+    pool. UserError for a dense model.
     """
 
     def __init__(
@@ -49,8 +59,11 @@ class DynamicMoeMixer(Mixer):
         c: float = 0.05,
         eval_samples: int = 1000,
         seed: int = 42,
+        variant: str = "paper",
     ) -> None:
         super().__init__(mixture_manager)
+        check_variant("dynamic_moe", variant)
+        self.variant = variant
         config = scorer.engine.module.config
         if not has_routers(config):
             raise UserError(
@@ -66,13 +79,15 @@ class DynamicMoeMixer(Mixer):
         self.pool = dataset if mixer_eval_dataset is None else mixer_eval_dataset
         self.domain_of = domain_order(self.pool.domain_names, mixture_manager.names)
         self.ids = sampled(np.asarray(self.pool.domain_ids), eval_samples, seed)
-        self.weights = (1 - self.c) * mixture_manager.initial_proportions + self.c / len(mixture_manager.names)
+        self.weights = mixture_manager.initial_proportions
+        if variant == "paper":
+            self.weights = (1 - self.c) * self.weights + self.c / len(self.weights)
         self.distances = np.zeros_like(self.weights)
 
     def mix(self, model: Any, step_id: int, **kwargs: Any) -> Floats:
         groups = self.domain_of[np.asarray(self.pool.domain_ids)[self.ids]]
         loads = expert_loads(self.scorer, self.pool, self.ids, groups, len(self.weights))
-        self.distances = mean_distances(loads)
+        self.distances = mean_distances(loads if self.variant == "paper" else loads[:, -1:])
         self.weights = moved_weights(self.weights, self.distances, self.eta, self.c)
         return self.weights
 

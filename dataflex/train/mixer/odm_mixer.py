@@ -8,7 +8,7 @@ import numpy as np
 
 from dataflex.core.plan import Floats
 from dataflex.core.registry import register_mixer
-from dataflex.train.mixer.base_mixer import LearningMixer
+from dataflex.train.mixer.base_mixer import LearningMixer, check_variant
 from dataflex.train.mixer.mixture import Mixture
 from dataflex.utils.errors import UserError
 
@@ -35,19 +35,49 @@ def policy(rewards: Floats, step: int) -> Floats:
     return (1 - k * now) * shares / shares.sum() + now
 
 
+def official_rewards(rewards: Floats, losses: Floats, seen: Any, alpha: float) -> Floats:
+    """The authors' moving average of exp(loss) [K], not divided by the proportions; what was not seen keeps its own."""
+    with np.errstate(over="ignore"):
+        risen = np.minimum(np.exp(losses), np.finfo(np.float64).max / len(losses))
+    return np.where(seen, alpha * rewards + (1 - alpha) * risen, rewards)
+
+
+def official_policy(rewards: Floats, step: int) -> Floats:
+    """The authors' proportions [K] after ``step`` >= 1 steps: (1 - K e_t) R / sum R + e_t; some R must be > 0."""
+    k = len(rewards)
+    now = exploration(step, k)
+    return (1 - k * now) * (rewards / rewards.max()) / (rewards / rewards.max()).sum() + now
+
+
 @register_mixer("odm")
 class OdmMixer(LearningMixer):
-    """Samples a domain more the larger its loss is; exploration fades with the steps that were learned from.
+    """Samples a domain more the larger its loss is; exploration fades with the steps.
 
-    alpha: what the moving average of the rewards keeps at a step. In the warm-up the initial proportions stay, and the
-    rewards are learned. The paper decides at every step (update_step: 1).
+    L_d: token-mean loss of domain d in a step's global batch, pi: the proportions it is drawn with, K domains; only
+    domains in the batch learn. ``variant: paper`` (algorithm 1), t counting the steps that were learned from::
+
+        R_d    <- alpha R_d + (1 - alpha) L_d / pi_d
+        e_t     = min(1/K, sqrt(ln K / (K t)))
+        pi_d    = (1 - K e_t) exp(e_(t-1) R_d) / sum_j exp(e_(t-1) R_j) + e_t
+
+    Since e_t goes to 0 while R stays bounded, its proportions go back to equal shares in a long run.
+    ``variant: official`` (`SmoothedMeanWeightUpdater.group_update` of the authors' online-data-mixing, the way of its
+    README and of its mixed-minibatch runs), t counting all steps, the warm-up's too, in which nothing is learned::
+
+        R_d    <- alpha R_d + (1 - alpha) exp(L_d)
+        pi_d    = (1 - K e_t) R_d / sum_j R_j + e_t
+
+    alpha: what the moving average of the rewards keeps at a step (0.9 in both; the authors' runs named 05smoothing
+    have 0.5). In the warm-up the initial proportions stay. Both decide at every step (update_step: 1).
     """
 
-    def __init__(self, mixture_manager: Mixture, alpha: float = 0.9) -> None:
+    def __init__(self, mixture_manager: Mixture, alpha: float = 0.9, variant: str = "paper") -> None:
         super().__init__(mixture_manager)
+        check_variant("odm", variant)
         if not 0 <= alpha < 1:
             raise UserError(f"odm mixer: alpha: expected a number from 0 to below 1, got {alpha}")
-        self.alpha = float(alpha)
+        self.alpha, self.variant = float(alpha), variant
+        self.learns_in_warmup = variant == "paper"
         self.rewards = np.zeros(len(mixture_manager.names))
         self.steps = 0
 
@@ -55,11 +85,18 @@ class OdmMixer(LearningMixer):
         """One more step: rewards from the token-mean losses of the domains that were in it."""
         seen = tokens > 0
         losses = sums / np.maximum(tokens, 1)
-        self.rewards = smoothed_rewards(self.rewards, losses, self.mixture_manager.proportions, seen, self.alpha)
+        if self.variant == "official":
+            self.rewards = official_rewards(self.rewards, losses, seen, self.alpha)
+        else:
+            self.rewards = smoothed_rewards(self.rewards, losses, self.mixture_manager.proportions, seen, self.alpha)
         self.steps += 1
 
     def mix(self, model: Any, step_id: int, **kwargs: Any) -> Floats:
-        return policy(self.rewards, self.steps) if self.steps else self.mixture_manager.initial_proportions
+        if not self.steps:
+            return self.mixture_manager.initial_proportions
+        return (
+            official_policy(self.rewards, step_id) if self.variant == "official" else policy(self.rewards, self.steps)
+        )
 
     def report(self) -> dict[str, Any]:
         return {"rewards": dict(zip(self.mixture_manager.names, self.rewards.tolist(), strict=True))}

@@ -65,10 +65,11 @@ def attach(
     builder.runtime["passes"] = _passes(run, cfg, engine)
     builder.runtime["reference_model_path"] = cfg.flex.reference_model_path
     builder.runtime["open_reference"] = partial(open_reference, engine=engine, pool=pool, model=cfg.model)
-    every = [*builder.hooks(), *hooks]
-    weighted = any(isinstance(h, Weigher) for h in every) or weights.any
+    every = builder.hooks()
+    weighted = any(isinstance(h, Weigher) for h in (*every, *hooks)) or weights.any
     if weighted:
         every.append(WeightLog(cfg.output.logging_steps, weights))
+    every += hooks  # after what dataflex keeps itself: a log or a checkpoint among them holds the whole step
     normalization = cfg.flex.weight_normalization if weighted else "tokens"
     stepper = Stepper(engine, run, every, normalization, weights.class_weight)
     source = BatchSource(run, collator, device, workers, weights)

@@ -213,7 +213,12 @@ class WeighingPlanner(LearningPlanner, Weigher):
         weights = np.divide(
             self.mixer.domain_weights(), proportions, out=np.zeros_like(proportions), where=proportions > 0
         )
-        return torch.from_numpy(weights[run.pool.domains_of(micro.sample_ids)]).to(losses.loss)
+        mine = torch.from_numpy(weights[run.pool.domains_of(micro.sample_ids)]).to(losses.count.device)
+        if self.mixer.weighted_mean:
+            counts = losses.count.double()
+            weighted, counted = dist.all_reduce(torch.stack([(mine * counts).sum(), counts.sum()]))
+            mine = mine * counted / weighted.clamp(min=torch.finfo(torch.float64).tiny)
+        return mine.to(losses.loss)
 
     def on_train_end(self, run: Run) -> None:
         """Write the result beside the steps' lines, with the keys that OpenDCAI/DataFlex uses."""

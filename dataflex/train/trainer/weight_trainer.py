@@ -50,7 +50,8 @@ class WeightHook(Weigher):
         if run.step < self.warmup_step:
             return None
         per_sample = losses.loss
-        inputs = {**micro.inputs, "labels": micro.raw_labels, "cu_seqlens": micro.cu_seqlens}
+        lengths = torch.from_numpy(run.pool.lengths_of(micro.sample_ids)).to(micro.cu_seqlens.device)
+        inputs = {**micro.inputs, "labels": micro.raw_labels, "cu_seqlens": micro.cu_seqlens, "lengths": lengths}
         if isinstance(self.weighter, SampleWeighter):
             weights = self.weighter.sample_weights(per_sample.detach(), ctx=run, model=run.engine.module, inputs=inputs)
             return self._checked(run, weights, per_sample.shape)
@@ -90,7 +91,8 @@ class WeightLog(Hook):
     """Writes weights.jsonl: a line per ``every`` steps and after the last, about the weights of that step.
 
     min, mean, max, samples and effective sample size (sum w)^2 / sum w^2 (Kish 1965), over the global batch and per
-    domain. Warns once where the effective size collapses. identity: changes with the samples' own weights.
+    domain. Warns once where the effective size collapses. The mean goes into the step's log line as well. identity:
+    changes with the samples' own weights.
     """
 
     def __init__(self, every: int, weights: StaticWeights) -> None:
@@ -117,6 +119,7 @@ class WeightLog(Hook):
         whole = summary(np.concatenate([table[:, :3].sum(0), [table[:, 3].min(), table[:, 4].max()]]))
         if whole is None:
             return
+        run.figures["weight_mean"] = whole["mean"]
         names = zip(run.pool.domain_names, map(summary, table), strict=True)
         record = {"step": run.step, **whole, "domains": {name: of for name, of in names if of is not None}}
         if run.output_dir is not None and run.is_main:

@@ -46,7 +46,7 @@ class Weighter(ABC):
         """Scalar loss with gradient, from ``losses`` float32 [B] of this rank's micro-batch.
 
         ctx: the `core.context.Run` (``ctx.state.global_step``). inputs: the model's inputs with ``labels``
-        [B, T], unshifted.
+        [B, T], unshifted; in a run also ``cu_seqlens`` [samples + 1] and ``lengths`` int64 [samples], their tokens.
         """
 
     def training_step(
@@ -88,10 +88,11 @@ class SampleWeighter(Weighter):
 
     @abstractmethod
     def sample_weights(self, losses: Tensor, *, ctx: Any, model: Any, inputs: Any) -> Tensor:
-        """Weights float32 [B] >= 0 without gradient, of mean 1 over the global micro-batch.
+        """Weights float32 [B] >= 0 without gradient.
 
-        They are not known before the forward, so ``weight_normalization: sum_weights`` divides by the samples'
-        own weights only.
+        Of mean 1 over the global micro-batch they leave the step as large as it was; the loss is divided by the
+        samples, whatever the weights sum to. They are not known before the forward, so ``weight_normalization:
+        sum_weights`` divides by the samples' own weights only.
 
         losses: detached float32 [B] of this rank's micro-batch; every rank is called at the same point.
         """
