@@ -60,10 +60,11 @@ class Stepper:
         self.normalization = normalization
 
     def step(self, batch: StepBatch) -> float:
-        """Train on one global batch and return its loss, the same on every rank.
+        """Train on one global batch and return its loss, the same on every rank; every module is in train mode.
 
         UserError naming the step and the samples where that loss is not finite.
         """
+        self.engine.train()
         denominator = dist.all_reduce(local_denominator(batch, self.normalization)).to(torch.float32)
         total = torch.zeros((), device=denominator.device)
         seen: list[Tensor] = []

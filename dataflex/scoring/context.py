@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,22 +39,51 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(module: nn.Module, *, gradients: bool) -> Iterator[None]:
-    """Eval mode (no dropout), but where a backward follows activation checkpointing stays on.
-
-    Hugging Face layers checkpoint only while their own ``training`` is true; it decides nothing else there.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
+    """Eval mode (no dropout), but where a backward follows activation checkpointing stays on."""
     training = [m for m in module.modules() if m.training]
     module.eval()
-    for m in training:
-        if gradients and isinstance(m, GradientCheckpointingLayer):
-            m.training = True
     try:
-        yield
+        with _checkpointing(module) if gradients else nullcontext():
+            yield
     finally:
         for m in training:
             m.training = True
+
+
+@contextmanager
+def _checkpointing(module: nn.Module) -> Iterator[None]:
+    """Hugging Face layers that are set to checkpoint do so in eval mode too.
+
+    They ask their own ``training`` whether to, and some (OPT, Falcon, DBRX) whether to drop out as well. So it is true
+    where the layer is called and false in what the checkpoint runs, when it is recomputed too.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    every = (m for m in module.modules() if isinstance(m, GradientCheckpointingLayer))
+    layers: list[Any] = [m for m in every if m.gradient_checkpointing]
+    checkpoints = [layer._gradient_checkpointing_func for layer in layers]
+    for layer, checkpoint in zip(layers, checkpoints, strict=True):
+        layer.training = True
+        layer._gradient_checkpointing_func = partial(_checkpoint_in_eval, layer, checkpoint)
+    try:
+        yield
+    finally:
+        for layer, checkpoint in zip(layers, checkpoints, strict=True):
+            layer.training = False
+            layer._gradient_checkpointing_func = checkpoint
+
+
+def _checkpoint_in_eval(layer: nn.Module, checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
+    """Call ``checkpoint(run, *args)``; ``layer`` is in eval mode inside ``run``."""
+
+    def in_eval(*inputs: Any) -> Any:
+        layer.training = False
+        try:
+            return run(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(in_eval, *args)
 
 
 @contextmanager

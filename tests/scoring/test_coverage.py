@@ -58,9 +58,11 @@ def scorer(net: torch.nn.Module, packing: bool = False) -> Scorer:
     return Scorer(PlainEngine(net), collator, 40, lambda names: ({n: moments[n] for n in names}, CONSTANTS))
 
 
-def gradients(net: torch.nn.Module, samples: list[Any], adam: str | None = None) -> list[dict[str, torch.Tensor]]:
-    """{name: float64 matrix} of each sample, transformed."""
-    exact = copy.deepcopy(net).double().eval()
+def gradients(
+    net: torch.nn.Module, samples: list[Any], adam: str | None = None, dtype: torch.dtype = torch.float64
+) -> list[dict[str, torch.Tensor]]:
+    """{name: float64 matrix} of each sample, computed in ``dtype``, transformed."""
+    exact = copy.deepcopy(net).to(dtype).eval()
     for module in exact.modules():
         if hasattr(module, "is_transposed"):
             module.config._experts_implementation = "eager"
@@ -70,7 +72,7 @@ def gradients(net: torch.nn.Module, samples: list[Any], adam: str | None = None)
         found = {}
         for name, grad in families.sample_gradient(exact, sample).items():
             m, v = (None, None) if adam is None else (families.as_matrix(x.double()) for x in moments[name])
-            found[name] = how(families.as_matrix(grad.clone()), m, v)
+            found[name] = how(families.as_matrix(grad.double().clone()), m, v)
         rows.append(found)
     return rows
 

@@ -54,6 +54,7 @@ def attach(
     """Tie the components named in ``cfg.flex`` to an existing DeepSpeed engine; they must be registered."""
     if getattr(getattr(engine.module, "config", None), "use_cache", False):
         engine.module.config.use_cache = False
+    engine.train()
     run = _make_run(engine, cfg, pool)
     budget = cfg.flex.scoring_batch_tokens or run.micro_batch * pool.longest
     scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names))

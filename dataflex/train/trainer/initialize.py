@@ -40,6 +40,9 @@ def initialize(
     train_dataset, eval_dataset, mixer_eval_dataset: map-style datasets of dicts with ``input_ids`` and ``labels``, or
     {domain name: dataset}. data_collator: list of samples to a batch of tensors, one row per sample; default:
     right padding with the tokenizer's pad token. hooks: further hooks, called after dataflex's own.
+
+    The whole model is put in train mode here and at each step, as transformers' Trainer does: a module that shall stay
+    in eval mode overrides its ``train``.
     """
     import deepspeed
 

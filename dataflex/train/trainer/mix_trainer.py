@@ -72,7 +72,6 @@ class MixPlanner(Planner):
     def _ask(self, run: Run, mixer: Mixer, phase: Phase) -> Floats:
         with run.clock.part(SCORE):
             answer = mixer.mix(run.engine.module, step_id=run.step, dataset=run.pool, data_collator=self.data_collator)
-        run.engine.module.train()
         proportions = check_proportions(
             dist.broadcast_object(answer),
             names=self.manager.names,

@@ -97,7 +97,6 @@ class SelectPlanner(Planner):
             got = np.bincount(run.pool.domain_ids[picks], minlength=len(domain_counts))
             if (got != domain_counts).any():
                 raise UserError(f"{source}: expected {domain_counts.tolist()} samples by domain, got {got.tolist()}")
-        run.engine.module.train()
         write_decision(run, self.name, {"indices": picks.tolist(), "metric": self.selector.metric, **record})
         logger.info(f"step {run.step}: {self.name} picked {count:,} of {len(run.pool):,} samples: {shares(run, picks)}")
         return picks
