@@ -11,15 +11,14 @@ import numpy as np
 
 from dataflex.data.info import INFO_FILE, DatasetInfo
 from dataflex.data.read import column_names, list_files, read_rows
-from dataflex.data.source import fingerprint_of, hub_parts, load_from_hub
-from dataflex.utils.files import sha256_of
+from dataflex.data.source import digests_of, fingerprint_of, hub_parts, load_from_hub
 
 
 def content_of(info: DatasetInfo) -> str:
     """A digest of a dataset's raw content: of its files' bytes, or of what the hub gave."""
     if info.path is None:
         return fingerprint_of(*hub_parts(info), load_from_hub(info)._fingerprint)
-    return fingerprint_of("files", [sha256_of(path) for path in list_files(info.path)])
+    return fingerprint_of("files", digests_of(list_files(info.path, say=False)))
 
 
 def raw_rows(info: DatasetInfo, numbers: np.ndarray) -> dict[int, dict[str, Any]]:
@@ -32,7 +31,7 @@ def _every_row(info: DatasetInfo) -> Iterator[dict[str, Any]]:
     if info.path is None:
         yield from load_from_hub(info)
         return
-    for path in list_files(info.path):
+    for path in list_files(info.path, say=False):
         for _, row in read_rows(path, column_names(path) or ()):
             yield row
 

@@ -58,7 +58,7 @@ def drop_later(folder: Path, step: int) -> None:
             if checkpoint.step_of(old) > step:
                 logger.warning(f"removed {old}, which is later than the checkpoint resumed from")
                 _remove(old)
-        for old in (folder / "decisions").glob("step_*.json"):
+        for old in (folder / "decisions").glob("step_*"):
             if checkpoint.step_of(old.with_suffix("")) >= step:
                 _remove(old)
         for log in folder.glob("*weights.jsonl"):
