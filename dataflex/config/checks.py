@@ -154,6 +154,10 @@ def _mixing(cfg: Config) -> Iterator[Problem]:
 
 def _components(cfg: Config, embedded: bool) -> Iterator[Problem]:
     flex = cfg.flex
+    for kind in set(flex.component_params or {}) - set(flex.kinds):
+        yield Problem(
+            ("component_params", "train_type"), f"has params for {kind}, but train_type is not dynamic_{kind}"
+        )
     one_name_for_all = isinstance(flex.component_name, str)
     if one_name_for_all and len(flex.kinds) > 1:
         mapping = ", ".join(f"{kind}: ..." for kind in flex.kinds)
