@@ -86,7 +86,7 @@ def test_bad_config_is_refused_before_anything_starts(tmp_path: Path) -> None:
     [
         ([], "the following arguments are required: COMMAND"),
         (["trian", "x.yaml"], "unknown command 'trian' (did you mean 'train'?); the commands are train, score, check, "
-         "doremi, select, env"),
+         "doremi, select, show, env"),
         (["train"], "the following arguments are required: CFG"),
         (["train", "x.yaml", "--banana", "3"], "unknown argument '--banana'"),
         (["train", "x.yaml", "--num_procs=3"], "unknown argument '--num_procs=3' (did you mean '--num_processes'?)"),

@@ -154,10 +154,6 @@ def _mixing(cfg: Config) -> Iterator[Problem]:
 
 def _components(cfg: Config, embedded: bool) -> Iterator[Problem]:
     flex = cfg.flex
-    for kind in set(flex.component_params or {}) - set(flex.kinds):
-        yield Problem(
-            ("component_params", "train_type"), f"has params for {kind}, but train_type is not dynamic_{kind}"
-        )
     one_name_for_all = isinstance(flex.component_name, str)
     if one_name_for_all and len(flex.kinds) > 1:
         mapping = ", ".join(f"{kind}: ..." for kind in flex.kinds)
@@ -199,6 +195,8 @@ def _paths(cfg: Config) -> Iterator[Problem]:
 
 def notes(cfg: Config, embedded: bool) -> Iterator[Problem]:
     """Yield what is allowed but should be said."""
+    for kind in sorted(set(cfg.flex.component_params or {}) - set(cfg.flex.kinds)):
+        yield Problem(("component_params",), f"{kind}: not used, since train_type is not dynamic_{kind}")
     if cfg.train.ddp_timeout > WEEK_S:
         days = cfg.train.ddp_timeout / 86400
         text = f"{cfg.train.ddp_timeout} s are {days:,.0f} days: a hang would not end by itself"

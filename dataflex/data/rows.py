@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,25 @@ def raw_rows(info: DatasetInfo, numbers: np.ndarray) -> dict[int, dict[str, Any]
     """{row number: row} of the rows ``numbers``, counted from 0 over the dataset's files in order."""
     wanted = set(numbers.tolist())
     return {number: row for number, row in enumerate(_every_row(info)) if number in wanted}
+
+
+def rows_in_files(
+    info: DatasetInfo, places: Iterable[tuple[str | None, int]]
+) -> dict[tuple[str | None, int], dict[str, Any]]:
+    """{place: row} of the places that there are: (file name, row in that file from 0), on the hub (None, row)."""
+    wanted = set(places)
+    if info.path is None:
+        return {(None, number): row for number, row in raw_rows(info, np.array([n for _, n in wanted])).items()}
+    found = {}
+    for path in list_files(info.path, say=False):
+        last = max((number for name, number in wanted if name == path.name), default=-1)
+        if last >= 0:
+            for number, (_, row) in enumerate(read_rows(path, column_names(path) or ())):
+                if (path.name, number) in wanted:
+                    found[path.name, number] = row
+                if number == last:
+                    break
+    return found
 
 
 def _every_row(info: DatasetInfo) -> Iterator[dict[str, Any]]:

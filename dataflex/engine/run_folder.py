@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from dataflex.core.run_files import RESULTS, cleared
 from dataflex.engine import checkpoint
+from dataflex.engine.run_config import run_config
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.files import write_atomically
@@ -18,25 +20,6 @@ from dataflex.utils.logging import logger
 if TYPE_CHECKING:
     from dataflex.config import Config
 
-RESULTS = "all_results.json"  # written last: a folder that has it holds a finished run
-_WRITTEN = (
-    "trainer_log.jsonl",
-    "trainer_state.json",
-    RESULTS,
-    "training_loss.png",
-    "report.html",
-    "latest",
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors*",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "*weights.jsonl",
-    "*average_weights.json",
-    "decisions",
-    "checkpoint-*",
-)
 _SIGNS = ("trainer_log.jsonl", "decisions", RESULTS)
 
 
@@ -87,7 +70,7 @@ def _prepare(cfg: Config, folder: Path) -> Path | None:
         _clear(folder)
     start = _checkpoint(cfg, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.yaml", yaml.safe_dump(cfg.dump_flat(), sort_keys=False, allow_unicode=True))
+    write_atomically(folder / "config.yaml", yaml.safe_dump(run_config(cfg), sort_keys=False, allow_unicode=True))
     return start
 
 
@@ -133,7 +116,7 @@ def _clear(folder: Path) -> None:
     """Remove what an earlier run wrote; other files stay, and so does all in a folder that holds no run."""
     if not any((folder / name).exists() for name in _SIGNS) and not any(folder.glob("checkpoint-*")):
         return
-    for pattern in _WRITTEN:
+    for pattern in cleared():
         for old in folder.glob(pattern):
             _remove(old)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from dataflex.data.pool import Pool
 from dataflex.utils.errors import UserError
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
 
 ROW_GROUP = 65536
@@ -134,3 +135,30 @@ def _masked(values: NDArray[Any], missing: NDArray[np.bool_]) -> pa.Array:
     import pyarrow as pa
 
     return pa.array(values, mask=missing)
+
+
+def read_facts(path: Path) -> Facts:
+    """What a table says it is of. UserError where it is not one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if FACTS not in metadata:
+        raise UserError(f"{path}: is not the table of a decision")
+    return Facts(**json.loads(metadata[FACTS]))
+
+
+def read_parts(path: Path) -> Iterator[pd.DataFrame]:
+    """A table in parts of at most `ROW_GROUP` rows. UserError where it cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=ROW_GROUP):
+                yield batch.to_pandas()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
