@@ -139,8 +139,7 @@ class Pool(TrainingPool):
 
     def tokens_of(self, batch: Any) -> np.ndarray:
         ids = batch.sample_ids
-        tokens = np.bincount(self.domain_ids[ids], self.lengths[ids], len(self.domain_names))
-        return tokens.astype(np.int64)
+        return np.bincount(self.domain_ids[ids], self.lengths[ids], len(self.domain_names)).astype(np.int64)
 
     def first_ids(self, count: int) -> np.ndarray:
         return np.arange(count) % len(self)
@@ -279,8 +278,7 @@ def _items(dataset: Any, where: str) -> Iterator[tuple[int, np.ndarray, np.ndarr
         _check_keys(columns, where)
         also = [key for key in WEIGHTS if key in columns]
         plain = dataset.with_format(None).select_columns(["input_ids", "labels", *also])
-        nothing = [None] * 1000
-        at = 0
+        at, nothing = 0, [None] * 1000
         for batch in plain.iter(batch_size=1000):
             own = [batch.get(key, nothing[: len(batch["labels"])]) for key in WEIGHTS]
             for ids, labels, weight, token_weight in zip(batch["input_ids"], batch["labels"], *own, strict=True):
