@@ -155,7 +155,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             continue
         name = word.lstrip("-").partition("=")[0]
         flags = [option for action in actions for option in action.option_strings]
-        if name in SECTION_OF:
+        if name in SECTION_OF and hasattr(args, "overrides"):
             parser.error(f"{word}: config keys are written without dashes: {name}=VALUE")
         parser.error(f"unknown argument '{word}'{nearest(word.partition('=')[0], flags)}")
     if getattr(args, "dry_run", False):

@@ -93,6 +93,8 @@ def test_bad_config_is_refused_before_anything_starts(tmp_path: Path) -> None:
         (["train", "x.yaml", "--seed", "3"], "--seed: config keys are written without dashes: seed=VALUE"),
         (["train", "x.yaml", "--num_processes", "two"], "argument --num_processes/--num_gpus: invalid int value: 'two'"),
         (["env", "more"], "unknown argument 'more'"),
+        (["show", "run", "seed=3"], "unknown argument 'seed=3'"),
+        (["show"], "the following arguments are required: RUN"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(args: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:

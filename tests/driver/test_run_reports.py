@@ -95,6 +95,18 @@ def test_config_yaml_is_the_run_whatever_became_of_the_components_file(runs: dic
         assert one == again
 
 
+def test_the_closing_screen_names_every_file_and_no_other(runs: dict[str, Any]) -> None:
+    for result in runs.values():
+        assert result["listed"] == result["written"]
+    assert {
+        "decisions/step_0.json",
+        "decisions/step_2.parquet",
+        "README.md",
+        "all_results.json",
+        "tokenizer.json",
+    } <= set(runs["one"]["listed"])
+
+
 def test_the_model_card_names_the_params(runs: dict[str, Any], folder: Path) -> None:
     card = (folder / "one/README.md").read_text().splitlines()
     at = card.index("## Component: select by loss")
