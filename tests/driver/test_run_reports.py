@@ -43,6 +43,7 @@ def runs(workspace: Path, folder: Path) -> dict[str, Any]:
         "max_steps": None,
         "scoring_batch_tokens": 256,
         "val_size": 8,
+        "dataset_dir": "data",
     }
     first = settings(workspace, **keys, output_dir=str(folder / "one"), per_device_train_batch_size=4)
     two = settings(workspace, **keys, output_dir=str(folder / "two"))
@@ -78,8 +79,9 @@ def test_two_ranks_write_the_table_of_one(runs: dict[str, Any], folder: Path) ->
 
 
 def test_config_yaml_is_the_run_whatever_became_of_the_components_file(runs: dict[str, Any], folder: Path) -> None:
-    params = yaml.safe_load((folder / "one/config.yaml").read_text())["component_params"]
-    assert params == {
+    config = yaml.safe_load((folder / "one/config.yaml").read_text())
+    assert config["dataset_dir"] == str(folder.parent / "data"), "beside the YAML that was run, wherever it is read now"
+    assert config["component_params"] == {
         "select": {
             "focus": "medium",
             "focus_weight": 5.0,
