@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from dataflex import cli
-from dataflex.config import load_config
-from dataflex.data.load import load_data
+from dataflex.data.info import read_dataset_infos
+from dataflex.data.origin import Origin
 from dataflex.data.pool import Pool
+from dataflex.data.rows import content_of
 from dataflex.report import decision_table as tables
 from dataflex.report.show import show
-from tests.tiny import byte_tokenizer
 
 NAN = float("nan")
 LONG = "long " * 200
@@ -38,8 +38,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     run.mkdir()
     (run / "config.yaml").write_text(yaml.safe_dump(config | {"model_name_or_path": "gone", "output_dir": "run"}))
-    pool = load_data(load_config(run / "config.yaml", quiet=True), byte_tokenizer()).train
-    assert isinstance(pool, Pool)
+    contents = [content_of(entry) for entry in read_dataset_infos(info, folder / "data")]
+    origins = [Origin(("a.json", "b.json"), np.array([0, 25]), contents[0])]
+    origins.append(Origin(("few.json",), np.array([0]), contents[1]))
+    rows_of = np.concatenate([np.arange(40), np.arange(5)])
+    pool = Pool(range(45), np.repeat([0, 1], [40, 5]), list(info), np.ones(45), "f00d", rows=rows_of, origins=origins)
     scores = (np.arange(45) * 7 % 45).astype(np.float32)
     scores[44] = NAN
     for step, scored, picks in ((10, {"score": scores}, [3, 32, 6]), (20, {}, [2, 2, 41])):
@@ -63,7 +66,7 @@ def test_the_highest_and_the_lowest_are_printed_as_text(made: Path, monkeypatch:
         f"{made}/run: after step 10, mine picked 3 of 45 samples, 44 of them scored",
         "",
         "dataset     samples     of pool      picked    of picks  mean score   of picked",
-        "many             40       88.9%           3      100.0%        21.7       40.33",
+        "many             40       88.9%           3      100.0%       21.75       35.67",
         "few               5       11.1%           0        0.0%        20.5           -",
     ]
     assert lines[5:19] == [
