@@ -34,7 +34,7 @@ def rows_in_files(
     wanted = set(places)
     if info.path is None:
         return {(None, number): row for number, row in raw_rows(info, np.array([n for _, n in wanted])).items()}
-    found = {}
+    found: dict[tuple[str | None, int], dict[str, Any]] = {}
     for path in list_files(info.path, say=False):
         last = max((number for name, number in wanted if name == path.name), default=-1)
         if last >= 0:

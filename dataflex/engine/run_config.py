@@ -26,8 +26,10 @@ def run_config(cfg: Config) -> dict[str, Any]:
     flat |= {key: _absolute(flat[key]) for key in _FOLDERS if key in flat}
     for key in (*_FILES, *_MODELS):
         value = flat.get(key)
-        # A column called as a file here is a column: a file of weights ends in .npy or .json.
-        is_path = isinstance(value, str) and (key not in ("sample_weight", "class_weights") or Path(value).suffix)
+        if not isinstance(value, str):
+            continue
+        # A column that is called as a file here is a column: a file of weights ends in .npy or .json.
+        is_path = key not in ("sample_weight", "class_weights") or Path(value).suffix in (".npy", ".json")
         if is_path and Path(value).expanduser().exists():
             flat[key] = _absolute(value)
     modules = flat.get("component_modules", [])

@@ -93,7 +93,7 @@ def _components(cfg: Config) -> list[str]:
     """A table of the params of each component."""
     lines: list[str] = []
     for kind, params in (cfg.flex.component_params or {}).items():
-        rows = [(key, "none" if value is None else str(value)) for key, value in params.items()]
+        rows: list[tuple[str, ...]] = [(key, "none" if value is None else str(value)) for key, value in params.items()]
         lines += _table(f"Component: {kind} by {cfg.flex.component(cast('Kind', kind))}", ("param", "value"), rows)
     return lines
 
