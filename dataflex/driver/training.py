@@ -66,7 +66,8 @@ def _resume(engine: DataflexEngine, cfg: Config, start: Path | None) -> None:
         return
     engine.load_checkpoint(start.parent, tag=start.name)
     run_folder.drop_later(Path(cfg.output.output_dir), engine.run.step)
-    logger.info(f"resumed from {start}, after step {engine.run.step}")
+    if engine.run.step:
+        logger.info(f"resumed from {start}, after step {engine.run.step}")
 
 
 def _complete(engine: DataflexEngine, cfg: Config) -> bool:

@@ -97,7 +97,9 @@ def _checkpoint(cfg: Config, folder: Path) -> Path | None:
 def _named(cfg: Config, start: Path, folder: Path) -> Path:
     """A checkpoint that the user names; what ``folder`` holds after it is only dropped where that is asked for."""
     problem = "it does not exist" if not start.is_dir() else checkpoint.broken(start)
-    if problem:
+    if start.is_dir() and (start / checkpoint.POINTER).exists():
+        problem = f"a folder of checkpoints; name one in it ({checkpoint.POINTER} is {_named_by(start)})"
+    if problem and not checkpoint.is_plain(start):
         raise UserError(f"resume_from_checkpoint: {start}: {problem}")
     same = start.resolve().parent == folder.resolve()
     later = [p for p in folder.glob("checkpoint-*") if not same or checkpoint.step_of(p) > checkpoint.step_of(start)]
@@ -110,6 +112,10 @@ def _named(cfg: Config, start: Path, folder: Path) -> Path:
     if not same:
         _clear(folder)
     return start
+
+
+def _named_by(directory: Path) -> str:
+    return (directory / checkpoint.POINTER).read_text(encoding="utf-8").strip()
 
 
 def _clear(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def sweep(folder: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Train each case (flat YAML keys) after the other; what came of it, by name.
 
     ``damage`` in a case names a file that first loses its last byte, ``remove`` one that is first removed, ``like`` a
-    config.yaml whose keys it has besides its own.
+    config.yaml whose keys it has besides its own, ``strip`` a checkpoint that is first copied to
+    ``resume_from_checkpoint`` without dataflex's files.
     """
     return {name: _run(Path(folder), name, keys) for name, keys in cases.items()}
 
@@ -32,6 +34,9 @@ def _run(folder: Path, name: str, keys: dict[str, Any]) -> dict[str, Any]:
     damaged, removed = keys.pop("damage", None), keys.pop("remove", None)
     if damaged is not None and dist.is_main():
         Path(damaged).write_bytes(Path(damaged).read_bytes()[:-1])
+    stripped = keys.pop("strip", None)
+    if stripped is not None and dist.is_main():
+        shutil.copytree(stripped, keys["resume_from_checkpoint"], ignore=shutil.ignore_patterns("*dataflex_*"))
     if removed is not None and dist.is_main():
         Path(removed).unlink()
     if "like" in keys:
