@@ -33,14 +33,27 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "qwen2_moe": ("Qwen2MoeConfig", {"num_experts": 5, **_EXPERTS}),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
+    "cohere": ("CohereConfig", {"use_qk_norm": True}),
+    "opt": ("OPTConfig", {"ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0}),
+    "falcon": ("FalconConfig", {"multi_query": False, "bias": True}),
+    "apertus": ("ApertusConfig", {}),
+    "phimoe": ("PhimoeConfig", {"num_local_experts": 4}),
+    "mamba": ("MambaConfig", {"state_size": 4, "time_step_rank": 2}),
+}
+_UNKNOWN = {
+    "gpt2": (*_SIZES, "intermediate_size"),
+    "opt": ("intermediate_size", "num_key_value_heads"),
+    "falcon": ("intermediate_size", "num_key_value_heads"),
+    "mamba": ("intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
 }
 
 
 def model(family: str, **changes: Any) -> Any:
-    """A random model in float32; biases and norms are random too; attention sinks are frozen."""
+    """A random model in float32; biases and norms are random too."""
     name, own = FAMILIES[family]
     own = own | changes
-    common = {k: v for k, v in _COMMON.items() if family != "gpt2" or k not in _SIZES | {"intermediate_size": 0}}
+    unknown = _UNKNOWN.get(family, ())
+    common = {k: v for k, v in _COMMON.items() if k not in unknown}
     config = getattr(transformers, name)(**(common | own))
     config.use_cache = False
     with torch.random.fork_rng(devices=[]):
@@ -49,8 +62,6 @@ def model(family: str, **changes: Any) -> Any:
         for parameter in net.parameters():
             if parameter.dim() == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
-        for name, parameter in net.named_parameters():
-            parameter.requires_grad_(not name.endswith("sinks"))
     return net.float()
 
 
@@ -75,4 +86,4 @@ def sample_gradient(net: torch.nn.Module, sample: dict[str, Any]) -> dict[str, T
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """A parameter's tensor as the projection sees it: experts below one another, vectors as one row."""
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor[None]
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)

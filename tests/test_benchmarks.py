@@ -105,3 +105,41 @@ def test_a_downstream_run_is_a_line_and_is_not_run_again(tmp_path: Path) -> None
     assert all(float(row["held_out_loss"]) > 0 for row in found)
     assert found[0]["share_of_target_domain"] and not found[1]["share_of_target_domain"]
     assert json.loads((tmp_path / "work" / "demo" / "random_1" / "all_results.json").read_text())
+
+
+def test_the_page_of_families_says_what_the_rows_say() -> None:
+    rows = [
+        {"family": "opt", "finetuning": "full", "result": "exact", "error": "1.2e-06", "detail": ""},
+        {"family": "opt", "finetuning": "lora", "result": "exact", "error": "1.0e-06", "detail": ""},
+        {"family": "x", "finetuning": "lora", "result": "refused", "error": "", "detail": "a | b"},
+    ]
+    page = module("families_table").table(rows, "python x", "a CPU")
+    assert page.endswith("| opt | exact 1.0e-06 | exact 1.2e-06 |  |\n| x | refused |  | lora: a / b |\n")
+    assert "2 families" in page and "lora: 1 exact, 1 refused; full: 1 exact." in page
+
+
+@pytest.mark.slow
+def test_the_families_script_finds_two_families_exact(tmp_path: Path) -> None:
+    words = [f"{FOLDER}/families.py", "--smoke", "--csv", "all.csv", "--table", "page.md"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = rows_of(str(tmp_path / "all.csv"))
+    assert [(row["family"], row["finetuning"]) for row in found] == [
+        (f, how) for f in ("llama", "opt") for how in ("lora", "full")
+    ]
+    assert {row["result"] for row in found} == {"exact"}
+    assert (tmp_path / "page.md").read_text().count("exact") > 4
+
+
+@pytest.mark.slow
+def test_every_family_of_the_table_is_tiny() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    setup = module("families_setup")
+    names = setup.families()
+    assert len(names) >= 100 and names[0] == "llama"
+    for family in names:
+        with torch.device("meta"):
+            net = AutoModelForCausalLM.from_config(setup.tiny_config(family))
+        assert sum(p.numel() for p in net.parameters()) < 400_000, family

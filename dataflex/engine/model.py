@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from dataflex.utils.errors import UserError, nearest
+from dataflex.engine.lora import with_lora
+from dataflex.utils.errors import UserError, brief, nearest
 from dataflex.utils.logging import logger
 
 if TYPE_CHECKING:
@@ -31,7 +29,7 @@ def load_tokenizer(cfg: Config) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=cfg.model.trust_remote_code)
     except (OSError, ValueError) as exc:
-        raise UserError(f"model_name_or_path: no tokenizer at '{source}'{_no_folder(source)}: {_brief(exc)}") from exc
+        raise UserError(f"model_name_or_path: no tokenizer at '{source}'{_no_folder(source)}: {brief(exc)}") from exc
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -50,7 +48,7 @@ def load_model_config(cfg: Config) -> Any:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=cfg.model.trust_remote_code)
     except (OSError, ValueError) as exc:
-        raise UserError(f"model_name_or_path: no model config at '{source}': {_brief(exc)}") from exc
+        raise UserError(f"model_name_or_path: no model config at '{source}': {brief(exc)}") from exc
 
 
 def load_model(cfg: Config, model_config: Any, tokenizer: Any) -> nn.Module:
@@ -71,7 +69,7 @@ def load_model(cfg: Config, model_config: Any, tokenizer: Any) -> nn.Module:
             raise
         except (OSError, ValueError, RuntimeError, SafetensorError) as exc:
             raise UserError(
-                f"model_name_or_path: no fitting weights at '{source}': {_brief(exc)} "
+                f"model_name_or_path: no fitting weights at '{source}': {brief(exc)} "
                 "(train_from_scratch: true starts from random ones)"
             ) from exc
     _resize(model, len(tokenizer))
@@ -98,7 +96,7 @@ def _resize(model: Any, tokens: int) -> None:
 def _finetuned(model: Any, cfg: Config) -> Any:
     method = cfg.method
     if method.finetuning_type == "lora":
-        return _with_lora(model, cfg)
+        return with_lora(model, cfg)
     if cfg.model.adapter_name_or_path is not None:
         raise UserError("adapter_name_or_path: needs finetuning_type: lora")
     if method.finetuning_type == "freeze":
@@ -106,77 +104,18 @@ def _finetuned(model: Any, cfg: Config) -> Any:
     return model
 
 
-def _with_lora(model: Any, cfg: Config) -> Any:
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    if cfg.model.adapter_name_or_path is not None:
-        return _with_adapter(model, cfg.model.adapter_name_or_path)
-    method = cfg.method
-    every = method.lora_target == ("all",)
-    if not every:
-        linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-        _check_names("lora_target", method.lora_target, linear)
-    _check_names("additional_target", method.additional_target, {name for name, _ in model.named_modules() if name})
-    config = LoraConfig(
-        r=method.lora_rank,
-        lora_alpha=method.lora_scale_alpha,
-        lora_dropout=method.lora_dropout,
-        target_modules="all-linear" if every else list(method.lora_target),
-        modules_to_save=_trained_whole(model, cfg) or None,
-        task_type=TaskType.CAUSAL_LM,
-    )
-    with _without_peft_notices():
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
-
-
-def _with_adapter(model: Any, source: str) -> Any:
-    """The model with an existing adapter, to go on training it."""
-    from peft import PeftModel
-
-    try:
-        with _without_peft_notices():
-            return PeftModel.from_pretrained(model, source, is_trainable=True)
-    except (OSError, ValueError, RuntimeError) as exc:
-        raise UserError(f"adapter_name_or_path: no fitting adapter at '{source}': {_brief(exc)}") from exc
-
-
-def _trained_whole(model: Any, cfg: Config) -> list[str]:
-    """additional_target, and the embeddings where there are new tokens, which an adapter could not learn."""
-    names = list(cfg.method.additional_target)
-    if cfg.model.new_special_tokens:
-        both = (model.get_input_embeddings(), model.get_output_embeddings())
-        found = [name.rsplit(".", 1)[-1] for name, m in model.named_modules() if any(m is e for e in both)]
-        logger.info(f"new_special_tokens: {' and '.join(found)} are trained whole")
-        names += [name for name in found if name not in names]
-    return names
-
-
-@contextmanager
-def _without_peft_notices() -> Iterator[None]:
-    """peft asks the model a question that transformers is about to rename, and warns about tied embeddings.
-
-    Those trained whole are saved whole, so an adapter of a model with tied embeddings loads as it was trained.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*ensure_weight_tying.*")
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
-        yield
-
-
 def _checkpoint_activations(model: Any, reentrant: bool) -> None:
-    """Recompute activations in the backward; transformers before 5.2x has the older name only."""
+    """Recompute activations in the backward; transformers before 5.2x has the older name only.
+
+    A model that cannot is trained without.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", True):
+        name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+        logger.warning(f"gradient_checkpointing: {name} does not support it; its activations are kept")
+        return
     model.enable_input_require_grads()
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
-
-
-def _check_names(key: str, names: tuple[str, ...], modules: set[str]) -> None:
-    known = {name.rsplit(".", 1)[-1] for name in modules if not name.rsplit(".", 1)[-1].isdigit()}
-    for name in names:
-        if name.rsplit(".", 1)[-1] not in known:
-            raise UserError(
-                f"{key}: the model has no '{name}'{nearest(name, known)}; it has {', '.join(sorted(known))}"
-            )
 
 
 def _freeze(model: nn.Module, method: MethodSection) -> None:
@@ -221,12 +160,6 @@ def _say_trainable(model: nn.Module) -> None:
     trained = sum(size(p) for p in model.parameters() if p.requires_grad)
     every = sum(size(p) for p in model.parameters())
     logger.info(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
-
-
-def _brief(exc: BaseException) -> str:
-    """The message on one line, without what transformers goes on to advise."""
-    words = " ".join(str(exc).split()) or type(exc).__name__
-    return words if len(words) <= 200 else words[:200] + "..."
 
 
 def _no_folder(source: str) -> str:

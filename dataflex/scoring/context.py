@@ -90,14 +90,14 @@ def _checkpoint_in_eval(layer: nn.Module, checkpoint: Callable[..., Any], run: C
 def leaf_embeddings(module: nn.Module, outputs: list[torch.Tensor] | None = None) -> Iterator[None]:
     """Make every embedding's output a leaf that requires grad: the backward of activations ends there.
 
-    outputs: a list to which each of them is added.
+    outputs: a list to which each of them is added. What goes on is a copy, since a model may change it in place.
     """
 
     def detach(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
         output = output if output.requires_grad else output.detach().requires_grad_(True)
         if outputs is not None:
             outputs.append(output)
-        return output
+        return output.clone()
 
     handles = [m.register_forward_hook(detach) for m in module.modules() if isinstance(m, nn.Embedding)]
     assert handles, "the model has no nn.Embedding"

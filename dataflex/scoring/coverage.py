@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +15,10 @@ from torch import Tensor, nn
 from dataflex.scoring.layers import LayerRule
 from dataflex.utils.errors import UserError
 
+# Linear layers with a forward of their own that computes x W^T + b and nothing else.
+_PLAIN = ("FalconLinear", "Conv1D")
+# Reading these of a weight is no use of it.
+_LOOKS = r"(?!\.(?:dtype|device|shape|data|size|is_meta|_\w+)\b)"
 _EXPERT_FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 
@@ -34,8 +42,9 @@ class Target:
 
     adapters: by the attribute that they change.
     kind: linear (y = x W^T + b), conv1d (y = x W + b), embedding, norm (elementwise scale of a normalised input),
-    called (a linear of its own making, such as a router: F.linear is called in its forward) or experts (fused
-    [E, M, K] matrices).
+    called (a linear of its own making, such as a router: F.linear is called in its forward), looked_up (an embedding
+    of its own making: F.embedding is), experts (fused [E, M, K] matrices) or rerun (anything else: `scoring.rerun`;
+    the attributes are paths to the parameters inside).
     """
 
     module: nn.Module
@@ -48,24 +57,61 @@ class Target:
         return [self.names, *(adapter.names for adapter in self.adapters.values())]
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module is x W^T + b, or x W + b for a Conv1D."""
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return plain or type(module).__name__ in _PLAIN
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """Whether the module normalises by mean and variance of its last dimension; else, being a norm, by the square."""
+    return isinstance(module, nn.LayerNorm) or re.fullmatch(r"Cohere\w*LayerNorm", type(module).__name__) is not None
+
+
+def reads_parameter(kind: type, child: str, names: str = "weight") -> bool:
+    """Whether the source of a class uses a parameter of its layer ``self.<child>``, so that the layer is not called.
+
+    names: a regular expression of the parameters' names.
+    """
+    found = re.search(rf"\bself\.{re.escape(child)}\.(?:{names})\b{_LOOKS}", _source(kind))
+    return found is not None
+
+
+@cache
+def _source(kind: Any) -> str:
+    """The source of a class; empty where there is none to read."""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
+
+
 def kind_of(module: nn.Module) -> str | None:
     """How ``module``'s own parameters are tapped (`Target`), or None."""
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        return "linear"
-    if type(module).__name__ == "Conv1D":
-        return "conv1d"
+    if is_plain_linear(module):
+        return "conv1d" if type(module).__name__ == "Conv1D" else "linear"
     if isinstance(module, nn.Embedding):
         plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-        return "embedding" if plain else None
-    if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
+        return "embedding" if plain else "looked_up"
+    own = dict(module.named_parameters(recurse=False))
+    sizes = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in own.items()}
+    if isinstance(module, nn.LayerNorm):
         return "norm"
+    if type(module).__name__.endswith("RMSNorm") or is_layer_norm(module):
+        return "norm" if sizes in ({"weight": 1}, {"weight": 1, "bias": 1}) else None
     if all(hasattr(module, flag) for flag in _EXPERT_FLAGS):
         return None if getattr(module, "_is_expert_parallel", False) else "experts"
-    own = dict(module.named_parameters(recurse=False))
-    weight = own.get("weight")
-    if weight is not None and len(getattr(weight, "ds_shape", weight.shape)) == 2 and set(own) <= {"weight", "bias"}:
+    if sizes.get("weight") == 2 and set(own) <= {"weight", "bias"} and _calls_linear(module):
         return "called"
     return None
+
+
+def _calls_linear(module: nn.Module) -> bool:
+    """Whether the module's forward hands its weight to F.linear."""
+    kind: Any = type(module)
+    source = _source(kind)
+    handed = re.search(r"linear\([^()]*(?:\([^()]*\)[^()]*)*self\.weight", source) is not None
+    return handed or (isinstance(module, nn.Linear) and (not source or "super().forward" in source))
 
 
 def _attributes(module: nn.Module, kind: str) -> tuple[str, ...]:
@@ -126,8 +172,10 @@ def find_targets(module: nn.Module, rule: LayerRule | None = None) -> list[Targe
     targets: list[Target] = []
     covered: set[str] = set()
     seen: set[int] = set()
+    read = _read_by_their_parents(module)
     for m, wrappers in _modules(module):
-        kind = kind_of(m)
+        kind = None if id(m) in read else kind_of(m)
+        kind = "called" if wrappers and kind == "linear" else kind
         if kind is None or id(m) in seen:
             continue
         seen.add(id(m))
@@ -137,11 +185,57 @@ def find_targets(module: nn.Module, rule: LayerRule | None = None) -> list[Targe
         if found or adapters:
             targets.append(Target(m, kind, found, adapters))
             covered.update(parameter_names(targets[-1:]))
-    missing = sorted(chosen - covered)
+    uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    found_again = _reruns(module, {name_of[i] for i in name_of if uses[i] == 1} - covered)
+    targets += found_again
+    missing = sorted(chosen - covered - set(parameter_names(found_again)))
     if missing:
         raise UserError(
             f"gradient features: no tap covers the trained parameter{'s' if len(missing) > 1 else ''} "
-            f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; covered: Linear, Conv1D, Embedding, "
-            "LayerNorm and RMSNorm, routers and fused experts; freeze them, or leave them out with `layers`"
+            f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; covered are the parameters of every layer "
+            "below the embeddings' own module; freeze these, or leave them out with `layers`"
         )
     return targets
+
+
+def _read_by_their_parents(module: nn.Module) -> set[int]:
+    """Ids of the layers that the module around them does not call but reads the parameters of."""
+    return {
+        id(child)
+        for m in module.modules()
+        for name, child in m.named_children()
+        if reads_parameter(type(m), name, "weight|bias") and not _embeds(m)
+    }
+
+
+def _embeds(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.Embedding) for inner in module.modules())
+
+
+def _reruns(module: nn.Module, left: set[str]) -> list[Target]:
+    """The outermost modules that own, or read, the parameters ``left``; none that has an embedding inside."""
+    roots: dict[str, nn.Module] = {}
+    for path, m in module.named_modules():
+        if any(path == root or path.startswith(f"{root}.") for root in roots):
+            continue
+        own = [name for name, _ in m.named_parameters(recurse=False, remove_duplicate=False)]
+        for child, inner in m.named_children():
+            for name, p in inner.named_parameters(recurse=False):
+                if not _sees_samples(inner, p) or reads_parameter(type(m), child, re.escape(name)):
+                    own.append(f"{child}.{name}")
+        if left & {f"{path}.{name}".lstrip(".") for name in own} and not _embeds(m):
+            roots[path] = m
+    targets = []
+    for path, m in roots.items():
+        names = {name: f"{path}.{name}" for name, _ in m.named_parameters() if f"{path}.{name}" in left}
+        targets.append(Target(m, "rerun", names))
+    return targets
+
+
+def _sees_samples(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether what comes out of a module with this parameter is in the order of the batch's samples.
+
+    Not of a list of parameters, which has no forward, nor of stacked experts, whose tokens are in an order of theirs.
+    """
+    stacked = len(getattr(parameter, "ds_shape", parameter.shape)) > 2 and not isinstance(module, nn.Conv1d)
+    return type(module).forward is not nn.Module.forward and not stacked

@@ -45,6 +45,9 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
 class LayerRule:
     """layers: patterns of `matching`, () for every trained parameter. weights: {pattern: factor > 0}.
 
+    A pattern with ``!`` before it leaves out what it matches, wherever it stands among the layers; where all have one,
+    what they leave out is left out of every trained parameter.
+
     A feature is the concatenation of factor_p * transformed gradient of p over the chosen parameters p, so
     that p counts factor_p^2 times in inner products and norms. A parameter that several patterns match has the
     product of their factors, one that none matches has 1.
@@ -66,7 +69,13 @@ class LayerRule:
 
     def factors(self, names: Sequence[str]) -> dict[str, float]:
         """{chosen name: factor} of the trained parameters ``names``. UserError for a pattern without a match."""
-        chosen = {n for pattern in self.layers for n in _some(pattern, names, "layers")} if self.layers else set(names)
+        taken = [pattern for pattern in self.layers if not pattern.startswith("!")]
+        chosen = {n for pattern in taken for n in _some(pattern, names, "layers")} if taken else set(names)
+        for pattern in self.layers:
+            if pattern.startswith("!"):
+                chosen -= set(_some(pattern[1:], names, "layers"))
+        if not chosen:
+            raise UserError(f"layers: {', '.join(self.layers)} leaves no trained parameter")
         factors = {name: 1.0 for name in names if name in chosen}
         for pattern, factor in self.weights:
             for name in _some(pattern, list(factors), "layer_weights"):
@@ -84,5 +93,5 @@ def _some(pattern: str, names: Sequence[str], key: str) -> list[str]:
     parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
     raise UserError(
         f"{key}: '{pattern}' matches no trained parameter{nearest(pattern, [*parts, *names])}; valid: first:N, last:N, "
-        f"a name with * or ?, or parts of a name: {', '.join(parts)}"
+        f"a name with * or ?, or parts of a name, each with ! before it to leave it out: {', '.join(parts)}"
     )

@@ -208,7 +208,7 @@ class Scorer:
         half = next(self.engine.module.parameters()).dtype is torch.float16
         sink.scale = 1.0 / _HALF_SCALE if half else 1.0
         sink.start(cu_seqlens)
-        taps.start(len(raw_labels), raw_labels.numel())
+        taps.start(len(raw_labels), raw_labels.numel(), cu_seqlens)
         logits = logits_of(self.engine.module(**inputs))
         losses = per_sample_loss(logits.flatten(0, 1), labels, cu_seqlens).loss
         loss = losses.sum() if weights is None else (losses * weights.to(losses)).sum()

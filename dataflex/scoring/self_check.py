@@ -20,6 +20,7 @@ from dataflex.scoring.coverage import Target, find_targets, parameter_names
 from dataflex.scoring.exact import exact_dots
 from dataflex.scoring.layers import LayerRule
 from dataflex.scoring.scorer import Floats, Scorer
+from dataflex.scoring.sinks import as_matrix
 from dataflex.scoring.spec import FeatureSpec
 from dataflex.scoring.split import logits_of, split_batch
 from dataflex.utils import dist
@@ -143,7 +144,7 @@ def _project(out: Tensor, name: str, value: Tensor, spec: FeatureSpec) -> None:
 
 def _matrix(t: Tensor) -> Tensor:
     """Experts one below the other, vectors as one row."""
-    return t.reshape(-1, t.shape[-1]) if t.dim() > 1 else t[None]
+    return torch.atleast_2d(as_matrix(t))
 
 
 def _sample_gradient(scorer: Scorer, sample: Any, names: list[str]) -> dict[str, Tensor]:

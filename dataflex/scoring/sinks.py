@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ def segment_sums(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[N, K] to [S, K], summed in float32 at least."""
     wide = per_token if per_token.dtype is torch.float64 else per_token.float()
     return torch.segment_reduce(wide, "sum", lengths=cu_seqlens.diff(), axis=0, unsafe=True)
+
+
+def as_matrix(parameter: Tensor) -> Tensor:
+    """How the projections see a parameter: [M, K], all but the last dimension flattened; a vector or scalar is [K]."""
+    return parameter.reshape(-1, parameter.shape[-1]) if parameter.dim() > 1 else parameter.reshape(-1)
 
 
 class Totals(NamedTuple):
@@ -77,6 +82,7 @@ class ProjectingSink:
     _by_factor: dict[float, Totals] = field(default_factory=dict)
     _waiting: dict[str, list[tuple[str, Tensor, Tensor]]] = field(default_factory=dict)
     _zero: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    per_sample: ClassVar[bool] = True
 
     def start(self, cu_seqlens: Tensor) -> None:
         self.cu_seqlens = cu_seqlens
@@ -110,6 +116,19 @@ class ProjectingSink:
                 self._outer(name, row[part], col[part], bounds, (e, len(counts)))
             start += count
 
+    def sample(self, name: str, sample: int, grad: Tensor) -> None:
+        """The parameter counts as a matrix (`as_matrix`), a vector as one row."""
+        part = slice(sample, sample + 1)
+        totals = Totals(*(None if t is None else t[part] for t in self._totals(name)))
+        if grad.dim() < 2:
+            self._add(name, project_dense_, grad.reshape(1, -1) * self.scale, totals=totals)
+            return
+        values = as_matrix(grad)
+        rows = torch.arange(len(values), device=values.device)
+        bounds = torch.tensor([0, len(values)], device=values.device)
+        base = self._zero_of(name, values.shape[1])
+        self._add(name, project_rows_, rows, values, bounds, totals=totals, scale=self.scale, **base)
+
     def finish(self) -> Totals:
         """The batch's totals, after the parameters that waited were added."""
         for name, parts in self._waiting.items():
@@ -138,6 +157,9 @@ class ProjectingSink:
             e, count = part
             m, v = (None if x is None else x.reshape(count, -1, x.shape[-1])[e] for x in (m, v))
             toward = None if toward is None else toward.reshape(len(toward), count, -1, toward.shape[-1])[:, e]
+        else:
+            m, v = (None if x is None else as_matrix(x) for x in (m, v))
+            toward = None if toward is None else torch.stack([as_matrix(d) for d in toward])
         return {
             "transform": self.transform,
             "seed": self.seed,
@@ -148,8 +170,10 @@ class ProjectingSink:
             "directions": toward,
         }
 
-    def _add(self, name: str, project: Callable[..., Any], *args: Any, **more: Any) -> None:
-        out, sqnorm, dots = self._totals(name)
+    def _add(
+        self, name: str, project: Callable[..., Any], *args: Any, totals: Totals | None = None, **more: Any
+    ) -> None:
+        out, sqnorm, dots = self._totals(name) if totals is None else totals
         project(out, *args, sqnorm=sqnorm, dots=dots, **(self._how(name) | more))
 
     def _outer(self, name: str, row: Tensor, col: Tensor, bounds: Tensor, part: tuple[int, int] | None = None) -> None:
@@ -184,13 +208,13 @@ class ProjectingSink:
                 **self._how(name),
             )
 
-    def _zero_of(self, name: str, columns: int) -> dict[str, Tensor]:
+    def _zero_of(self, name: str, columns: int) -> dict[str, Any]:
         """What the rows of an embedding that a sample does not touch contribute; once per pass."""
         if not self.transform.needs_moments:
             return {}
         if name not in self._zero:
             zero = self._new_totals(1)
-            shape = (self.moments[name][0].shape[0], columns)
+            shape = (as_matrix(self.moments[name][0]).shape[0], columns)
             base = project_zero(shape, self.proj_dim, sqnorm=zero.sqnorm, dots=zero.dots, **self._how(name))
             parts = {"base": base, "base_sqnorm": zero.sqnorm, "base_dots": zero.dots}
             self._zero[name] = {k: v for k, v in parts.items() if v is not None and v.numel()}
@@ -202,6 +226,8 @@ class DirectionSink:
 
     sums: {name: float32 of the parameter's shape}, changed in place. factors: of `LayerRule`.
     """
+
+    per_sample: ClassVar[bool] = False
 
     def __init__(self, sums: Mapping[str, Tensor], factors: Mapping[str, float]) -> None:
         self.sums = sums
@@ -228,6 +254,9 @@ class DirectionSink:
         parts = self.sums[name].view(len(counts), -1, col.shape[1])
         for part, left, right in zip(parts, rows, cols, strict=True):
             part.addmm_(left.T, right, alpha=self._by(name))
+
+    def sample(self, name: str, sample: int, grad: Tensor) -> None:
+        self.sums[name].add_(grad.float(), alpha=self._by(name))
 
     def _by(self, name: str) -> float:
         return self.scale * self.factors.get(name, 1.0)

@@ -1,25 +1,19 @@
-"""Taps: identity functions on layer outputs that see, in the backward, what a weight gradient is made of.
-
-A layer's weight gradient for a sample is a sum over its tokens of products of the layer's input x and the
-gradient delta of the layer's output. The tap saves x with save_for_backward (so that both kinds of activation
-checkpointing recompute it) and receives delta in its own backward. Tensor hooks and full-backward hooks would
-keep x alive and defeat checkpointing.
-"""
+"""Taps on the layers of a model: how each kind of layer's weight gradient is made of what its tap sees."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataflex.scoring.coverage import Adapter, Target, parameter_names
 from dataflex.scoring.experts import Routing, run_experts
+from dataflex.scoring.rerun import Places, gradients, watch
+from dataflex.scoring.tap import calls_to, normalised, tap
 from dataflex.utils.errors import UserError
 
 
@@ -42,57 +36,11 @@ class Sink(Protocol):
         ascending within an expert.
         """
 
+    # Whether `sample` wants each sample's gradient; else it is called once, with their sum.
+    per_sample: ClassVar[bool]
 
-class _Tap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, deliver: Callable[..., None], *saved: Tensor) -> Tensor:
-        ctx.save_for_backward(*saved)
-        ctx.deliver = deliver
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        with torch.no_grad():
-            ctx.deliver(grads[0], *saved)
-        return (grads[0], None, *(None for _ in saved))
-
-
-def tap(output: Tensor, deliver: Callable[..., None], *saved: Tensor) -> Tensor:
-    """``output``, whose gradient delta goes to ``deliver(delta, *saved)`` in the backward."""
-    if not output.requires_grad:
-        return output
-    tapped: Tensor = _Tap.apply(output, deliver, *(s.detach() for s in saved))
-    return tapped
-
-
-def _normalised(module: nn.Module, x: Tensor) -> Tensor:
-    """The input of a norm's elementwise scale, float32, of x's shape."""
-    x = x if x.dtype is torch.float64 else x.float()
-    if isinstance(module, nn.LayerNorm):
-        return F.layer_norm(x, module.normalized_shape, eps=module.eps)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-
-
-@contextmanager
-def _linear_calls(shape: tuple[int, ...], seen: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Pass the output of every F.linear with a weight of ``shape`` through ``seen(output, input)``.
-
-    ZeRO-3 replaces F.linear itself, by one that no torch function mode sees.
-    """
-    linear = F.linear
-
-    def tapped(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        output = linear(input, weight, bias)
-        return seen(output, input) if tuple(weight.shape) == shape else output
-
-    F.linear = tapped
-    try:
-        yield
-    finally:
-        F.linear = linear
+    def sample(self, name: str, sample: int, grad: Tensor) -> None:
+        """Parameter ``name`` has the whole gradient ``grad``, of its own shape, for this sample of the batch."""
 
 
 class Taps:
@@ -107,15 +55,17 @@ class Taps:
         self.sink = sink
         self.fired: Counter[str] = Counter()
         self.batch_rows, self.tokens = 0, 0
+        self._places = Places(0, 0, torch.zeros(1, dtype=torch.int64))
+        self._quiet = False
         self._handles: list[Any] = []
         self._replaced: list[nn.Module] = []
 
     def __enter__(self) -> Taps:
         for target in self.targets:
-            if target.kind in ("called", "experts"):
+            if target.kind in ("called", "looked_up", "experts"):
                 self._replace_forward(target)
             else:
-                hook = partial(self._hook, target)
+                hook = partial(self._rerun_hook if target.kind == "rerun" else self._hook, target)
                 self._handles.append(target.module.register_forward_hook(hook, with_kwargs=True))
         return self
 
@@ -127,42 +77,84 @@ class Taps:
         self._handles.clear()
         self._replaced.clear()
 
-    def start(self, batch_rows: int, tokens: int) -> None:
-        """Forget what fired; call before each forward of [batch_rows, tokens / batch_rows] tokens."""
+    def start(self, batch_rows: int, tokens: int, cu_seqlens: Tensor | None = None) -> None:
+        """Forget what fired; call before each forward of [batch_rows, tokens / batch_rows] tokens.
+
+        cu_seqlens: [S + 1] int64, where the samples are in the flattened tokens; without it every row is one.
+        """
         self.fired.clear()
         self.batch_rows, self.tokens = batch_rows, tokens
+        if cu_seqlens is None:
+            cu_seqlens = torch.arange(batch_rows + 1) * (tokens // batch_rows)
+        self._places = Places(batch_rows, tokens, cu_seqlens.cpu())
 
     def check_fired(self) -> None:
         """UserError unless every parameter delivered once for each layer that it is used in."""
         expected = Counter(parameter_names(self.targets))
-        wrong = [name for name, times in expected.items() if self.fired[name] != times]
-        if wrong:
-            raise UserError(
-                "gradient features: a layer is used several times or not at all in one forward: "
-                f"{', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}; leave it out with `layers`"
-            )
+        never = [name for name in expected if not self.fired[name]]
+        often = [name for name, times in expected.items() if self.fired[name] not in (0, times)]
+        for names, what in (
+            (often, "a layer is used several times in one forward"),
+            (never, "no gradient reaches, or the forward does not call the layer of"),
+        ):
+            if names:
+                raise UserError(
+                    f"gradient features: {what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}; "
+                    f"leave it out with `layers` (a pattern after !)"
+                )
 
     def _hook(self, target: Target, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
-        if target.kind == "embedding" and output.shape[0] == 1 < self.batch_rows:
-            output = output.expand(self.batch_rows, *output.shape[1:])
-            x = x.expand(self.batch_rows, *x.shape[1:])
+        return output if self._quiet else self._tap_lookup(target, output, x)
+
+    def _tap_lookup(self, target: Target, output: Tensor, x: Tensor) -> Tensor:
+        """A layer's output, tapped; positions that all rows share are looked up for each of them."""
+        if isinstance(target.module, nn.Embedding):
+            if not output.requires_grad:
+                output = output.detach().requires_grad_(True)
+            if output.dim() == 2 and self.tokens != len(output) == self.tokens // self.batch_rows:
+                output, x = output[None], x[None]
+            if output.shape[0] == 1 < self.batch_rows:
+                output = output.expand(self.batch_rows, *output.shape[1:])
+                x = x.expand(self.batch_rows, *x.shape[1:])
         return tap(output, partial(self._deliver, target), x)
+
+    def _rerun_hook(self, target: Target, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if self._quiet:
+            return output
+
+        def found(run: Callable[[], list[Tensor]], deltas: tuple[Tensor, ...]) -> None:
+            self.fired.update(target.names.values())
+            self._quiet = True
+            try:
+                places = self._places if self.sink.per_sample else None
+                for sample, grads in gradients(module, target.names, run, deltas, places):
+                    for name, grad in grads.items():
+                        self.sink.sample(name, sample, grad)
+            finally:
+                self._quiet = False
+
+        return watch(module, args, kwargs, output, self.batch_rows, found)
 
     def _replace_forward(self, target: Target) -> None:
         """Let the module run a forward of ours inside; it is gone again at `__exit__`."""
         module: Any = target.module
         original = module.forward
         assert "forward" not in vars(module), f"{type(module).__name__} already has a forward of its own"
+        function, seen = "linear", self._tap_call
+        if target.kind == "looked_up":
+            function, seen = "embedding", self._tap_lookup
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            with _linear_calls(tuple(module.weight.shape), partial(self._tap_call, target)):
+            if self._quiet:
+                return original(*args, **kwargs)
+            with calls_to(function, tuple(module.weight.shape), partial(seen, target)):
                 return original(*args, **kwargs)
 
         def experts(*args: Any, **kwargs: Any) -> Tensor:
             return run_experts(module, partial(self._tap_experts, target), *args, **kwargs)
 
-        module.forward = called if target.kind == "called" else experts
+        module.forward = experts if target.kind == "experts" else called
         self._replaced.append(module)
 
     def _tap_call(self, target: Target, output: Tensor, x: Tensor) -> Tensor:
@@ -174,7 +166,8 @@ class Taps:
 
         def deliver(delta: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
             self.fired.update(adapter.names.values())
-            delta, x = self._flat(delta), self._flat(x)
+            name = next(iter(adapter.names.values()))
+            delta, x = self._flat(delta, name), self._flat(x, name)
             if "a" in adapter.names:
                 self.sink.outer(adapter.names["a"], adapter.scaling * delta @ b.to(delta), x)
             if "b" in adapter.names:
@@ -206,6 +199,8 @@ class Taps:
 
     def _tap_experts(self, target: Target, attribute: str, output: Tensor, x: Tensor, at: Routing) -> Tensor:
         """``attribute``: the matrix that made ``output`` [P, M] from ``x`` [P, K]."""
+        if self._quiet:
+            return output
         if attribute in target.adapters:
             output = self._tap_adapter(target.adapters[attribute], output, x, at)
         names = {a: target.names[a] for a in (attribute, f"{attribute}_bias") if a in target.names}
@@ -226,37 +221,37 @@ class Taps:
         self.fired.update(target.names.values())
         module, weight, bias = target.module, target.names.get("weight"), target.names.get("bias")
         if bias is not None:
-            self.sink.dense(bias, self._by_token(delta))
+            self.sink.dense(bias, self._by_token(delta, bias))
         if weight is None:
             return
         if target.kind == "norm":
-            scaled = _normalised(module, x)
-            self.sink.dense(weight, self._by_token(scaled * delta.to(scaled.dtype)))
+            scaled = normalised(module, x)
+            self.sink.dense(weight, self._by_token(scaled * delta.to(scaled.dtype), weight))
         elif isinstance(module, nn.Embedding):
-            ids, values = x.reshape(-1), self._flat(delta)
-            scale = getattr(module, "embed_scale", None)
+            ids, values = x.reshape(-1), self._flat(delta, weight)
+            scale = getattr(module, "embed_scale", None) if target.kind == "embedding" else None
             values = values if scale is None else values * scale
             if module.padding_idx is not None:
                 values = values.masked_fill((ids == module.padding_idx)[:, None], 0)
             self.sink.rows(weight, ids, values)
         else:
-            row, col = self._flat(delta), self._flat(x)
+            row, col = self._flat(delta, weight), self._flat(x, weight)
             self.sink.outer(weight, *((col, row) if target.kind == "conv1d" else (row, col)))
 
-    def _flat(self, t: Tensor) -> Tensor:
+    def _flat(self, t: Tensor, name: str) -> Tensor:
         """[N, K] of a tensor that has one row for each token of the batch."""
         flat = t.reshape(-1, t.shape[-1])
         if len(flat) != self.tokens:
             raise UserError(
-                f"gradient features: a layer sees {tuple(t.shape)} where the batch has {self.tokens} tokens; "
-                "leave it out with `layers`"
+                f"gradient features: the layer of {name} sees {tuple(t.shape)} where the batch has {self.tokens} "
+                "tokens; leave it out with `layers`"
             )
         return flat
 
-    def _by_token(self, t: Tensor) -> Tensor:
+    def _by_token(self, t: Tensor, name: str) -> Tensor:
         """[N, K], summed over heads where a norm works on [B, T, heads, K], [B, heads, T, K] or [N, heads, K]."""
         if t.dim() == 4:
             t = (t if t.shape[0] * t.shape[1] == self.tokens else t.transpose(1, 2)).sum(2)
         elif t.dim() == 3 and t.shape[0] * t.shape[1] != self.tokens == t.shape[0]:
             t = t.sum(1)
-        return self._flat(t)
+        return self._flat(t, name)

@@ -57,3 +57,9 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest entry of ``valid``, or an empty string."""
     match = difflib.get_close_matches(cut(str(word), 200), [str(v) for v in valid][:1000], n=1, cutoff=0.6)
     return f" (did you mean '{cut(match[0])}'?)" if match else ""
+
+
+def brief(exc: BaseException) -> str:
+    """The message of an exception on one line, without what a library goes on to advise."""
+    words = " ".join(str(exc).split()) or type(exc).__name__
+    return words if len(words) <= 200 else words[:200] + "..."

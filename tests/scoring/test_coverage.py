@@ -160,6 +160,21 @@ def test_other_projections(projection: str) -> None:
 RULE = LayerRule.of(["last:1", "embed_tokens", "*.0.mlp.*"], {"experts": 2.0, "last:1": 0.5, "embed_tokens": 3.0})
 
 
+def test_layers_leave_out() -> None:
+    names = [n for n, _ in families.model("mixtral").named_parameters()]
+    left = LayerRule.of(["!embed_tokens", "!lm_head", "!last:1"], None).factors(names)
+    assert set(left) == {n for n in names if not n.startswith(("model.embed", "lm_head", "model.layers.1."))}
+    assert set(LayerRule.of(["!*norm*", "last:1"], None).factors(names)) == {
+        n for n in names if ".layers.1." in n and "norm" not in n
+    }
+    for rule, text in (
+        (["!q_prj"], r"layers: 'q_prj' matches no trained parameter \(did you mean 'q_proj'\?\)"),
+        (["lm_head", "!lm_head"], "layers: lm_head, !lm_head leaves no trained parameter"),
+    ):
+        with pytest.raises(UserError, match=text):
+            LayerRule.of(rule, None).factors(names)
+
+
 def test_layers_and_their_weights() -> None:
     net, samples = families.model("mixtral"), pool(3)
     names = [n for n, _ in net.named_parameters()]
@@ -173,7 +188,7 @@ def test_layers_and_their_weights() -> None:
     assert error(got, truth) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["llama tied", "gpt2", "gemma", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama tied", "gpt2", "gemma", "mixtral", "gpt_oss", "apertus"])
 @pytest.mark.parametrize(("adam", "rule"), [(None, None), ("adam_less", None), ("adam_less", "weighted")])
 def test_exact_scores(family: str, adam: str | None, rule: str | None) -> None:
     net, samples, target = families.model(family), pool(6), pool(5, seed=9)
@@ -215,13 +230,47 @@ def test_patterns_that_mean_nothing(rule: Any, text: str) -> None:
 def test_parameters_that_no_tap_covers_are_named_unless_left_out() -> None:
     net = families.model("llama")
     net.model.register_parameter("soft_prompt", torch.nn.Parameter(torch.zeros(2, 16)))
-    with pytest.raises(UserError, match=r"no tap covers the trained parameter model\.soft_prompt; covered: Linear"):
+    with pytest.raises(UserError, match=r"no tap covers the trained parameter model\.soft_prompt; covered are"):
         find_targets(net)
     assert find_targets(net, LayerRule.of(["layers"], None))
+
+
+def test_a_layer_that_is_never_called_is_named() -> None:
+    net = families.model("llama")
+    net.model.layers[1].mlp.unused = torch.nn.Linear(4, 4)
+    with pytest.raises(UserError, match=r"no gradient reaches.*: model\.layers\.1\.mlp\.unused\.weight, .*a pattern"):
+        scorer(net).gradient_features(pool(2), proj_dim=PROJ_DIM, seed=SEED)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_module_that_runs_again_may_hold_other_taps_and_recompute(reentrant: bool) -> None:
+    """Attention sinks: their module has q, k, v and o inside; a parameter of the checkpointed layer itself too."""
+    net, samples = families.model("gpt_oss"), pool()
+    net.model.layers[0].register_parameter("gain", torch.nn.Parameter(torch.tensor(0.7)))
+    plain = type(net.model.layers[0])
+
+    class Scaled(plain):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            return super().forward(hidden_states, **kwargs) * self.gain
+
+    net.model.layers[0].__class__ = Scaled
+    truth = projected(gradients(net, samples, "adam_less"))
+    net.enable_input_require_grads()
+    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    got = scorer(net.train()).gradient_features(samples, proj_dim=PROJ_DIM, seed=SEED, adam="adam_less")
+    assert error(got, truth) < 1e-5
+
+
+def test_packed_samples_of_a_module_that_runs_again() -> None:
+    net, samples = families.model("apertus"), pool()
+    truth = projected(gradients(net, samples))
+    got = scorer(net, packing=True).gradient_features(samples, proj_dim=PROJ_DIM, seed=SEED)
+    assert error(got, truth) < 1e-5
 
 
 def test_a_layer_that_is_used_twice_is_named() -> None:
     net = families.model("llama")
     net.model.layers[1].mlp = net.model.layers[0].mlp
-    with pytest.raises(UserError, match=r"used several times or not at all in one forward: model\.layers\.0\.mlp"):
+    with pytest.raises(UserError, match=r"used several times in one forward: model\.layers\.0\.mlp"):
         scorer(net).gradient_features(pool(2), proj_dim=PROJ_DIM, seed=SEED)
