@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dataflex import __version__
@@ -109,6 +110,16 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         allow_abbrev=False,
     )
     _add_config(of_command["select"])
+    of_command["show"] = commands.add_parser(
+        "show",
+        help="print a decision of a finished run: its best and worst samples as text",
+        description="Print whom a selector picked after a step: by dataset, and the samples with the highest and the "
+        "lowest scores as text, from the run folder and the data that it names; one process, no model.",
+        allow_abbrev=False,
+    )
+    of_command["show"].add_argument("run", metavar="RUN", help="folder of the run")
+    of_command["show"].add_argument("--step", type=int, metavar="N", help="the decision after N steps (default: last)")
+    of_command["show"].add_argument("--top", type=int, metavar="K", default=10, help="samples each way (default: 10)")
     text = "show versions, the accelerator and which kernels run"
     of_command["env"] = commands.add_parser("env", help=text, allow_abbrev=False)
     return parser, of_command
@@ -139,12 +150,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     actions = of_command[args.command]._actions
     for word in rest:
-        if args.command != "env" and not word.startswith("-"):
+        if hasattr(args, "overrides") and not word.startswith("-"):
             args.overrides = [*args.overrides, word]
             continue
         name = word.lstrip("-").partition("=")[0]
         flags = [option for action in actions for option in action.option_strings]
-        if name in SECTION_OF:
+        if name in SECTION_OF and hasattr(args, "overrides"):
             parser.error(f"{word}: config keys are written without dashes: {name}=VALUE")
         parser.error(f"unknown argument '{word}'{nearest(word.partition('=')[0], flags)}")
     if getattr(args, "dry_run", False):
@@ -179,6 +190,13 @@ def _select(cfg: Config) -> int:
     return 0
 
 
+def _show(args: argparse.Namespace) -> int:
+    from dataflex.report.show import show
+
+    print("\n".join(show(Path(args.run), args.step, args.top)))
+    return 0
+
+
 def _env() -> int:
     import torch
 
@@ -207,6 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "env":
             return _env()
+        if args.command == "show":
+            return _show(args)
         return _select(load_config(args.config, args.overrides)) if args.command == "select" else _launch(args)
     except UserError as e:
         print_error(str(e))

@@ -86,13 +86,15 @@ def test_bad_config_is_refused_before_anything_starts(tmp_path: Path) -> None:
     [
         ([], "the following arguments are required: COMMAND"),
         (["trian", "x.yaml"], "unknown command 'trian' (did you mean 'train'?); the commands are train, score, check, "
-         "doremi, select, env"),
+         "doremi, select, show, env"),
         (["train"], "the following arguments are required: CFG"),
         (["train", "x.yaml", "--banana", "3"], "unknown argument '--banana'"),
         (["train", "x.yaml", "--num_procs=3"], "unknown argument '--num_procs=3' (did you mean '--num_processes'?)"),
         (["train", "x.yaml", "--seed", "3"], "--seed: config keys are written without dashes: seed=VALUE"),
         (["train", "x.yaml", "--num_processes", "two"], "argument --num_processes/--num_gpus: invalid int value: 'two'"),
         (["env", "more"], "unknown argument 'more'"),
+        (["show", "run", "seed=3"], "unknown argument 'seed=3'"),
+        (["show"], "the following arguments are required: RUN"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(args: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "driver": MIDDLE | COMPONENTS | {"engine", "train", "train.trainer", "report"},
     "worker": {"utils"},
     "launcher": {"config", "utils", "worker"},
-    "cli": {"config", "utils", "launcher", "worker", "driver", "core", "ops"},
+    "cli": {"config", "utils", "launcher", "worker", "driver", "core", "ops", "report"},
     "demo": {"config", "utils", "cli"},
 }
 # These start without any of the heavy libraries; some modules load them inside the functions that need them.

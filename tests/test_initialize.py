@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -64,8 +66,9 @@ class Bigram(nn.Module):
 
 
 def _start(flex: Any, net: nn.Module | None = None, stage: int = 3, **more: Any) -> Any:
-    arguments = {"train_dataset": Rows(40, 1), "eval_dataset": Rows(8, 2), "data_collator": collate, **more}
-    return dataflex.initialize(model=net or model(), config=ds_config(stage), dataflex=flex, **arguments)
+    data = {"train_dataset": Rows(40, 1), "eval_dataset": Rows(8, 2), "data_collator": collate}
+    arguments = {"config": ds_config(stage), **data, **more}
+    return dataflex.initialize(model=net or model(), dataflex=flex, **arguments)
 
 
 def three_lines() -> dict[str, Any]:
@@ -99,7 +102,7 @@ def save_and_load(folder: str) -> dict[str, Any]:
             first.save_checkpoint(folder, client_state={"note": "mine"})
             break
     second = _start(FLEX)
-    state = second.load_checkpoint(folder)
+    _, state = second.load_checkpoint(folder)
     rest = [second.training_step(batch) for batch in second.batches()]
     return {
         "losses": [losses, begun + rest],
@@ -140,7 +143,17 @@ def domains_and_own_optimizer() -> dict[str, Any]:
 def mistakes() -> dict[str, str]:
     """What is said about wrong use."""
     said = {}
+    block = {**ds_config(2), "dataflex": {"update_stp": 3}}
     cases: dict[str, Any] = {
+        "block key": lambda: _start(None, config=block),
+        "two settings": lambda: _start(FLEX, config=block),
+        "no settings": lambda: _start(None, config={**ds_config(2), "dataflex": 3}),
+        "no file": lambda: _start(FLEX, config="ds_zero7.json"),
+        "two configs": lambda: _start(FLEX, config_params={}),
+        "auto": lambda: _start(FLEX, config={**ds_config(2), "gradient_clipping": "auto"}),
+        "quantised": lambda: _start(FLEX, config={"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}),
+        "boundary": lambda: _start(FLEX, config={**ds_config(2), "managed_gradient_accumulation": False}),
+        "folder": lambda: _start({**FLEX, "output_dir": "/dev/null/out"}),
         "keyword": lambda: _start(FLEX, train_datset=1),
         "key": lambda: _start({**FLEX, "update_stp": 3}),
         "collator": lambda: _start(FLEX, data_collator=None),
@@ -158,6 +171,32 @@ def mistakes() -> dict[str, str]:
         except (ValueError, TypeError, RuntimeError) as exc:
             said[name] = f"{type(exc).__name__}: {exc}"
     return said
+
+
+def settings(folder: str) -> dict[str, Any]:
+    """Weighting into a folder that is not there yet, and the settings as a block of the DeepSpeed JSON."""
+    home = Path(folder)
+    flex = {"train_type": "dynamic_weight", "component_name": "loss", "logging_steps": 1, "max_steps": 3}
+    out = home / "not" / "there" / "yet"
+    engine = _start({**flex, "output_dir": str(out)}, stage=2)
+    by_argument = [engine.training_step(batch) for batch in engine.batches()]
+    lines = (out / "weights.jsonl").read_text().splitlines()
+
+    block = home / "ds.json"
+    if torch.distributed.get_rank() == 0:
+        text = yaml.safe_load(json.dumps({**ds_config(2), "dataflex": flex}))
+        block.write_text("// with a comment, as DeepSpeed allows\n" + json.dumps(text))
+    torch.distributed.barrier()
+    given: dict[str, Any] = {"train_dataset": Rows(40, 1), "data_collator": collate}
+    starts = {
+        "file": lambda: dataflex.initialize(model=model(), config=str(block), **given),
+        "mapping": lambda: dataflex.initialize(model=model(), config={**ds_config(2), "dataflex": flex}, **given),
+        "args": lambda: dataflex.initialize(
+            model=model(), args=argparse.Namespace(deepspeed_config=str(block)), **given
+        ),
+    }
+    by_block = {name: [e.training_step(b) for b in e.batches()] for name, e in ((n, s()) for n, s in starts.items())}
+    return {"lines": len(lines), "argument": by_argument, "block": by_block}
 
 
 def test_the_three_lines_train_by_plan_and_pass_the_rest_through() -> None:
@@ -205,6 +244,15 @@ def said() -> dict[str, str]:
         ("no eval", "UserError: evaluate: no eval_dataset was given"),
         ("rows", "UserError: data_collator: got 2 samples, returned 1"),
         ("skipped", r"RuntimeError: call engine.training_step\(batch\) once for each batch"),
+        ("block key", "UserError: config:dataflex:update_stp: .*did you mean 'update_step'"),
+        ("two settings", "UserError: config:dataflex: dataflex is configured twice, there and by dataflex=; keep one"),
+        ("no settings", "UserError: config:dataflex: expected a block of keys, got 3"),
+        ("no file", "UserError: config: there is no DeepSpeed config 'ds_zero7.json'"),
+        ("two configs", "UserError: config: the DeepSpeed config is needed once, got config, config_params"),
+        ("auto", 'UserError: config: "auto" of gradient_clipping is filled in by the YAML of dataflex-cli only'),
+        ("quantised", "UserError: config: 'zero_optimization.zero_quantized_weights' is not supported"),
+        ("boundary", "UserError: config: 'managed_gradient_accumulation' must be true"),
+        ("folder", "UserError: output_dir: cannot write to '/dev/null/out'"),
         ("target", "UserError: .*less needs a target|UserError: .*eval_dataset"),
     ],
 )
@@ -212,3 +260,10 @@ def test_wrong_use_is_said(said: dict[str, str], name: str, text: str) -> None:
     import re
 
     assert re.search(text, said[name]), said[name]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_settings_in_the_deepspeed_config_and_an_output_dir_to_be_made(world_size: int, tmp_path: Path) -> None:
+    for result in run_ranks("tests.test_initialize:settings", world_size, folder=str(tmp_path)):
+        assert result["lines"] == 3 and len(result["argument"]) == 3
+        assert result["block"] == dict.fromkeys(("file", "mapping", "args"), result["argument"])

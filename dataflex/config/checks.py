@@ -195,6 +195,8 @@ def _paths(cfg: Config) -> Iterator[Problem]:
 
 def notes(cfg: Config, embedded: bool) -> Iterator[Problem]:
     """Yield what is allowed but should be said."""
+    for kind in sorted(set(cfg.flex.component_params or {}) - set(cfg.flex.kinds)):
+        yield Problem(("component_params",), f"{kind}: not used, since train_type is not dynamic_{kind}")
     if cfg.train.ddp_timeout > WEEK_S:
         days = cfg.train.ddp_timeout / 86400
         text = f"{cfg.train.ddp_timeout} s are {days:,.0f} days: a hang would not end by itself"

@@ -23,6 +23,8 @@ ENTRY_POINTS = "dataflex.components"
 def component_params(flex: FlexSection, kind: Kind) -> tuple[str, dict[str, Any]]:
     """Return (registered name, params) of the component that ``flex`` names for ``kind``.
 
+    The params are those of the file, and over them those of ``component_params``.
+
     A name that the file lacks is passed on with no params where own components may be registered
     (``component_modules`` or an entry point); else it is a UserError naming the nearest match.
     """
@@ -31,11 +33,12 @@ def component_params(flex: FlexSection, kind: Kind) -> tuple[str, dict[str, Any]
     path = resolve(flex.components_cfg_file)
     groups = read_components(path)
     entries = groups.get(GROUPS[kind], {})
+    own = copy.deepcopy((flex.component_params or {}).get(kind, {}))
     if wanted in entries:
         entry = entries[wanted]
-        return str(entry.get("name", wanted)), copy.deepcopy(entry["params"] or {})
+        return str(entry.get("name", wanted)), copy.deepcopy(entry["params"] or {}) | own
     if flex.component_modules or entry_points(group=ENTRY_POINTS):
-        return wanted, {}
+        return wanted, own
     others = [group for group, names in groups.items() if wanted in names]
     hint = f" ('{wanted}' is in {others[0]})" if others else nearest(wanted, entries)
     valid = ", ".join(entries) or "none"

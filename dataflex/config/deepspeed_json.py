@@ -32,6 +32,7 @@ REFUSED: dict[str, str] = {
     "zero_optimization.zero_quantized_gradients": _QUANTISED,
     "zero_optimization.zero_hpz_partition_size": _QUANTISED,
 }
+BLOCK = "dataflex"
 SAME_AS_YAML: dict[str, str] = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
@@ -64,6 +65,18 @@ def read(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
 
 def problems(config: Mapping[str, Any], yaml_values: Mapping[str, Any]) -> Iterator[str]:
     """Yield one line for each refused key, wrong stage, and value that contradicts the YAML's."""
+    yield from refusals(config)
+    if BLOCK in config:
+        yield f"'{BLOCK}' is for dataflex.initialize; here the YAML says it: drop the block"
+    for key, yaml_key in SAME_AS_YAML.items():
+        value = _at(config, key)
+        if value not in (None, "auto") and value != yaml_values[yaml_key]:
+            mine = json.dumps(yaml_values[yaml_key])
+            yield f"'{key}' is {json.dumps(value)}, but {yaml_key} is {mine}: use \"auto\""
+
+
+def refusals(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one line for each refused key and wrong stage."""
     for key, reason in REFUSED.items():
         if _in_use(_at(config, key)):
             yield f"'{key}' is not supported: {reason}"
@@ -72,11 +85,8 @@ def problems(config: Mapping[str, Any], yaml_values: Mapping[str, Any]) -> Itera
         yield f"'zero_optimization' must be a mapping, got a {kind_of(zero)}"
     elif zero.get("stage", 0) not in (0, 1, 2, 3) or isinstance(zero.get("stage"), bool):
         yield f"'zero_optimization.stage' must be 0, 1, 2 or 3, got {zero['stage']!r}"
-    for key, yaml_key in SAME_AS_YAML.items():
-        value = _at(config, key)
-        if value not in (None, "auto") and value != yaml_values[yaml_key]:
-            mine = json.dumps(yaml_values[yaml_key])
-            yield f"'{key}' is {json.dumps(value)}, but {yaml_key} is {mine}: use \"auto\""
+    if _at(config, "managed_gradient_accumulation") is False:
+        yield "'managed_gradient_accumulation' must be true: the plan says where a step ends"
 
 
 def _at(config: Mapping[str, Any], dotted: str) -> Any:

@@ -179,6 +179,18 @@ def _to_components(value: Any) -> str | dict[str, str]:
     return to_text(value)
 
 
+def _to_params(value: Any) -> dict[str, dict[str, Any]]:
+    kinds = ("select", "mix", "weight")
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected a mapping such as {{select: {{seed: 1}}}}, got {shown(value)}")
+    for key, params in value.items():
+        if key not in kinds:
+            raise ValueError(f"unknown kind '{key}', expected select, mix or weight{nearest(str(key), kinds)}")
+        if not isinstance(params, Mapping):
+            raise ValueError(f"expected a mapping of params for {key}, got {shown(params)}")
+    return {key: {str(name): param for name, param in params.items()} for key, params in value.items()}
+
+
 def _to_deepspeed(value: Any) -> str | dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else to_text(value)
 
@@ -215,6 +227,7 @@ Proportions = Annotated[tuple[float, ...] | None, check(_to_proportions)]
 ValSize = Annotated[float, check(_to_val_size)]
 Layers = Annotated[int, check(_to_layers)]
 Components = Annotated[str | dict[str, str] | None, check(_to_components)]
+ComponentParams = Annotated[dict[str, dict[str, Any]] | None, check(_to_params)]
 DeepSpeedConfig = Annotated[str | dict[str, Any] | None, check(_to_deepspeed)]
 Resume = Annotated[str | bool | None, check(_to_resume)]
 Count = Annotated[int, whole(0)]

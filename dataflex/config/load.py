@@ -75,19 +75,22 @@ def load_config(
     *,
     embedded: bool = False,
     quiet: bool = False,
+    name: str | None = None,
+    folder: Path | None = None,
 ) -> Config:
     """Return the checked config of a YAML file (or mapping) with ``key=value`` overrides; the last one wins.
 
     ``embedded``: model and data come as objects (`dataflex.initialize`), so their keys are not required.
     ``quiet``: keep the notes in ``Config.notes`` without logging them.
+    ``name``, ``folder``: of a mapping that is part of a file, for messages and relative paths.
     Raises UserError with one line per problem.
     """
     flat = _Flat()
     path = None if isinstance(source, Mapping) else Path(source)
-    name = "config" if path is None else str(path)
+    name = name or ("config" if path is None else str(path))
     flat.add(source if isinstance(source, Mapping) else read_mapping(Path(source), "config file"), name)
     flat.add(_parse_overrides(overrides, flat.errors), COMMAND_LINE)
-    _settle_paths(flat, path.parent if path is not None else None)
+    _settle_paths(flat, path.parent if path is not None else folder)
     cfg = _build(flat, path)
     for problem in checks.problems(cfg, embedded):
         if not flat.wrong & set(problem.keys):

@@ -14,6 +14,7 @@ from pydantic import model_validator
 from dataflex.config import deepspeed_json
 from dataflex.config.fields import (
     AboveZero,
+    ComponentParams,
     Components,
     Count,
     DeepSpeedConfig,
@@ -173,7 +174,10 @@ class OutputSection(Section):
 
 
 class FlexSection(Section):
-    """Selection, mixing and weighting: which component decides, and when."""
+    """Selection, mixing and weighting: which component decides, and when.
+
+    component_params: {kind: params}, which win over those of the components file.
+    """
 
     train_type: Annotated[
         tuple[Literal["static", "dynamic_select", "dynamic_mix", "dynamic_weight"], ...],
@@ -181,6 +185,7 @@ class FlexSection(Section):
     ] = ("static",)
     components_cfg_file: Text = "components.yaml"
     component_name: Components = None
+    component_params: ComponentParams = None
     component_modules: Names = ()
     warmup_step: Count = 0
     update_step: OptionalCount = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from dataflex.utils.errors import UserError, nearest
@@ -53,6 +53,18 @@ class Registry:
             valid = self.names(kind)
             raise UserError(f"component_name: no {kind} '{name}'{nearest(name, valid)}; registered: {', '.join(valid)}")
         return self._classes[kind][name]
+
+    def effective(self, kind: str, name: str, params: Mapping[str, Any], runtime: Collection[str]) -> dict[str, Any]:
+        """``params`` and the defaults of ``__init__`` for what they leave out, as JSON has them.
+
+        runtime: names of the objects that a caller offers, which are no params.
+        """
+        found = {}
+        for p in _parameters(self.get(kind, name)):
+            plain = isinstance(p.default, bool | int | float | str | list | tuple | dict | None)
+            if p.default is not inspect.Parameter.empty and p.name not in runtime and plain:
+                found[p.name] = list(p.default) if isinstance(p.default, tuple) else p.default
+        return found | dict(params)
 
     def build(self, kind: str, name: str, *, runtime: Mapping[str, Any], cfg: Mapping[str, Any] | None = None) -> Any:
         """Instantiate ``kind``/``name``.

@@ -41,4 +41,5 @@ def part_of(pool: Pool, ids: np.ndarray, tag: list[Any]) -> Pool:
         fingerprint=fingerprint_of("part", pool.fingerprint, tag),
         rows=None if pool.rows is None else pool.rows[ids],
         sample_weights=None if pool.sample_weights is None else pool.sample_weights[ids],
+        origins=None if pool.origins is None else [pool.origins[d] for d in domains],
     )

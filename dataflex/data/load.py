@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from dataflex.data.convert import Converter
 from dataflex.data.encode import tokenizer_identity
 from dataflex.data.held_out import held_out, part_of
 from dataflex.data.info import DatasetInfo, find_dataset_dir, read_dataset_infos
+from dataflex.data.origin import Origin, origin_of
 from dataflex.data.pool import Pool, TrainingPool
 from dataflex.data.report import DataReport, DomainReport
 from dataflex.data.saved import load_or_make
@@ -61,6 +62,7 @@ class Domain:
     report: DomainReport
     rows: np.ndarray | None
     weights: np.ndarray | None = None
+    origin: Origin | None = None
 
 
 def load_data(cfg: Config, tokenizer: Any, eval_column: str | None = None) -> LoadedData:
@@ -170,7 +172,8 @@ class _Loader:
             fingerprint = fingerprint_of(fingerprint, hashlib.sha256(weights.tobytes()).hexdigest())
         elif self.weight_column is not None:
             weights = _column(tokens, "sample_weight").astype(np.float64)
-        return self._finish(tokens, info, fingerprint, report, made_from, weights, kept)
+        domain = self._finish(tokens, info, fingerprint, report, made_from, weights, kept)
+        return replace(domain, origin=origin_of(info, source))
 
     def _choose(self, source: Dataset, info: DatasetInfo, report: DomainReport) -> tuple[np.ndarray, list[Any]]:
         """The rows to tokenise, and what decided on them."""
@@ -282,4 +285,5 @@ def _pool(domains: list[Domain]) -> Pool:
         fingerprint=fingerprint_of("pool", [[d.name, d.fingerprint] for d in domains]),
         rows=None if any(d.rows is None for d in domains) else np.concatenate([d.rows for d in domains]),
         sample_weights=None if domains[0].weights is None else np.concatenate([d.weights for d in domains]),
+        origins=[d.origin for d in domains],
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dataflex.data.encode import IGNORE_INDEX
+from dataflex.data.origin import Origin
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
@@ -83,6 +84,7 @@ class Pool(TrainingPool):
         lengths: int32 [N], tokens per sample.
         rows: int64 [N], the row of its dataset that each sample is made from, counted from 0 over the dataset's
             files; None where samples are not made from one row each.
+        origins: of each domain, its files; None where it has none, or where the datasets came as objects.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Pool(TrainingPool):
         fingerprint: str,
         rows: np.ndarray | None = None,
         sample_weights: np.ndarray | None = None,
+        origins: Sequence[Origin | None] | None = None,
     ) -> None:
         assert len(dataset) == len(domain_ids) == len(lengths), "one domain and one length per sample"
         self.dataset = dataset
@@ -102,6 +105,7 @@ class Pool(TrainingPool):
         self.lengths = np.asarray(lengths, dtype=np.int32)
         self.fingerprint = fingerprint
         self.rows = rows
+        self.origins = origins
         self.sample_weights = None if sample_weights is None else np.asarray(sample_weights, dtype=np.float64)
         assert self.sample_weights is None or len(self.sample_weights) == len(self), "one weight per sample"
 
@@ -135,8 +139,7 @@ class Pool(TrainingPool):
 
     def tokens_of(self, batch: Any) -> np.ndarray:
         ids = batch.sample_ids
-        tokens = np.bincount(self.domain_ids[ids], self.lengths[ids], len(self.domain_names))
-        return tokens.astype(np.int64)
+        return np.bincount(self.domain_ids[ids], self.lengths[ids], len(self.domain_names)).astype(np.int64)
 
     def first_ids(self, count: int) -> np.ndarray:
         return np.arange(count) % len(self)
@@ -179,6 +182,7 @@ class Pool(TrainingPool):
             domain_names=[str(name) for name in named],
             lengths=np.concatenate(lengths),
             fingerprint=digest.hexdigest()[:32],
+            rows=np.concatenate([np.arange(len(part)) for part in lengths]),
             sample_weights=np.concatenate(given) if given else None,
         )
 
@@ -274,8 +278,7 @@ def _items(dataset: Any, where: str) -> Iterator[tuple[int, np.ndarray, np.ndarr
         _check_keys(columns, where)
         also = [key for key in WEIGHTS if key in columns]
         plain = dataset.with_format(None).select_columns(["input_ids", "labels", *also])
-        nothing = [None] * 1000
-        at = 0
+        at, nothing = 0, [None] * 1000
         for batch in plain.iter(batch_size=1000):
             own = [batch.get(key, nothing[: len(batch["labels"])]) for key in WEIGHTS]
             for ids, labels, weight, token_weight in zip(batch["input_ids"], batch["labels"], *own, strict=True):

@@ -32,8 +32,11 @@ class Cursor:
     offset: int = 0
 
 
-def list_files(path: Path) -> tuple[Path, ...]:
-    """The data files of ``path``: itself, or what the folder holds, sorted and all of one type."""
+def list_files(path: Path, say: bool = True) -> tuple[Path, ...]:
+    """The data files of ``path``: itself, or what the folder holds, sorted and all of one type.
+
+    say: warn of files that are passed over.
+    """
     if path.is_file():
         if path.suffix not in FILE_TYPES:
             raise UserError(f"{path}: unknown type '{path.suffix}'; valid: {', '.join(FILE_TYPES)}")
@@ -49,7 +52,7 @@ def list_files(path: Path) -> tuple[Path, ...]:
     types = sorted({file.suffix for file in files})
     if len(types) > 1:
         raise UserError(f"{path}: the folder mixes {', '.join(types)} files; keep one type in a folder")
-    if len(files) < len(found):
+    if say and len(files) < len(found):
         skipped = ", ".join(file.name for file in found if file not in files)
         logger.warning(f"{path}: not read: {skipped}")
     return files

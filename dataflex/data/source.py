@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +50,20 @@ def read_source(info: DatasetInfo, converter: Converter) -> Dataset:
         files = list_files(info.path)
         for path in files:
             check_table(path, converter)
-        content = [sha256_of(path) for path in files]
+        content = digests_of(files)
         rows = partial(_file_rows, files, converter)
     fingerprint = fingerprint_of("source", content, conversion_parts(converter))
     return cached_dataset(rows, source_features(converter.token_column is not None), fingerprint)
+
+
+def digests_of(files: Iterable[Path]) -> list[str]:
+    """The sha256 of each file; a file that did not change is read once in a process."""
+    return [_digest(path, status.st_size, status.st_mtime_ns) for path in files for status in [path.stat()]]
+
+
+@cache
+def _digest(path: Path, size: int, changed_ns: int) -> str:
+    return sha256_of(path)
 
 
 def source_features(token_weight: bool = False) -> Features:

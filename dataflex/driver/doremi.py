@@ -17,6 +17,7 @@ from dataflex.config.yaml_reader import parse_yaml, read_mapping
 from dataflex.driver.setup import with_components
 from dataflex.driver.training import train
 from dataflex.engine import run_folder
+from dataflex.engine.run_config import run_config
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError, listed, shown
 from dataflex.utils.logging import logger
@@ -129,7 +130,7 @@ def _finished(folder: Path, cfg: Config) -> bool:
     if not (folder / run_folder.RESULTS).exists():
         return False
     before = read_mapping(folder / "config.yaml", "finished run's config")
-    now = parse_yaml(yaml.safe_dump(cfg.dump_flat()), "config")
+    now = parse_yaml(yaml.safe_dump(run_config(cfg)), "config")
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         raise UserError(

@@ -25,7 +25,7 @@ from dataflex.engine.model import load_model, load_model_config, load_tokenizer
 from dataflex.engine.optimizer import forget_dry_step, make_optimizer, make_scheduler, warmup_steps
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.train.trainer.build import attach, make_schedule
-from dataflex.train.trainer.components import load_components
+from dataflex.train.trainer.components import load_components, with_effective_params
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
@@ -43,9 +43,9 @@ class Inputs:
 
 
 def with_components(cfg: Config) -> Config:
-    """Register the components, and let model_name_or_path mean a packaged model folder."""
+    """Register the components and fill in their params, and let model_name_or_path mean a packaged model folder."""
     load_components(cfg.flex.component_modules)
-    return _with_packaged_model(cfg)
+    return _with_packaged_model(with_effective_params(cfg))
 
 
 def read_inputs(cfg: Config) -> Inputs:

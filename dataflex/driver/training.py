@@ -8,6 +8,7 @@ from pathlib import Path
 from dataflex.config import Config
 from dataflex.core.clock import SAVE
 from dataflex.core.hook import Hook
+from dataflex.core.run_files import RunFile
 from dataflex.driver.estimate import estimate
 from dataflex.driver.setup import Inputs, build_engine, read_inputs, with_components
 from dataflex.engine import run_folder
@@ -65,7 +66,8 @@ def _resume(engine: DataflexEngine, cfg: Config, start: Path | None) -> None:
         return
     engine.load_checkpoint(start.parent, tag=start.name)
     run_folder.drop_later(Path(cfg.output.output_dir), engine.run.step)
-    logger.info(f"resumed from {start}, after step {engine.run.step}")
+    if engine.run.step:
+        logger.info(f"resumed from {start}, after step {engine.run.step}")
 
 
 def _complete(engine: DataflexEngine, cfg: Config) -> bool:
@@ -100,6 +102,12 @@ def _finish(inputs: Inputs, engine: DataflexEngine, log: LogHook) -> None:
             steps = [record["step"] for record in read_decisions(folder, pool)]
             plot_loss(log.history, steps, folder / "training_loss.png", engine.loss_is_per)
         write_atomically(folder / run_folder.RESULTS, json.dumps(results, indent=2))
-        for line in closing_lines(folder, pool, log.history):
+        for line in closing_lines(folder, pool, log.history, _monitors(cfg)):
             logger.info(line)
     dist.barrier()
+
+
+def _monitors(cfg: Config) -> list[RunFile]:
+    """What DeepSpeed's monitors write into the run folder."""
+    here = [name for name in cfg.output.report_to if name in ("tensorboard", "csv")]
+    return [RunFile(cfg.output.run_name or "dataflex", f"figures of {' and '.join(here)}")] if here else []

@@ -111,6 +111,12 @@ def check_accepted(config: dict[str, Any]) -> None:
         raise UserError("deepspeed: zero_force_ds_cpu_optimizer: true needs an optimizer section in that config")
 
 
+def given_config(engine: Any) -> dict[str, Any]:
+    """The DeepSpeed config that an engine was made with, read where it was a file."""
+    config: dict[str, Any] = engine._config._param_dict
+    return config
+
+
 def zero_stage(config: dict[str, Any]) -> int:
     return int(config["zero_optimization"]["stage"])
 

@@ -64,19 +64,38 @@ class Stepper:
 
         UserError naming the step and the samples where that loss is not finite.
         """
+        self.start(batch)
+        self.train_micro_batches(batch)
+        return self.finish(batch)
+
+    def start(self, batch: StepBatch) -> None:
+        """Before the first forward of a global batch: the denominator that its micro-batches share; a collective."""
         self.engine.train()
-        denominator = dist.all_reduce(local_denominator(batch, self.normalization)).to(torch.float32)
-        total = torch.zeros((), device=denominator.device)
-        seen: list[Tensor] = []
+        self._denominator = dist.all_reduce(local_denominator(batch, self.normalization)).to(torch.float32)
+        self._total = torch.zeros((), device=self._denominator.device)
+        self._seen: list[Tensor] = []
+
+    def train_micro_batches(self, batch: StepBatch) -> None:
+        """Forward, backward and step of each micro-batch of a global batch that is started."""
         for micro in batch.micro_batches:
-            loss, per_sample = self._micro(micro, denominator)
-            self.engine.backward(loss * self.run.world_size, scale_wrt_gas=False)
+            self.engine.backward(self.forward(micro))
             self.engine.step()
-            total += loss.detach()
-            seen.append(per_sample.detach())
-        value = float(dist.all_reduce(total))
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        """The micro-batch's loss for ``engine.backward``, scalar with gradient.
+
+        Its mean over the step's micro-batches on all ranks is the loss of the global batch.
+        """
+        loss, per_sample = self._micro(micro, self._denominator)
+        self._total += loss.detach()
+        self._seen.append(per_sample.detach())
+        return loss * (self.run.world_size * self.run.accumulation)
+
+    def finish(self, batch: StepBatch) -> float:
+        """After the optimizer step: the global batch's loss, the same on every rank; UserError if it is not finite."""
+        value = float(dist.all_reduce(self._total))
         if not math.isfinite(value):
-            self._explain(batch, seen, float(denominator))
+            self._explain(batch, self._seen, float(self._denominator))
         return value
 
     def _explain(self, batch: StepBatch, losses: list[Tensor], denominator: float) -> NoReturn:
@@ -148,6 +167,7 @@ class Loop:
         self.grouped = grouped
         self.plan: Plan | None = None
         self.planned_phase = -1
+        self.inside = False
 
     def batches(self) -> Iterator[StepBatch]:
         """Follow the plan to the end of the schedule. Call `training_step` with each batch before the next."""
@@ -179,13 +199,34 @@ class Loop:
 
     def training_step(self, batch: StepBatch) -> float:
         """Forward, weighting, backward and optimizer step for one batch; the loss of the global batch."""
+        self.begin(batch)
+        self.stepper.train_micro_batches(batch)
+        return self.end(batch)
+
+    def begin(self, batch: StepBatch) -> None:
+        """Before the first forward of a step; UserError inside another."""
+        self.between_steps("a new step")
         self.run.figures = {}
         self._each("on_step_start", self.run, batch)
-        loss = self.stepper.step(batch)
+        self.stepper.start(batch)
+        self.inside = True
+
+    def end(self, batch: StepBatch) -> float:
+        """After the optimizer step: count it and call the hooks; the loss of the global batch."""
+        loss = self.stepper.finish(batch)
+        self.inside = False
         self.run.step += 1
         self.run.loss = loss
         self._each("on_step_end", self.run, batch)
         return loss
+
+    def between_steps(self, what: str) -> None:
+        """UserError where a step is begun and not ended."""
+        if self.inside:
+            raise UserError(
+                f"{what} in the middle of step {self.run.step + 1}: first engine.backward and engine.step for each of "
+                "its micro-batches"
+            )
 
     def _each(self, event: str, *args: Any) -> None:
         for hook in self.hooks:

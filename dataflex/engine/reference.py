@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dataflex.engine.ds_config import given_config
 from dataflex.ops import per_sample_loss
 from dataflex.scoring.split import logits_of
 from dataflex.scoring.token_losses import TokenLossStore
@@ -100,10 +101,10 @@ def _load(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
 
 def _stage3_config(engine: Any) -> dict[str, Any]:
     """What an engine without an optimizer needs, with the thresholds and the dtype of the engine in training."""
-    given = engine.config
+    given = given_config(engine)
     kept = ("stage3_param_persistence_threshold", "stage3_prefetch_bucket_size", "offload_param")
     zero = {key: given["zero_optimization"][key] for key in kept if key in given["zero_optimization"]}
-    half = {key: given[key] for key in ("bf16", "fp16") if key in given}
+    half: dict[str, Any] = {key: given[key] for key in ("bf16", "fp16") if key in given}
     return {
         "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu(),
         "zero_optimization": {"stage": 3, **zero},

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from dataflex.core.run_files import RESULTS, cleared
 from dataflex.engine import checkpoint
+from dataflex.engine.run_config import run_config
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.files import write_atomically
@@ -18,25 +20,6 @@ from dataflex.utils.logging import logger
 if TYPE_CHECKING:
     from dataflex.config import Config
 
-RESULTS = "all_results.json"  # written last: a folder that has it holds a finished run
-_WRITTEN = (
-    "trainer_log.jsonl",
-    "trainer_state.json",
-    RESULTS,
-    "training_loss.png",
-    "report.html",
-    "latest",
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors*",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "*weights.jsonl",
-    "*average_weights.json",
-    "decisions",
-    "checkpoint-*",
-)
 _SIGNS = ("trainer_log.jsonl", "decisions", RESULTS)
 
 
@@ -58,7 +41,7 @@ def drop_later(folder: Path, step: int) -> None:
             if checkpoint.step_of(old) > step:
                 logger.warning(f"removed {old}, which is later than the checkpoint resumed from")
                 _remove(old)
-        for old in (folder / "decisions").glob("step_*.json"):
+        for old in (folder / "decisions").glob("step_*"):
             if checkpoint.step_of(old.with_suffix("")) >= step:
                 _remove(old)
         for log in folder.glob("*weights.jsonl"):
@@ -87,7 +70,7 @@ def _prepare(cfg: Config, folder: Path) -> Path | None:
         _clear(folder)
     start = _checkpoint(cfg, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.yaml", yaml.safe_dump(cfg.dump_flat(), sort_keys=False, allow_unicode=True))
+    write_atomically(folder / "config.yaml", yaml.safe_dump(run_config(cfg), sort_keys=False, allow_unicode=True))
     return start
 
 
@@ -114,7 +97,9 @@ def _checkpoint(cfg: Config, folder: Path) -> Path | None:
 def _named(cfg: Config, start: Path, folder: Path) -> Path:
     """A checkpoint that the user names; what ``folder`` holds after it is only dropped where that is asked for."""
     problem = "it does not exist" if not start.is_dir() else checkpoint.broken(start)
-    if problem:
+    if start.is_dir() and (start / checkpoint.POINTER).exists():
+        problem = f"a folder of checkpoints; name one in it ({checkpoint.POINTER} is {_named_by(start)})"
+    if problem and not checkpoint.is_plain(start):
         raise UserError(f"resume_from_checkpoint: {start}: {problem}")
     same = start.resolve().parent == folder.resolve()
     later = [p for p in folder.glob("checkpoint-*") if not same or checkpoint.step_of(p) > checkpoint.step_of(start)]
@@ -129,11 +114,15 @@ def _named(cfg: Config, start: Path, folder: Path) -> Path:
     return start
 
 
+def _named_by(directory: Path) -> str:
+    return (directory / checkpoint.POINTER).read_text(encoding="utf-8").strip()
+
+
 def _clear(folder: Path) -> None:
     """Remove what an earlier run wrote; other files stay, and so does all in a folder that holds no run."""
     if not any((folder / name).exists() for name in _SIGNS) and not any(folder.glob("checkpoint-*")):
         return
-    for pattern in _WRITTEN:
+    for pattern in cleared():
         for old in folder.glob(pattern):
             _remove(old)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
@@ -12,6 +12,7 @@ from dataflex.data.pool import Pool
 
 if TYPE_CHECKING:
     from dataflex.config import Config
+    from dataflex.config.schema import Kind
     from dataflex.data.pool import TrainingPool
 
 _METHODS = {"lora": "LoRA", "full": "full finetuning", "freeze": "finetuning of some layers"}
@@ -50,6 +51,7 @@ def model_card(cfg: Config, run: Any, pool: TrainingPool, results: dict[str, flo
         "",
         *_table("Data", ("dataset", "samples", "tokens"), _data_rows(pool)),
         *_table("Training", ("key", "value"), _training_rows(cfg, run)),
+        *_components(cfg),
         *_table("Results", ("figure", "value"), [(key, f"{value:.6g}") for key, value in results.items()]),
         *_table("Versions", ("package", "version"), [("dataflex", __version__), *_versions()]),
     ]
@@ -85,6 +87,15 @@ def _training_rows(cfg: Config, run: Any) -> list[tuple[str, ...]]:
     if cfg.method.finetuning_type == "lora":
         rows |= {"lora_rank": str(cfg.method.lora_rank), "lora_alpha": str(cfg.method.lora_scale_alpha)}
     return [(key, value) for key, value in rows.items()]
+
+
+def _components(cfg: Config) -> list[str]:
+    """A table of the params of each component."""
+    lines: list[str] = []
+    for kind, params in (cfg.flex.component_params or {}).items():
+        rows: list[tuple[str, ...]] = [(key, "none" if value is None else str(value)) for key, value in params.items()]
+        lines += _table(f"Component: {kind} by {cfg.flex.component(cast('Kind', kind))}", ("param", "value"), rows)
+    return lines
 
 
 def _versions() -> list[tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from dataflex.core.context import Run
+from dataflex.core.run_files import RunFile, written
 from dataflex.data.pool import Pool, TrainingPool
 from dataflex.utils.errors import UserError
 from dataflex.utils.records import DamagedError, read_record
+
+MOST_LINES = 4
 
 
 def opening_lines(run: Run, deciders: str, zero_stage: int) -> list[str]:
@@ -31,18 +35,19 @@ def opening_lines(run: Run, deciders: str, zero_stage: int) -> list[str]:
     ]
 
 
-def closing_lines(folder: Path, pool: TrainingPool, history: list[dict[str, Any]]) -> list[str]:
-    """Lines for the screen, from a finished run's folder, its pool and its log."""
+def closing_lines(
+    folder: Path, pool: TrainingPool, history: list[dict[str, Any]], monitors: Sequence[RunFile] = ()
+) -> list[str]:
+    """Lines for the screen, from a finished run's folder, its pool and its log. monitors: what they write there."""
     lines = [*_decision_table(folder, pool), *_losses(history), f"run folder: {folder}"]
-    for name, what in (
-        ("training_loss.png", "loss over steps"),
-        ("trainer_log.jsonl", "every logged step"),
-        ("decisions", "what was chosen at each decision, with scores"),
-        ("config.yaml", "the effective configuration"),
-    ):
-        if (folder / name).exists():
-            lines.append(f"  {name:<20} {what}")
-    return lines
+    named = [(name, file.what) for file, names in written(folder, monitors) for name in _folded(names)]
+    width = max((len(name) for name, _ in named), default=0)
+    return [*lines, *(f"  {name:<{width}}  {what}" for name, what in named)]
+
+
+def _folded(names: list[str]) -> list[str]:
+    """The names, or in one line the first and the last of many."""
+    return names if len(names) <= MOST_LINES else [f"{names[0]} ... {names[-1]} ({len(names)})"]
 
 
 @with_config(ConfigDict(extra="allow"))

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dataflex.ops import shift_labels
+from dataflex.utils.errors import UserError
+
+WANTED = (
+    "a sample's loss is made from logits [batch, tokens, vocabulary], returned as a tensor, as .logits, as a dict's "
+    "'logits', or as the first of a tuple"
+)
 
 
 class SplitBatch(NamedTuple):
@@ -35,6 +42,15 @@ def split_batch(batch: dict[str, Any], device: torch.device) -> SplitBatch:
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The logits [B, T, V] of a Hugging Face output, or the output itself where it is a tensor."""
-    logits: Tensor = outputs if torch.is_tensor(outputs) else outputs.logits
-    return logits
+    """The logits [B, T, V] in what a model returned: a tensor, ``.logits``, ``["logits"]`` or the first of a tuple.
+
+    UserError where there are none.
+    """
+    found = outputs
+    if isinstance(outputs, tuple | list) and not hasattr(outputs, "logits"):
+        found = outputs[0] if outputs else None
+    elif not torch.is_tensor(outputs):
+        found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if not torch.is_tensor(found):
+        raise UserError(f"model: returns a {type(outputs).__name__} without logits: {WANTED}")
+    return found

@@ -116,6 +116,7 @@ KEYS: list[tuple[str, str, Any]] = [
     ("train_type: static_full", "flex", ("static",)),
     ("components_cfg_file: src/dataflex/configs/components.yaml", "flex", "components.yaml"),
     ("component_name: less", "flex", "less"),
+    ("component_params: {select: {seed: 1}}", "flex", {"select": {"seed": 1}}),
     ("component_modules: my_pkg.my_selector", "flex", ("my_pkg.my_selector",)),
     ("warmup_step: 10", "flex", 10),
     ("update_step: 10", "flex", 10),

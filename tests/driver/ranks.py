@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 from dataflex.config import load_config
+from dataflex.core.run_files import written
 from dataflex.driver import training
 from dataflex.report.trainer_log import read_log
 from dataflex.utils import dist
@@ -21,7 +23,9 @@ IDS = torch.randint(3, 259, (2, 16), generator=torch.Generator().manual_seed(0))
 def sweep(folder: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Train each case (flat YAML keys) after the other; what came of it, by name.
 
-    ``damage`` in a case names a file that first loses its last byte, ``remove`` one that is first removed.
+    ``damage`` in a case names a file that first loses its last byte, ``remove`` one that is first removed, ``like`` a
+    config.yaml whose keys it has besides its own, ``strip`` a checkpoint that is first copied to
+    ``resume_from_checkpoint`` without dataflex's files.
     """
     return {name: _run(Path(folder), name, keys) for name, keys in cases.items()}
 
@@ -30,8 +34,13 @@ def _run(folder: Path, name: str, keys: dict[str, Any]) -> dict[str, Any]:
     damaged, removed = keys.pop("damage", None), keys.pop("remove", None)
     if damaged is not None and dist.is_main():
         Path(damaged).write_bytes(Path(damaged).read_bytes()[:-1])
+    stripped = keys.pop("strip", None)
+    if stripped is not None and dist.is_main():
+        shutil.copytree(stripped, keys["resume_from_checkpoint"], ignore=shutil.ignore_patterns("*dataflex_*"))
     if removed is not None and dist.is_main():
         Path(removed).unlink()
+    if "like" in keys:
+        keys = yaml.safe_load(Path(keys.pop("like")).read_text()) | keys
     path = folder / f"{name.replace(' ', '_')}_{dist.rank()}.yaml"
     path.write_text(yaml.safe_dump({"output_dir": str(folder / "runs" / name.replace(" ", "_")), **keys}))
     logits: list[torch.Tensor] = []
@@ -59,7 +68,11 @@ def _run(folder: Path, name: str, keys: dict[str, Any]) -> dict[str, Any]:
 def _result(cfg: Any, logits: list[torch.Tensor]) -> dict[str, Any]:
     folder = Path(cfg.output.output_dir)
     history = read_log(folder)
+    names = {path.relative_to(folder).parts for path in folder.rglob("*") if path.is_file()}
+    files = {"/".join(parts[: 2 if parts[0] == "decisions" else 1]) for parts in names}
     return {
+        "listed": sorted(name for _, names in written(folder) for name in names),
+        "written": sorted(name for name in files if not name.startswith(".")),
         "losses": [e["loss"] for e in history if "loss" in e],
         "evals": [[e["current_steps"], e["eval_loss"]] for e in history if "eval_loss" in e],
         "files": sorted(p.name for p in folder.iterdir()),

@@ -125,6 +125,7 @@ def _trained(result: dict[str, Any], steps: int = 4) -> None:
     assert "error" not in result, result
     assert len(result["losses"]) == steps
     assert result["gap"] < 1e-6
+    assert result["listed"] == result["written"], "the closing screen names every file, and no other"
     assert {"config.yaml", "trainer_state.json", "README.md", "tokenizer.json"} <= set(result["files"])
 
 

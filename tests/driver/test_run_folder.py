@@ -32,6 +32,10 @@ def _cases(workspace: Path, out: Path) -> dict[str, dict[str, Any]]:
         "broken newest": chosen | {"damage": str(out / "checkpoint-4/dataflex_state.pt")},
         "another seed": {**chosen, "seed": 7},
         "over": {**run, **OVER, "finetuning_type": "full"},
+        "job": {
+            **{**run, "finetuning_type": "full", "output_dir": str(out) + "4", "strip": str(out / "checkpoint-4")},
+            "resume_from_checkpoint": str(out) + "5/global_step4",
+        },
         "no checkpoint": {**other, "save_strategy": "no"},
         "mixed": {**other, "save_strategy": "no"},
         "true": {**other, "resume_from_checkpoint": True, **OVER},
@@ -98,6 +102,12 @@ def test_starting_over_leaves_nothing_of_the_earlier_run(runs: dict[str, Any]) -
     assert {"model.safetensors", "config.json", "checkpoint-2", "checkpoint-4"} <= files
     assert not files & {"adapter_model.safetensors", "adapter_config.json", "decisions", "random_weights.jsonl"}
     assert runs["over again"]["losses"] == runs["no checkpoint"]["losses"]
+
+
+def test_a_run_starts_from_what_deepspeed_alone_has_saved(runs: dict[str, Any]) -> None:
+    """All its own steps, from weights that four steps of another run had trained."""
+    assert runs["job"]["trained"] and len(runs["job"]["losses"]) == len(runs["over"]["losses"])
+    assert runs["job"]["losses"][0] < runs["over"]["losses"][0]
 
 
 def test_a_folder_without_a_run_is_never_cleared(workspace: Path, tmp_path: Path) -> None:

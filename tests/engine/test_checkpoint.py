@@ -52,7 +52,7 @@ def resume(stage: int, kind: str, folder: Path) -> dict[str, Any]:
             engine.save_checkpoint(folder, client_state={"note": ["kept", 1]})
     fresh = build(stage, kind)
     torch.manual_seed(1234 + torch.distributed.get_rank())
-    client_state = fresh.load_checkpoint(folder)
+    _, client_state = fresh.load_checkpoint(folder)
     steps = fresh.run.step
     tail = [fresh.training_step(batch) for batch in fresh.batches()]
     return {
@@ -185,7 +185,7 @@ REFUSALS = {
     "component": "the checkpoint has hooks ['SelectPlanner random'], this run has ['SelectPlanner custom']",
     "schedule": "the checkpoint is at step 4, inside a phase of 3 steps from step 2; this run's schedule has 4 from 2",
     "nothing there": "checkpoint-99: there is no such checkpoint",
-    "none": "no error: None",
+    "none": "no error: (None, None)",
     "twice": "checkpoint-4: is a checkpoint already; a tag is never written twice",
     "no folder": "checkpoint: no folder was given and the run has no output_dir",
     "state": "checkpoint: cannot save a PosixPath (in client_state.a.0)",

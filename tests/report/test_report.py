@@ -96,7 +96,18 @@ def test_the_closing_screen_sets_choices_against_the_pool(tmp_path: Path) -> Non
     assert lines[3].split() == ["poems", "25.0%", "75.0%", "0.0%"]
     assert "training loss: 2.5000 at step 10, 1.5000 at step 20" in lines
     assert "eval loss: 3.0000 at step 0, 2.0000 at step 20" in lines
-    assert lines[-1].split()[0] == "config.yaml"
+    assert [line.split()[0] for line in lines[-3:]] == [
+        "config.yaml",
+        "decisions/step_2.json",
+        "decisions/step_10.json",
+    ]
+
+
+def test_many_files_of_a_kind_are_one_line(tmp_path: Path) -> None:
+    for step in range(2, 14, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "notes.txt").write_text("the user's")
+    assert closing_lines(tmp_path, POOL, [])[1:] == ["  checkpoint-2 ... checkpoint-12 (6)  the state after that step"]
 
 
 def test_the_closing_screen_of_a_run_without_decisions_or_logs_is_short(tmp_path: Path) -> None:

@@ -58,14 +58,19 @@ def _add(out: torch.Tensor, name: str, grad: torch.Tensor, adam: Any) -> None:
         project_per_sample_grad_(out, rows, grad, torch.tensor([0, len(rows)]), **how)
 
 
-def ranks_features(kind: str, stage: int, ckpt: str | None, steps: int) -> list[list[float]]:
-    """On every rank: train ``steps``, score the pool with Adam's moments, compare with autograd."""
+def ranks_features(kind: str, stage: int, ckpt: str | None, steps: int, offload: str = "") -> list[list[float]]:
+    """On every rank: train ``steps``, score the pool with Adam's moments, compare with autograd.
+
+    offload: what lies in the host's memory, of ``optimizer`` and ``param``.
+    """
     net = tiny.model(kind)
     tiny.checkpoint_activations(net, ckpt)
     world = torch.distributed.get_world_size()
+    config = tiny.ds_config(stage, micro_batch=4 // world, accumulation=2)
+    config["zero_optimization"] |= {f"offload_{what}": {"device": "cpu"} for what in offload.split()}
     engine = dataflex.initialize(
         model=net,
-        config=tiny.ds_config(stage, micro_batch=4 // world, accumulation=2),
+        config=config,
         dataflex={"train_step": 8, "scoring_batch_tokens": 60},
         train_dataset=tiny.samples(40, seed=9),
         tokenizer=tiny.PadZero(),
@@ -111,7 +116,7 @@ def _error(features: np.ndarray, exact: torch.Tensor) -> float:
 
 def all_cases(cases: list[Any]) -> dict[str, list[float]]:
     """Several cases in one process group: starting one costs more than a case."""
-    return {f"{k} zero{s} {c}": ranks_features(k, s, c, steps=2) for k, s, c in cases}
+    return {f"{c[:3]} {c[3:]}": ranks_features(*c[:3], 2, *c[3:]) for c in cases}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -121,6 +126,21 @@ def test_features_equal_float64_autograd(world_size: int) -> None:
         for case, (plain, adam) in errors.items():
             assert plain < 1e-5, (case, plain)
             assert adam < 1e-5, (case, adam)
+
+
+OFFLOADED = [
+    ("full", 1, None, "optimizer"),
+    ("lora", 2, None, "optimizer"),
+    ("full", 3, "non-reentrant", "optimizer param"),
+    ("lora", 3, None, "param"),
+]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_features_are_exact_where_optimizer_and_parameters_are_offloaded(world_size: int) -> None:
+    for errors in run_ranks("tests.scoring.test_features:all_cases", world_size, cases=OFFLOADED):
+        assert len(errors) == len(OFFLOADED)
+        assert all(max(pair) < 1e-5 for pair in errors.values()), errors
 
 
 def train_with_and_without(stage: int, kind: str, ckpt: str | None) -> list[Any]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -118,7 +119,11 @@ def test_a_warm_up_longer_than_the_pool_repeats_samples() -> None:
 def test_a_decision_is_written_with_what_it_was_made_from(tmp_path: Path) -> None:
     run = make_run(output_dir=tmp_path / "run")
     plans(SelectPlanner(Told(), "told"), run)
-    assert sorted(p.name for p in (tmp_path / "run" / "decisions").iterdir()) == ["step_2.json", "step_5.json"]
+    files = ["step_2.json", "step_2.parquet", "step_5.json", "step_5.parquet"]
+    assert sorted(p.name for p in (tmp_path / "run" / "decisions").iterdir()) == files
+    table = pd.read_parquet(tmp_path / "run" / "decisions" / "step_5.parquet")
+    assert table.picked.tolist() == [i < 12 for i in range(50)]
+    assert table.score.notna().tolist() == [i < 12 for i in range(50)], "what the selector says of its picks"
     written = json.loads((tmp_path / "run" / "decisions" / "step_5.json").read_text())
     assert written["indices"] == list(range(12)) and written["metric"] == {"score": [0.5] * 12}
     assert written["component"] == "told" and written["fingerprint"]["pool"] == "f00d"

@@ -286,7 +286,7 @@ def resumed(folder: Path, world: int, replacement: bool) -> dict[str, Any]:
         if engine.run.step == 3:
             engine.save_checkpoint(folder)
     again, _ = engine_of(folder, world, keys, kind="sample")
-    assert again.load_checkpoint(folder) is not None
+    assert again.load_checkpoint(folder)[0] is not None
     tail = train(again)
     same = tiny.parameter_hash(engine) == tiny.parameter_hash(again)
     return {"losses": losses, "tail": tail, "same": same, "ids": watch.ids}

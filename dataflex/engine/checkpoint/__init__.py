@@ -8,13 +8,16 @@ checkpoint and is passed over with a warning.
 
 from __future__ import annotations
 
-from dataflex.engine.checkpoint.loading import deepspeed_globals, load, load_weights
+from dataflex.engine.checkpoint.deepspeed_files import deepspeed_globals, load_plain
+from dataflex.engine.checkpoint.loading import load, load_weights
 from dataflex.engine.checkpoint.manifest import (
     MANIFEST,
     POINTER,
     STATE,
     Manifest,
     broken,
+    is_plain,
+    latest,
     newest_whole,
     newest_whole_here,
     read_manifest,
@@ -34,7 +37,10 @@ __all__ = [
     "deepspeed_globals",
     "encode",
     "identity",
+    "is_plain",
+    "latest",
     "load",
+    "load_plain",
     "load_weights",
     "newest_whole",
     "newest_whole_here",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dataflex.engine.checkpoint.deepspeed_files import load_deepspeed
 from dataflex.engine.checkpoint.manifest import STATE, broken, random_state_file
 from dataflex.engine.checkpoint.state import SavedState, check_identity, decode, identity, restore, set_random_state
 from dataflex.engine.loop import Loop
@@ -17,30 +15,30 @@ from dataflex.utils import dist
 from dataflex.utils.errors import UserError, cut
 from dataflex.utils.records import DamagedError, fitted
 
-FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
+def load(engine: Any, loop: Loop, folder: Path, **how: Any) -> tuple[str, dict[str, Any]]:
+    """Restore everything `save` wrote; return the path of DeepSpeed's file and the client_state. A collective.
 
-def load(engine: Any, loop: Loop, folder: Path) -> dict[str, Any]:
-    """Restore everything `save` wrote and return the client_state; a collective.
-
+    how: of DeepSpeed's ``load_checkpoint``. With ``load_module_only`` nothing but the weights is restored.
     UserError for a broken checkpoint, another world size, or a checkpoint of another configuration.
     """
     problem = dist.broadcast_object(broken(folder) if dist.is_main() else None)
     if problem:
         raise UserError(f"{folder}: {problem}")
     state = read_state(folder)
-    check_identity(state["identity"], identity(loop), folder)
-    with _no_code():
-        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=not state["frozen"])
-    assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+    only_weights = how.get("load_module_only", False)
+    check_identity(state["identity"], _layout(engine) if only_weights else identity(loop), folder)
+    path, _ = load_deepspeed(engine, folder, strict=not state["frozen"], **how)
+    client_state: dict[str, Any] = state["client_state"]
+    if only_weights:
+        return path, client_state
     restore(loop, state)
     file = folder / random_state_file(dist.rank())
     try:
         set_random_state(read_plain(file))
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{file}: holds no random state ({cut(str(error))})") from error
-    client_state: dict[str, Any] = state["client_state"]
-    return client_state
+    return path, client_state
 
 
 def load_weights(engine: Any, folder: Path) -> int:
@@ -52,12 +50,14 @@ def load_weights(engine: Any, folder: Path) -> int:
     if problem:
         raise UserError(f"{folder}: {problem}")
     state = read_state(folder)
-    now = {"world_size": dist.world_size(), "zero_stage": engine.zero_optimization_stage()}
-    check_identity(state["identity"], now, folder)
-    with _no_code():
-        path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=not state["frozen"])
-    assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+    check_identity(state["identity"], _layout(engine), folder)
+    load_deepspeed(engine, folder, strict=not state["frozen"])
     return int(state["step"])
+
+
+def _layout(engine: Any) -> dict[str, Any]:
+    """The part of `identity` that DeepSpeed's own files depend on."""
+    return {"world_size": dist.world_size(), "zero_stage": engine.zero_optimization_stage()}
 
 
 def read_plain(path: Path) -> Any:
@@ -75,27 +75,3 @@ def read_state(folder: Path) -> dict[str, Any]:
     except DamagedError as error:
         raise UserError(f"{folder}: {error}") from None
     return state
-
-
-def deepspeed_globals() -> list[Any]:
-    """The classes in DeepSpeed's files that loading without code must be told of."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
-
-
-@contextmanager
-def _no_code() -> Iterator[None]:
-    """Inside, torch.load runs no code that a file names, also where DeepSpeed asks for it."""
-    forced = os.environ.get(FORCE_SAFE)
-    os.environ[FORCE_SAFE] = "1"
-    try:
-        with torch.serialization.safe_globals(deepspeed_globals()):
-            yield
-    finally:
-        if forced is None:
-            del os.environ[FORCE_SAFE]
-        else:
-            os.environ[FORCE_SAFE] = forced

@@ -31,6 +31,29 @@ def random_state_file(rank: int) -> str:
     return f"dataflex_random_rank{rank}.pt"
 
 
+def latest(directory: Path) -> Path | None:
+    """The checkpoint that `POINTER` names, the same on every rank; None without one.
+
+    Where that is one of dataflex's and broken, the newest whole one.
+    """
+    return dist.broadcast_object(_latest_here(directory) if dist.is_main() else None)
+
+
+def _latest_here(directory: Path) -> Path | None:
+    pointer = directory / POINTER
+    if not pointer.exists():
+        return None
+    folder = directory / pointer.read_text(encoding="utf-8").strip()
+    if is_plain(folder) or broken(folder) is None:
+        return folder
+    return newest_whole_here(directory)
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether DeepSpeed wrote a checkpoint into ``folder`` and dataflex wrote nothing."""
+    return any(folder.glob("*_model_states.pt")) and not any(folder.glob("*dataflex_*"))
+
+
 def newest_whole(directory: Path) -> Path | None:
     """The whole checkpoint with the most steps in ``directory``, the same on every rank; None if none is."""
     return dist.broadcast_object(newest_whole_here(directory) if dist.is_main() else None)

@@ -17,11 +17,22 @@ from dataflex.utils.files import write_atomically
 from dataflex.utils.records import FileRecord, write_sealed
 
 
-def save(engine: Any, loop: Loop, folder: Path, client_state: dict[str, Any]) -> None:
-    """Write a checkpoint into the new ``folder``; a collective. UserError if the folder holds one already."""
+def save(
+    engine: Any,
+    loop: Loop,
+    folder: Path,
+    client_state: dict[str, Any],
+    *,
+    point: bool = True,
+    without_frozen: bool = True,
+) -> None:
+    """Write a checkpoint into the new ``folder``; a collective. UserError if the folder holds one already.
+
+    point: let `POINTER` name it. without_frozen: leave out parameters that are not trained.
+    """
     if dist.broadcast_object((folder / MANIFEST).exists()):
         raise UserError(f"{folder}: is a checkpoint already; a tag is never written twice")
-    frozen = any(not p.requires_grad for p in engine.module.parameters())
+    frozen = without_frozen and any(not p.requires_grad for p in engine.module.parameters())
     state = encode(state_of(loop) | {"client_state": client_state, "frozen": frozen})
     if dist.is_main():
         _clear(folder)
@@ -41,7 +52,8 @@ def save(engine: Any, loop: Loop, folder: Path, client_state: dict[str, Any]) ->
             files={name: FileRecord.of(path) for name, path in files.items()},
         )
         write_sealed(folder / MANIFEST, manifest.model_dump())
-        write_atomically(folder.parent / POINTER, folder.name)
+        if point:
+            write_atomically(folder.parent / POINTER, folder.name)
     dist.barrier()
 
 

@@ -30,6 +30,9 @@ class SavedState(TypedDict):
     frozen: bool
 
 
+NO_PHASE = [-1, 0, 0]
+
+
 def identity(loop: Loop) -> dict[str, Any]:
     """What must be the same for a resume to go on with the same run."""
     run = loop.run
@@ -58,15 +61,17 @@ def _said(value: Any) -> str:
 
 
 def state_of(loop: Loop) -> dict[str, Any]:
-    run, plan = loop.run, loop.plan
-    assert plan is not None, "save a checkpoint after the first step"
-    phase = run.schedule.phases[loop.planned_phase]
+    """sample_ids, probabilities: the phase's plan; none where it is yet to be made, and then phase is NO_PHASE."""
+    run, plan, phase = loop.run, loop.plan, NO_PHASE
+    if plan is not None:
+        planned = run.schedule.phases[loop.planned_phase]
+        phase = [planned.index, planned.start, planned.steps]
     return {
         "identity": identity(loop),
         "step": run.step,
-        "phase": [phase.index, phase.start, phase.steps],
-        "sample_ids": plan.sample_ids,
-        "probabilities": plan.probabilities,
+        "phase": phase,
+        "sample_ids": np.empty(0, dtype=np.int64) if plan is None else plan.sample_ids,
+        "probabilities": np.empty(0) if plan is None else plan.probabilities,
         "hooks": [hook.state_dict() for hook in loop.hooks],
     }
 

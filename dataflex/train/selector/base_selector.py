@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dataflex.core.plan import Ids, epoch_stream, generator
 from dataflex.utils.errors import UserError
@@ -25,6 +26,8 @@ class Selector(ABC):
     ``keep_order``: train in the returned order instead of a shuffled one.
     ``takes_domain_counts``: whether `select` heeds ``domain_counts``, so that a mixer can be combined with it.
     ``metric``: after `select`, per returned sample: what the decision was made from; written to decisions/.
+    ``scored``: after `select`, {column: array [pool]}: the same for every sample of the pool, for the decision's table;
+    ``score`` is the one that it ranks by (NaN: not scored).
     """
 
     replacement: bool = False
@@ -38,6 +41,7 @@ class Selector(ABC):
         self.cache_dir = cache_dir
         self.seed = 42
         self.metric: dict[str, list[float]] = {}
+        self.scored: dict[str, NDArray[Any]] = {}
 
     def warmup(self, num_samples: int, replacement: bool = False) -> list[int]:
         """Sample ids for the warm-up, for a selector that overrides it or calls it.

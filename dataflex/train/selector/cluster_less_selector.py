@@ -117,7 +117,8 @@ class ClusterLessSelector(LessSelector):
                 best_clusters_first(scores[ids], Clusters(clusters.of[ids], clusters.distance[ids]), count)
             ],
         )
-        self.metric = {"score": scores[picks].tolist(), "cluster": clusters.of[picks].tolist()}
+        self.scored = {"score": scores, "cluster": clusters.of}
+        self.metric = {name: values[picks].tolist() for name, values in self.scored.items()}
         return picks.tolist()
 
     def scores(self) -> Floats:

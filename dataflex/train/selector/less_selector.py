@@ -166,7 +166,7 @@ class LessSelector(Selector):
         picks = self.pick_by_domain(
             num_samples, kwargs.get("domain_counts"), lambda ids, count: ids[top_k(scores[ids], count)]
         )
-        self.metric = {"score": scores[picks].tolist()}
+        self.metric, self.scored = {"score": scores[picks].tolist()}, {"score": scores}
         return picks.tolist()
 
     def use_plain_gradient(self) -> bool:

@@ -85,7 +85,7 @@ class LossSelector(Selector):
             kwargs.get("domain_counts"),
             lambda ids, count: ids[weighted_draw(weights[ids], count, replacement=self.replacement, draw=draw)],
         )
-        self.metric = {"loss": losses[picks].tolist()}
+        self.metric, self.scored = {"loss": losses[picks].tolist()}, {"score": losses}
         return picks.tolist()
 
     def scores(self) -> NDArray[np.float32]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from dataflex.config import Config
@@ -26,6 +27,7 @@ from dataflex.engine.loop import BatchSource, Loop, Stepper
 from dataflex.engine.optimizer_state import read_moments
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.engine.reference import open_reference
+from dataflex.scoring.model_check import check_model
 from dataflex.scoring.scorer import Scorer
 from dataflex.scoring.sharded import ScoringPasses
 from dataflex.train.trainer.component_hooks import HookBuilder
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from dataflex.config.schema import FlexSection
 
 STREAM_PLAN = 65536
+_LOOKED_AT = 64
 
 
 def attach(
@@ -55,6 +58,8 @@ def attach(
     if getattr(getattr(engine.module, "config", None), "use_cache", False):
         engine.module.config.use_cache = False
     engine.train()
+    if isinstance(pool, Pool):
+        check_model(engine, collator([_short_sample(pool)]))
     run = _make_run(engine, cfg, pool)
     budget = cfg.flex.scoring_batch_tokens or run.micro_batch * pool.longest
     scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names))
@@ -78,6 +83,14 @@ def attach(
     wrapped = DataflexEngine(engine, run, loop, scorer, eval_pool, cfg.train.per_device_eval_batch_size)
     run.engine = wrapped
     return wrapped
+
+
+def _short_sample(pool: Pool) -> dict[str, Any]:
+    """The shortest of the first samples that has two tokens."""
+    candidates = np.arange(min(len(pool), _LOOKED_AT))
+    lengths = pool.lengths[candidates]
+    longer = candidates[lengths > 1] if (lengths > 1).any() else candidates
+    return pool[longer[pool.lengths[longer].argmin()]]
 
 
 def _passes(run: Run, cfg: Config, engine: Any) -> ScoringPasses:

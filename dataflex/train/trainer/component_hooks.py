@@ -15,6 +15,7 @@ from dataflex.core.registry import REGISTRY
 from dataflex.core.weights import StaticWeights
 from dataflex.data.stream_pool import StreamPool
 from dataflex.train.mixer.mixture import mixture_of
+from dataflex.train.trainer.components import KIND_NAMES, RUNTIME
 from dataflex.train.trainer.mix_trainer import mix_planner
 from dataflex.train.trainer.sample_trainer import WeightedPlanner
 from dataflex.train.trainer.select_trainer import SelectPlanner
@@ -26,8 +27,6 @@ from dataflex.utils.logging import logger
 
 if TYPE_CHECKING:
     from dataflex.config.schema import Kind
-
-KIND_NAMES: dict[Kind, str] = {"select": "selector", "mix": "mixer", "weight": "weighter"}
 
 
 class HookBuilder:
@@ -49,6 +48,7 @@ class HookBuilder:
 
     def hooks(self) -> list[Hook]:
         """Planner first, then what keeps streams in place, then the weight hook."""
+        assert set(self.runtime) == set(RUNTIME), "what is offered is what `RUNTIME` names"
         found: list[Hook] = [self._planner()]
         if isinstance(self.run.pool, StreamPool):
             found.append(StreamHook(self.run.pool))

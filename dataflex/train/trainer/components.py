@@ -10,9 +10,33 @@ from collections.abc import Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from dataflex.core.registry import KINDS
+from dataflex.config import Config
+from dataflex.config.components import component_params
+from dataflex.core.registry import KINDS, REGISTRY
 from dataflex.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from dataflex.config.schema import Kind
+
+KIND_NAMES: dict[Kind, str] = {"select": "selector", "mix": "mixer", "weight": "weighter"}
+# The objects that every component may ask for; `HookBuilder` and `attach` make them.
+RUNTIME = (
+    "dataset",
+    "eval_dataset",
+    "mixer_eval_dataset",
+    "accelerator",
+    "data_collator",
+    "cache_dir",
+    "output_dir",
+    "tokenizer",
+    "mixture_manager",
+    "scorer",
+    "passes",
+    "reference_model_path",
+    "open_reference",
+)
 
 
 def load_components(modules: Iterable[str] = ()) -> None:
@@ -27,6 +51,16 @@ def load_components(modules: Iterable[str] = ()) -> None:
         _import(name)
     for point in entry_points(group="dataflex.components"):
         point.load()
+
+
+def with_effective_params(cfg: Config) -> Config:
+    """``cfg`` whose ``component_params`` are all the params of its components, defaults included, and no others."""
+    found = {}
+    for kind in cfg.flex.kinds:
+        if cfg.flex.component(kind) is not None and not (kind == "mix" and cfg.flex.mixes_fixed):
+            name, params = component_params(cfg.flex, kind)
+            found[kind] = REGISTRY.effective(KIND_NAMES[kind], name, params, RUNTIME)
+    return cfg.model_copy(update={"flex": cfg.flex.model_copy(update={"component_params": found or None})})
 
 
 def _import(name: str) -> ModuleType:

@@ -11,7 +11,7 @@ from dataflex.core.context import Run
 from dataflex.core.hook import Planner
 from dataflex.core.plan import Ids, Phase, Plan, check_sample_ids, generator
 from dataflex.train.selector.base_selector import Selector
-from dataflex.train.trainer.decisions import write_decision
+from dataflex.train.trainer.decisions import write_decision, write_table
 from dataflex.train.trainer.static_trainer import uniform_plan
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -97,6 +97,7 @@ class SelectPlanner(Planner):
             got = np.bincount(run.pool.domain_ids[picks], minlength=len(domain_counts))
             if (got != domain_counts).any():
                 raise UserError(f"{source}: expected {domain_counts.tolist()} samples by domain, got {got.tolist()}")
+        write_table(run, self.name, self.selector, picks)
         write_decision(run, self.name, {"indices": picks.tolist(), "metric": self.selector.metric, **record})
         logger.info(f"step {run.step}: {self.name} picked {count:,} of {len(run.pool):,} samples: {shares(run, picks)}")
         return picks

@@ -1,0 +1,105 @@
+"""DeepSpeed's own files: of a checkpoint of ours, and of a running job that knew nothing of dataflex."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataflex.engine.checkpoint.manifest import POINTER
+from dataflex.utils import dist
+from dataflex.utils.errors import UserError
+from dataflex.utils.logging import logger
+
+FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+def load_plain(engine: Any, folder: Path, **how: Any) -> tuple[str, dict[str, Any]]:
+    """DeepSpeed's ``load_checkpoint`` of a folder that `is_plain`, with its answer; a collective.
+
+    UserError for another world size or another kind of ZeRO stage, and where a file holds what needs code to load.
+    """
+    stage = engine.zero_optimization_stage()
+    saved = dist.broadcast_object(_layout_of(folder))
+    now = ("3" if stage == 3 else "1 or 2" if stage else "0", dist.world_size() if stage else None)
+    same_weights = how.get("load_module_only", False) and "3" not in (saved[0], now[0])
+    if saved != now and not same_weights:
+        kinds = [f"ZeRO-{kind}" + (f" on {ranks} processes" if ranks else "") for kind, ranks in (saved, now)]
+        raise UserError(f"{folder}: the checkpoint is of {kinds[0]}, this run has {kinds[1]}; both must be the same")
+    answer = load_deepspeed(engine, folder, **how)
+    logger.warning(
+        f"{folder}: a checkpoint of DeepSpeed's own, after step {engine.global_steps}: weights, optimizer and learning "
+        "rate schedule go on from there; dataflex's schedule, plan and random state start at their step 0"
+    )
+    return answer
+
+
+def load_deepspeed(engine: Any, folder: Path, strict: bool = True, **how: Any) -> tuple[str, dict[str, Any]]:
+    """DeepSpeed's ``load_checkpoint`` of ``folder`` without running code that a file names; (path, client_state).
+
+    strict: unless ``how`` says otherwise. ZeRO-3 has the weights in the optimizer's files alone: DeepSpeed reads them
+    from there only when told not to load the optimizer, and then of the checkpoint that `POINTER` names.
+    """
+    how = {"load_module_strict": True, **how}
+    how["load_module_strict"] = how["load_module_strict"] and strict
+    only_weights = how.get("load_module_only", False) or not how.get("load_optimizer_states", True)
+    if only_weights and engine.zero_optimization_stage() == 3:
+        how["load_optimizer_states"] = False
+        pointer = folder.parent / POINTER
+        named = dist.broadcast_object(pointer.read_text(encoding="utf-8").strip() if pointer.exists() else "nothing")
+        if named != folder.name:
+            raise UserError(
+                f"load_checkpoint: under ZeRO-3 DeepSpeed loads weights without the optimizer only from the checkpoint "
+                f"that {pointer} names, which is {named}, not {folder.name}; load the optimizer states as well"
+            )
+    try:
+        with _no_code():
+            path, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name, **how)
+    except pickle.UnpicklingError as exc:
+        words = " ".join(str(exc).split())
+        raise UserError(
+            f"{folder}: holds an object that only code can load, and no code of a checkpoint is run; name its class in "
+            f"torch.serialization.add_safe_globals first: {words[words.find('Unsupported') :][:160]}"
+        ) from exc
+    except RuntimeError as exc:
+        if "loading state_dict" not in str(exc):
+            raise
+        raise UserError(f"{folder}: is of another model: {' '.join(str(exc).split())[:300]}") from exc
+    assert path is not None, f"DeepSpeed found no checkpoint in {folder}"
+    return path, client_state
+
+
+def _layout_of(folder: Path) -> tuple[str, int | None]:
+    """(ZeRO stage, processes) that a checkpoint's file names tell; without ZeRO it is the same for any number."""
+    whole = len(list(folder.glob("zero_pp_rank_*_model_states.pt")))
+    parts = len(list(folder.glob("*zero_pp_rank_*_optim_states.pt")))
+    return ("3", whole) if whole else ("1 or 2", parts) if parts else ("0", None)
+
+
+def deepspeed_globals() -> list[Any]:
+    """The classes in DeepSpeed's files that loading without code must be told of."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
+
+
+@contextmanager
+def _no_code() -> Iterator[None]:
+    """Inside, torch.load runs no code that a file names, also where DeepSpeed asks for it."""
+    forced = os.environ.get(FORCE_SAFE)
+    os.environ[FORCE_SAFE] = "1"
+    try:
+        with torch.serialization.safe_globals(deepspeed_globals()):
+            yield
+    finally:
+        if forced is None:
+            del os.environ[FORCE_SAFE]
+        else:
+            os.environ[FORCE_SAFE] = forced

@@ -1,0 +1,136 @@
+"""A model that is no causal language model, or returns no logits, is refused in one line before training."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import dataflex
+from dataflex.utils.errors import UserError
+from tests import tiny_engine as tiny
+from tests.distributed import run_ranks
+from tests.test_initialize import Bigram, collate
+
+WHERE = [(0, 1), (3, 2)]  # ZeRO stage, ranks
+SIZES: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+class Returns(Bigram):
+    """The bigram model with its logits in another shape of answer."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:  # type: ignore[override]
+        logits = super().forward(input_ids)
+        answers: dict[str, Any] = {
+            "tensor": logits,
+            "dict": {"logits": logits},
+            "tuple": (logits, None),
+            "odd dict": {"scores": logits},
+            "loss": logits.mean(),
+            "last only": logits[:, -1:],
+        }
+        return answers[self.how]
+
+
+class OwnLoss(Bigram):
+    """Wants the labels."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any, labels: Any) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(input_ids).mean()
+
+
+def models() -> dict[str, Any]:
+    bert, llama = transformers.BertConfig(**SIZES), transformers.LlamaConfig(**SIZES, pad_token_id=0)
+    t5 = transformers.T5Config(vocab_size=259, d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16)
+    answers = ("tensor", "dict", "tuple", "odd dict", "loss", "last only")
+    return {
+        **{how: lambda how=how: Returns(how) for how in answers},
+        "own loss": OwnLoss,
+        "encoder": lambda: transformers.BertLMHeadModel(bert),
+        "decoder": lambda: transformers.BertLMHeadModel(transformers.BertConfig(**SIZES, is_decoder=True)),
+        "encoder-decoder": lambda: transformers.T5ForConditionalGeneration(t5),
+        "classifier": lambda: transformers.LlamaForSequenceClassification(llama),
+        "token classifier": lambda: transformers.LlamaForTokenClassification(llama),
+        "experts": lambda: tiny.model("moe"),
+        "adapter": lambda: tiny.model("lora"),
+    }
+
+
+def check(stage: int) -> dict[str, Any]:
+    """What `initialize` says of each model, or the first step's loss; the random state after it, if it moved."""
+    found = {}
+    for name, make in models().items():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = make()
+        state = torch.get_rng_state()
+        try:
+            engine = dataflex.initialize(
+                model=net,
+                config=tiny.ds_config(stage),
+                dataflex={"max_steps": 1},
+                train_dataset=tiny.samples(8, 1),
+                data_collator=collate,
+            )
+            assert torch.equal(state, torch.get_rng_state())
+            found[name] = [engine.training_step(batch) for batch in engine.batches()]
+        except UserError as error:
+            found[name] = str(error)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[tuple[int, int], list[dict[str, Any]]]:
+    target = "tests.scoring.test_model_check:check"
+    return {(stage, ranks): run_ranks(target, ranks, stage=stage) for stage, ranks in WHERE}
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("odd dict", "model: returns a dict without logits: a sample's loss is made from logits"),
+        ("loss", r"model: Returns returns \[\] for 1 x \d+ tokens: a sample's loss is made from logits"),
+        ("last only", r"model: Returns returns \[1, 1, 259\] for 1 x \d+ tokens"),
+        (
+            "own loss",
+            "model: OwnLoss.forward does not take the batch .*'labels'.*called with input_ids, att",
+        ),
+        ("encoder", "model: BertLMHeadModel is no causal language model: what it says of a token depends on"),
+        ("encoder-decoder", "model: T5ForConditionalGeneration is an encoder-decoder; dataflex trains causal"),
+        ("classifier", r"model: LlamaForSequenceClassification returns \[1, 2\] for 1 x"),
+        ("token classifier", "model: LlamaForTokenClassification returns 2 logits a token, the data has label"),
+    ],
+)
+def test_another_kind_of_model_is_refused_alike_on_all_ranks(name: str, text: str, where: Any, found: Any) -> None:
+    for rank in found[where]:
+        assert re.match(text, rank[name]), rank[name]
+        assert "\n" not in rank[name]
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_logits_in_a_dict_or_a_tuple_train_like_a_tensor(where: Any, found: Any) -> None:
+    for rank in found[where]:
+        assert 4 < rank["tensor"][0] < 7
+        assert rank["dict"] == rank["tuple"] == rank["tensor"]
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("name", ["decoder", "experts", "adapter"])
+def test_a_causal_language_model_trains(name: str, where: Any, found: Any) -> None:
+    for rank in found[where]:
+        assert 4 < rank[name][0] < 7
