@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from dataflex.engine import checkpoint
 from dataflex.engine.run_config import run_config
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
-from dataflex.utils.files import write_atomically
+from dataflex.utils.files import finish_removals, remove, write_atomically
 from dataflex.utils.logging import logger
 
 if TYPE_CHECKING:
@@ -40,10 +39,10 @@ def drop_later(folder: Path, step: int) -> None:
         for old in folder.glob("checkpoint-*"):
             if checkpoint.step_of(old) > step:
                 logger.warning(f"removed {old}, which is later than the checkpoint resumed from")
-                _remove(old)
+                remove(old)
         for old in (folder / "decisions").glob("step_*"):
             if checkpoint.step_of(old.with_suffix("")) >= step:
-                _remove(old)
+                remove(old)
         for log in folder.glob("*weights.jsonl"):
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
             first = (
@@ -66,6 +65,7 @@ def _prepare_or_error(cfg: Config) -> Path | None | UserError:
 def _prepare(cfg: Config, folder: Path) -> Path | None:
     if folder.exists() and folder.resolve() == Path(cfg.model.model_name_or_path).resolve():
         raise UserError(f"output_dir: {folder} is also model_name_or_path, which the run would write over")
+    finish_removals(folder)
     if cfg.output.overwrite_output_dir and not cfg.output.resume_from_checkpoint:
         _clear(folder)
     start = _checkpoint(cfg, folder)
@@ -124,11 +124,4 @@ def _clear(folder: Path) -> None:
         return
     for pattern in cleared():
         for old in folder.glob(pattern):
-            _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+            remove(old)

@@ -1,10 +1,13 @@
-"""Files that are either whole or not there, and their hashes."""
+"""Files and folders that are either whole or not there, and hashes of files."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
+
+_REMOVING = ".removing-"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -16,6 +19,27 @@ def write_atomically(path: Path, text: str) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(temporary, path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there. A folder is gone at once, whenever the process ends.
+
+    It first gets a hidden name that means nothing to anybody; what is left under such a name `finish_removals` removes.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    hidden = path.with_name(_REMOVING + path.name)
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def finish_removals(folder: Path) -> None:
+    """Remove what a process that ended inside `remove` left in ``folder``."""
+    for hidden in folder.glob(f"{_REMOVING}*"):
+        shutil.rmtree(hidden)
 
 
 def sha256_of(path: Path) -> str:

@@ -44,6 +44,12 @@ def test_the_step_is_the_manifests_not_the_names(tmp_path: Path, name: str) -> N
     assert (checkpoint.saved_step(newest), checkpoint.saved_step(tmp_path / "checkpoint-99")) == (24, 99)
 
 
+def test_a_whole_checkpoint_that_is_being_removed_does_not_count(tmp_path: Path) -> None:
+    older = make(tmp_path / "checkpoint-3", 3)
+    make(tmp_path / "checkpoint-6", 6).rename(tmp_path / ".removing-checkpoint-6")
+    assert checkpoint.newest_whole(tmp_path) == older
+
+
 def flipped_manifests(folder: Path, most: int | None) -> int:
     """Flip bits in the newest of two manifests; how many of the flips were not harmless."""
     make(folder / "checkpoint-2", 2)

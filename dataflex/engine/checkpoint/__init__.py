@@ -23,6 +23,7 @@ from dataflex.engine.checkpoint.manifest import (
     read_manifest,
     saved_step,
     step_of,
+    unfinished,
 )
 from dataflex.engine.checkpoint.saving import save
 from dataflex.engine.checkpoint.state import decode, encode, identity
@@ -48,4 +49,5 @@ __all__ = [
     "save",
     "saved_step",
     "step_of",
+    "unfinished",
 ]

@@ -64,7 +64,8 @@ def newest_whole_here(directory: Path) -> Path | None:
 
     The steps are those that the manifests name, so a folder may have any name.
     """
-    folders = [p for p in directory.glob("*") if p.is_dir() and (p / STATE).exists()]
+    named = [p for p in directory.glob("*") if not p.name.startswith(".")]  # hidden ones are being removed
+    folders = [p for p in named if p.is_dir() and (p / STATE).exists()]
     folders += [p for p in directory.glob("checkpoint-*") if p.is_dir() and p not in folders]
     found = [(read_manifest(folder), folder) for folder in folders]
     steps = {folder: step_of(folder) if isinstance(content, str) else content.step for content, folder in found}
@@ -98,6 +99,12 @@ def broken(folder: Path) -> str | None:
         return manifest
     differences = (record.differs(folder / name) for name, record in manifest.files.items())
     return next((problem for problem in differences if problem), None)
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether ``folder`` holds parts of a checkpoint whose save, or whose removal by other means, did not finish."""
+    parts = ("dataflex_*", "*_states.pt", "*/*_states.pt")
+    return not (folder / MANIFEST).exists() and any(next(folder.glob(part), None) for part in parts)
 
 
 def saved_step(folder: Path) -> int:

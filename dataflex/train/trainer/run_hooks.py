@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from pathlib import Path
 from typing import Any
 
 from dataflex.core.clock import EVALUATE, SAVE
@@ -12,6 +12,7 @@ from dataflex.engine import checkpoint
 from dataflex.engine.export import export
 from dataflex.report.trainer_log import LogHook
 from dataflex.utils import dist
+from dataflex.utils.files import finish_removals, remove
 from dataflex.utils.logging import logger
 
 
@@ -43,7 +44,7 @@ class EvalHook(Hook):
 
 
 class CheckpointHook(Hook):
-    """Saves every ``every`` steps and after the last, and keeps the newest ``keep`` (None: all).
+    """Saves every ``every`` steps and after the last, and keeps the newest ``keep`` (None: all) whole checkpoints.
 
     only_model: write a Hugging Face folder that cannot be resumed from instead.
     """
@@ -65,9 +66,17 @@ class CheckpointHook(Hook):
         else:
             run.engine.save_checkpoint()
         logger.info(f"step {run.step}: saved {folder}")
-        if self.keep is not None and dist.is_main():
-            saved = run.output_dir.glob("checkpoint-*")
-            whole = [p for p in saved if self.only_model or (p / checkpoint.MANIFEST).exists()]
-            for old in sorted(whole, key=checkpoint.step_of)[: -self.keep]:
-                shutil.rmtree(old)
+        if dist.is_main():
+            finish_removals(run.output_dir)
+            for old in self._superseded(run.output_dir, folder):
+                remove(old)
         dist.barrier()
+
+    def _superseded(self, output_dir: Path, newest: Path) -> list[Path]:
+        """The checkpoints that ``newest`` makes useless: beyond ``keep``, and older ones that are not whole."""
+        saved = sorted(output_dir.glob("checkpoint-*"), key=checkpoint.step_of)
+        older = [p for p in saved if checkpoint.step_of(p) < checkpoint.step_of(newest)]
+        ruins = [p for p in older if checkpoint.unfinished(p)]
+        whole = [p for p in saved if self.only_model or (p / checkpoint.MANIFEST).exists()]
+        extra = [] if self.keep is None else [p for p in whole if p not in ruins][: -self.keep]
+        return ruins + extra
