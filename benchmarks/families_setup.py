@@ -22,15 +22,15 @@ SIZES = {
     "linear_num_key_heads index_n_heads top_k_experts swa_num_key_value_heads",
     4: "rotary_dim num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
     "num_experts n_routed_experts num_local_experts moe_num_experts qk_rope_head_dim qk_nope_head_dim "
-    "linear_num_value_heads mamba_n_heads swa_num_attention_heads index_topk linear_num_heads mamba_num_heads "
+    "linear_num_value_heads mamba_n_heads swa_num_attention_heads linear_num_heads mamba_num_heads "
     "chunk_size mamba_chunk_size attention_head_count",
     8: "head_dim v_head_dim kv_lora_rank qk_head_dim linear_key_head_dim linear_value_head_dim mamba_d_state "
     "mamba_d_head time_step_rank mamba_dt_rank kv_channels swa_head_dim state_size ssm_state_size mamba_head_dim "
     "index_head_dim dim_head d_head linear_head_dim laurel_rank adapter_rank hidden_size_per_layer_input "
     "attention_head_size rel_extent global_head_dim o_lora_rank hc_lowrank",
     24: "q_lora_rank router_hidden_size",
-    128: "max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length context_length model_max_length "
-    "original_max_position_embeddings max_target_positions",
+    128: "index_topk max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length context_length "
+    "model_max_length original_max_position_embeddings max_target_positions",
     VOCABULARY: "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size",
     1: "topk_group",
 }

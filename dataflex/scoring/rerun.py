@@ -100,6 +100,17 @@ def watch(module: nn.Module, args: Any, kwargs: Any, output: Any, rows: int, fou
     return tree.tree_unflatten(leaves, spec)
 
 
+def refuse_own_parameters(module: nn.Module, output: Any, names: dict[str, str]) -> None:
+    """UserError where a module hands out one of the parameters ``names``, which something else then uses."""
+    given = {id(leaf) for leaf in tree.tree_flatten(output)[0]}
+    for path, p in module.named_parameters():
+        if path in names and id(p) in given:
+            raise UserError(
+                f"gradient features: the module of {names[path]} returns it, and another uses it; leave it out with "
+                "`layers`"
+            )
+
+
 def _for_each_row(output: Tensor, rows: int) -> Tensor:
     shared = output.dim() > 1 and output.shape[0] == 1 < rows
     return output.expand(rows, *output.shape[1:]) if shared else output

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dataflex.scoring.coverage import Adapter, Target, parameter_names
 from dataflex.scoring.experts import Routing, run_experts
-from dataflex.scoring.rerun import Places, gradients, watch
+from dataflex.scoring.rerun import Places, gradients, refuse_own_parameters, watch
 from dataflex.scoring.tap import calls_to, normalised, tap
 from dataflex.utils.errors import UserError
 
@@ -122,6 +122,7 @@ class Taps:
     def _rerun_hook(self, target: Target, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if self._quiet:
             return output
+        refuse_own_parameters(module, output, target.names)
 
         def found(run: Callable[[], list[Tensor]], deltas: tuple[Tensor, ...]) -> None:
             self.fired.update(target.names.values())
