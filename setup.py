@@ -77,6 +77,7 @@ class BuildWithTrees(build_py):
         files: list[Path] = []
         for group in groups:
             from dataflex.ops.builder import BUILDERS, BuildError
+            from dataflex.ops.trust import hash_file
 
             builder, stamp = BUILDERS[group](), folder / f"{group}.sources"
             try:
@@ -84,9 +85,11 @@ class BuildWithTrees(build_py):
             except BuildError as e:
                 raise SystemExit(f"DATAFLEX_BUILD: {builder.file_name()} could not be built: {e}") from None
             self.mkpath(str(folder))
-            self.copy_file(str(built), str(folder / built.name))
+            for file in (built, hash_file(built)):
+                self.copy_file(str(file), str(folder / file.name))
+                files.append(folder / file.name)
             stamp.write_text(builder.source_digest())
-            files += [folder / built.name, stamp]
+            files.append(stamp)
         return files
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:

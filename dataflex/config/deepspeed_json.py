@@ -9,7 +9,7 @@ from typing import Any
 
 from dataflex.config.paths import resolve
 from dataflex.config.yaml_reader import kind_of, read_text
-from dataflex.utils.errors import UserError
+from dataflex.utils.errors import UserError, cut, shown
 
 _TENSOR = "it splits layers over ranks, so per-sample gradients would be incomplete"
 _QUANTISED = "ZeRO++ quantises or regroups what scoring reads, so features would not be exact"
@@ -57,7 +57,11 @@ def read(value: str | Mapping[str, Any] | None) -> dict[str, Any]:
     except json.JSONDecodeError as e:
         raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg}") from None
     except _DuplicateKeyError as e:
-        raise UserError(f"{path}: key '{e}' is given twice") from None
+        raise UserError(f"{path}: key '{cut(str(e))}' is given twice") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(
+            f"{path}: not valid JSON: {type(e).__name__} (too deep, or a number of too many digits)"
+        ) from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object, got a {kind_of(data)}")
     return data
@@ -72,7 +76,7 @@ def problems(config: Mapping[str, Any], yaml_values: Mapping[str, Any]) -> Itera
         value = _at(config, key)
         if value not in (None, "auto") and value != yaml_values[yaml_key]:
             mine = json.dumps(yaml_values[yaml_key])
-            yield f"'{key}' is {json.dumps(value)}, but {yaml_key} is {mine}: use \"auto\""
+            yield f"'{key}' is {cut(json.dumps(value, default=str))}, but {yaml_key} is {mine}: use \"auto\""
 
 
 def refusals(config: Mapping[str, Any]) -> Iterator[str]:
@@ -84,7 +88,7 @@ def refusals(config: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(zero, Mapping):
         yield f"'zero_optimization' must be a mapping, got a {kind_of(zero)}"
     elif zero.get("stage", 0) not in (0, 1, 2, 3) or isinstance(zero.get("stage"), bool):
-        yield f"'zero_optimization.stage' must be 0, 1, 2 or 3, got {zero['stage']!r}"
+        yield f"'zero_optimization.stage' must be 0, 1, 2 or 3, got {shown(zero['stage'])}"
     if _at(config, "managed_gradient_accumulation") is False:
         yield "'managed_gradient_accumulation' must be true: the plan says where a step ends"
 

@@ -12,15 +12,19 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from dataflex.config.yaml_reader import kind_of
-from dataflex.utils.errors import nearest
+from dataflex.utils.errors import cut, nearest
+from dataflex.utils.errors import shown as shown_value
+from dataflex.utils.files import unusable_path
 
 Validator = Callable[[Any], Any]
+LARGEST = 2**31 - 1  # of what is counted: lengths are int32, and plans of more steps fit no memory
+LONGEST_TEXT = 4096
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def shown(value: object) -> str:
     """A value as errors show it."""
-    return kind_of(value) if isinstance(value, Mapping | list | tuple) else repr(value)
+    return kind_of(value) if isinstance(value, Mapping | list | tuple) else shown_value(value)
 
 
 def check(convert: Validator) -> BeforeValidator:
@@ -42,28 +46,35 @@ def to_number(value: Any, expected: str) -> float:
     if not isinstance(value, bool):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number):
             return number
     raise ValueError(f"expected {expected}, got {shown(value)}")
 
 
-def whole(low: int, also: int | None = None) -> BeforeValidator:
-    """A whole number >= low, or the special value ``also``."""
+def whole(low: int, also: int | None = None, high: int = LARGEST) -> BeforeValidator:
+    """A whole number >= low (and <= high, which only an error names), or the special value ``also``."""
     expected = f"a whole number >= {low}" + (f" or {also}" if also is not None else "")
 
     def convert(value: Any) -> int:
         number = to_number(value, expected)
         if number != int(number) or (number < low and number != also):
             raise ValueError(f"expected {expected}, got {shown(value)}")
+        if int(number) > high:
+            raise ValueError(f"expected a whole number <= {high:,}, got {shown(value)}")
         return value if isinstance(value, int) else int(number)
 
     return check(convert)
 
 
-def real(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> BeforeValidator:
-    """A finite number in [low, high]; ``above`` and ``below`` leave the bound itself out."""
+def real(
+    low: float, high: float = math.inf, *, above: bool = False, below: bool = False, most: float = math.inf
+) -> BeforeValidator:
+    """A finite number in [low, high]; ``above`` and ``below`` leave the bound itself out.
+
+    most: a further bound, which only an error names.
+    """
     expected = f"a number {'>' if above else '>='} {low:g}"
     if high < math.inf:
         expected += f" and {'<' if below else '<='} {high:g}"
@@ -72,6 +83,8 @@ def real(low: float, high: float = math.inf, *, above: bool = False, below: bool
         number = to_number(value, expected)
         if number < low or number > high or (above and number == low) or (below and number == high):
             raise ValueError(f"expected {expected}, got {shown(value)}")
+        if number > most:
+            raise ValueError(f"expected a number <= {most:g}, got {shown(value)}")
         return number
 
     return check(convert)
@@ -79,13 +92,26 @@ def real(low: float, high: float = math.inf, *, above: bool = False, below: bool
 
 def to_text(value: Any) -> str:
     """Text; a whole number is taken as its digits."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**18:
         return str(value)
     if not isinstance(value, str):
         raise ValueError(f"expected text, got {shown(value)} (put it in quotes)")
     if not value.strip():
         raise ValueError("expected text, got an empty string")
+    if len(value) > LONGEST_TEXT:
+        raise ValueError(f"expected at most {LONGEST_TEXT:,} characters, got {len(value):,}")
+    if not value.isprintable():
+        raise ValueError(f"expected printable text on one line, got {shown(value)}")
     return value.strip()
+
+
+def to_path(value: Any) -> str:
+    """Text that a file, a folder or a model can be called by."""
+    text = to_text(value)
+    problem = unusable_path(text)
+    if problem:
+        raise ValueError(f"expected a path or a name, got {shown(text)}: {problem}")
+    return text
 
 
 def to_names(value: Any) -> tuple[str, ...]:
@@ -95,17 +121,16 @@ def to_names(value: Any) -> tuple[str, ...]:
         items = [items]
     if not isinstance(items, list | tuple):
         raise ValueError(f"expected names (a list, or text with commas), got {shown(value)}")
-    names = tuple(to_text(item) if not isinstance(item, str) else item.strip() for item in items)
-    if any(not name for name in names):
+    if any(isinstance(item, str) and not item.strip() for item in items):
         raise ValueError("expected names, got an empty one (a comma too many?)")
-    return names
+    return tuple(to_path(item) for item in items)
 
 
 def _to_choice(valid: tuple[str, ...], same: Mapping[str, str]) -> Validator:
     def convert(value: Any) -> str:
         word = "no" if value is False and "no" in valid else value
         word = same.get(word, word) if isinstance(word, str) else word
-        if word not in valid:
+        if not isinstance(word, str) or word not in valid:
             hint = nearest(str(value), valid)
             raise ValueError(f"expected one of {', '.join(valid)}, got {shown(value)}{hint}")
         return str(word)
@@ -174,9 +199,9 @@ def _to_components(value: Any) -> str | dict[str, str]:
         for key in value:
             if key not in kinds:
                 hint = nearest(str(key), kinds)
-                raise ValueError(f"unknown kind '{key}', expected select, mix or weight{hint}")
-        return {key: to_text(name) for key, name in value.items()}
-    return to_text(value)
+                raise ValueError(f"unknown kind '{cut(str(key))}', expected select, mix or weight{hint}")
+        return {key: to_path(name) for key, name in value.items()}
+    return to_path(value)
 
 
 def _to_params(value: Any) -> dict[str, dict[str, Any]]:
@@ -192,12 +217,12 @@ def _to_params(value: Any) -> dict[str, dict[str, Any]]:
 
 
 def _to_deepspeed(value: Any) -> str | dict[str, Any]:
-    return dict(value) if isinstance(value, Mapping) else to_text(value)
+    return dict(value) if isinstance(value, Mapping) else to_path(value)
 
 
 def _to_resume(value: Any) -> str | bool:
     if isinstance(value, str) and value.strip().lower() not in _WORDS:
-        return to_text(value)
+        return to_path(value)
     return to_flag(value)
 
 
@@ -205,7 +230,7 @@ def to_weight(value: Any, of: str) -> float:
     """A finite number >= 0; ``of`` says whose."""
     number = to_number(value, f"a finite weight >= 0 for {of}")
     if number < 0:
-        raise ValueError(f"expected a finite weight >= 0 for {of}, got {value!r}")
+        raise ValueError(f"expected a finite weight >= 0 for {of}, got {shown(value)}")
     return number
 
 
@@ -213,13 +238,14 @@ def to_weights(value: Any) -> dict[str, float]:
     """A mapping of names to finite numbers >= 0."""
     if not isinstance(value, Mapping) or not value:
         raise ValueError(f"expected a mapping of names to weights, got {shown(value)}")
-    return {str(name): to_weight(weight, f"'{name}'") for name, weight in value.items()}
+    return {to_text(name): to_weight(weight, f"'{cut(str(name))}'") for name, weight in value.items()}
 
 
 Flag = Annotated[bool, check(to_flag)]
 OptionalFlag = Annotated[bool | None, check(to_flag)]
-Text = Annotated[str, check(to_text)]
-OptionalText = Annotated[str | None, check(to_text)]
+Text = Annotated[str, check(to_path)]
+OptionalText = Annotated[str | None, check(to_path)]
+LongText = Annotated[str | None, check(to_text)]
 Names = Annotated[tuple[str, ...], check(to_names)]
 Report = Annotated[tuple[str, ...], check(_to_report)]
 Weights = Annotated[dict[str, float] | None, check(to_weights)]
@@ -231,11 +257,14 @@ ComponentParams = Annotated[dict[str, dict[str, Any]] | None, check(_to_params)]
 DeepSpeedConfig = Annotated[str | dict[str, Any] | None, check(_to_deepspeed)]
 Resume = Annotated[str | bool | None, check(_to_resume)]
 Count = Annotated[int, whole(0)]
+Seed = Annotated[int, whole(0, high=2**63 - 1)]
+Seconds = Annotated[int, whole(1, high=10**9)]
 Positive = Annotated[int, whole(1)]
 OptionalCount = Annotated[int | None, whole(0)]
 OptionalPositive = Annotated[int | None, whole(1)]
 PositiveOrOff = Annotated[int, whole(1, also=-1)]
 NotNegative = Annotated[float, real(0)]
 AboveZero = Annotated[float, real(0, above=True)]
+Epochs = Annotated[float, real(0, above=True, most=1e6)]
 Share = Annotated[float, real(0, 1)]
 ShareBelowOne = Annotated[float, real(0, 1, below=True)]

@@ -16,7 +16,7 @@ from dataflex.config import checks, foreign
 from dataflex.config.paths import settle
 from dataflex.config.schema import SECTION_OF, SECTIONS, Config
 from dataflex.config.yaml_reader import parse_yaml, read_mapping
-from dataflex.utils.errors import UserError, nearest
+from dataflex.utils.errors import UserError, cut, nearest
 from dataflex.utils.logging import logger
 
 COMMAND_LINE = "command line"
@@ -36,7 +36,7 @@ class _Flat:
         """Take the keys of one source; they replace those of an earlier source."""
         spelled: dict[str, str] = {}
         for word, value in given.items():
-            key, place = foreign.ALIASES.get(word, word), f"{source}:{word}"
+            key, place = foreign.ALIASES.get(word, word), f"{source}:{cut(str(word))}"
             if key in spelled:
                 self.errors.append(f"{place}: another spelling of '{spelled[key]}', which is set too; keep one")
                 self.wrong.add(key)
@@ -116,7 +116,7 @@ def _parse_overrides(overrides: Sequence[str], errors: list[str]) -> dict[str, A
         key = key.strip()
         if not equals or not key:
             hint = f" (write {key}=VALUE)" if key in SECTION_OF else nearest(key, SECTION_OF)
-            errors.append(f"{COMMAND_LINE}: '{item}' is not of the form key=value{hint}")
+            errors.append(f"{COMMAND_LINE}: '{cut(item)}' is not of the form key=value{hint}")
             continue
         try:
             parsed[key] = parse_yaml(text, f"{COMMAND_LINE}:{key}")

@@ -18,8 +18,10 @@ from dataflex.config.fields import (
     Components,
     Count,
     DeepSpeedConfig,
+    Epochs,
     Flag,
     Layers,
+    LongText,
     Names,
     NotNegative,
     OptionalCount,
@@ -31,6 +33,8 @@ from dataflex.config.fields import (
     Proportions,
     Report,
     Resume,
+    Seconds,
+    Seed,
     Share,
     ShareBelowOne,
     Text,
@@ -114,7 +118,7 @@ class DataSection(Section):
     overwrite_cache: Flag = False
     preprocessing_num_workers: OptionalPositive = None
     dataloader_num_workers: Count = 0
-    sample_weight: OptionalText = None
+    sample_weight: LongText = None
 
 
 class TrainSection(Section):
@@ -127,11 +131,11 @@ class TrainSection(Section):
     lr_scheduler_type: Annotated[str, choice(*SCHEDULERS)] = "cosine"
     warmup_ratio: Share = 0.0
     warmup_steps: Count = 0
-    num_train_epochs: AboveZero = 3.0
+    num_train_epochs: Epochs = 3.0
     max_steps: PositiveOrOff = -1
     bf16: Flag = False
     fp16: Flag = False
-    seed: Count = 42
+    seed: Seed = 42
     optim: Annotated[str, choice(*OPTIMIZERS, adamw_hf="adamw_torch", adamw="adamw_torch")] = "adamw_torch"
     adam_beta1: ShareBelowOne = 0.9
     adam_beta2: ShareBelowOne = 0.999
@@ -139,7 +143,7 @@ class TrainSection(Section):
     weight_decay: NotNegative = 0.0
     max_grad_norm: NotNegative = 1.0
     deepspeed: DeepSpeedConfig = None
-    ddp_timeout: Positive = 1800
+    ddp_timeout: Seconds = 1800
     group_by_length: Flag = False
     layer_lr_multipliers: Weights = None
 

@@ -7,25 +7,25 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from dataflex.config.fields import Flag, Names, OptionalPositive, OptionalText, Positive, real
+from dataflex.config.fields import Flag, Names, OptionalPositive, OptionalText, Positive, real, to_number
 from dataflex.config.section import Section
-from dataflex.utils.errors import nearest
+from dataflex.utils.errors import cut, nearest, shown
 
 QUOTA_WORDS = ("proportional", "equal")
 
 
 def _to_quotas(value: Any) -> Any:
     """``proportional``, ``equal``, or {domain: share}, shares >= 0 and not all 0."""
-    if value is None or value in QUOTA_WORDS:
+    if value is None or (isinstance(value, str) and value in QUOTA_WORDS):
         return value
     if not isinstance(value, Mapping):
         raise ValueError(
-            f"expected proportional, equal or a mapping of datasets to shares, got {value!r}"
+            f"expected proportional, equal or a mapping of datasets to shares, got {shown(value)}"
             f"{nearest(str(value), QUOTA_WORDS)}"
         )
     for name, share in value.items():
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < float("inf"):
-            raise ValueError(f"expected a share >= 0 for '{name}', got {share!r}")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1e300:
+            raise ValueError(f"expected a share >= 0 for '{cut(str(name))}', got {shown(share)}")
     if not sum(value.values()):
         raise ValueError("expected at least one share > 0")
     return {str(name): float(share) for name, share in value.items()}
@@ -37,9 +37,9 @@ def _to_weights(value: Any) -> Any:
     if items is None:
         return None
     try:
-        return tuple(float(item) for item in items)
+        return tuple(to_number(item, "numbers") for item in items)
     except (TypeError, ValueError):
-        raise ValueError(f"expected numbers, one for each folder of select_from, got {value!r}") from None
+        raise ValueError(f"expected numbers, one for each folder of select_from, got {shown(value)}") from None
 
 
 class ScoreSection(Section):

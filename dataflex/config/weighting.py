@@ -19,7 +19,7 @@ from dataflex.config.fields import (
     to_weights,
 )
 from dataflex.config.section import Section
-from dataflex.utils.errors import nearest
+from dataflex.utils.errors import cut, nearest
 
 PRESETS = ("inverse_domain", "inverse_class", "temperature")
 ROLES = ("prompt", "answer")
@@ -33,7 +33,7 @@ def _to_role_weights(value: Any) -> dict[str, float]:
     weights = to_weights(value)
     for role in weights:
         if role not in ROLES:
-            raise ValueError(f"unknown role '{role}', expected {' or '.join(ROLES)}{nearest(role, ROLES)}")
+            raise ValueError(f"unknown role '{cut(role)}', expected {' or '.join(ROLES)}{nearest(role, ROLES)}")
     return weights
 
 
@@ -49,8 +49,8 @@ def _to_spans(value: Any) -> dict[str, tuple[str | None, float]]:
     spans: dict[str, tuple[str | None, float]] = {}
     for start, pair in value.items():
         if not start or not isinstance(pair, list | tuple) or len(pair) != 2 or pair[0] == "":
-            raise ValueError(f"expected [end or null, weight] for {start!r}, got {pair!r}")
-        spans[str(start)] = (None if pair[0] is None else str(pair[0]), to_weight(pair[1], repr(start)))
+            raise ValueError(f"expected [end or null, weight] for {shown(start)}, got {shown(pair)}")
+        spans[str(start)] = (None if pair[0] is None else str(pair[0]), to_weight(pair[1], shown(start)))
     return spans
 
 

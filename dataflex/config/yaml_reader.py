@@ -14,8 +14,10 @@ from typing import Any
 
 import yaml
 
-from dataflex.utils.errors import UserError, nearest
+from dataflex.utils.errors import UserError, cut, nearest, shown
+from dataflex.utils.files import unusable_path
 
+LARGEST_YAML = 100_000
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _INT = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$")
 _FLOAT = re.compile(
@@ -57,18 +59,48 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 def parse_yaml(text: str, where: str) -> Any:
     """Parse one YAML document. ``where`` names the source in errors (a file, or "command line:key")."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > LARGEST_YAML:
+            raise UserError(f"{where}: not valid YAML: its aliases stand for more than {LARGEST_YAML:,} values")
+        return loader.construct_document(node)
+    except UserError:
+        raise
     except _DuplicateKeyError as e:
-        raise UserError(f"{where}:{e.line}: key '{e.key}' is given twice (first in line {e.first})") from None
+        raise UserError(f"{where}:{e.line}: key '{cut(str(e.key))}' is given twice (first in line {e.first})") from None
     except yaml.MarkedYAMLError as e:
         line = e.problem_mark.line + 1 if e.problem_mark else 1
         raise UserError(f"{where}:{line}: not valid YAML: {e.problem or e.context}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(e).split())}") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: lists and mappings are nested too deep") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError) as e:
+        raise UserError(f"{where}: not valid YAML: {cut(' '.join(str(e).split()), 200)}") from None
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values that a node stands for with its aliases written out; of an alias inside of itself more than is allowed."""
+    if id(node) not in known:
+        known[id(node)] = LARGEST_YAML + 1
+        inner = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+        parts = inner if isinstance(node, yaml.CollectionNode) else ()
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def read_text(path: Path, what: str) -> str:
     """Read a UTF-8 text file that the user named; ``what`` says which in errors ("config file", ...)."""
+    problem = unusable_path(str(path))
+    if problem:
+        raise UserError(f"{cut(str(path), 200)}: cannot be the {what}: {problem}")
+    try:
+        return _read_text(path, what)
+    except OSError as e:
+        raise UserError(f"{path}: cannot read the {what}: {e.strerror}") from None
+
+
+def _read_text(path: Path, what: str) -> str:
     if path.is_dir():
         raise UserError(f"{path}: the {what} is a folder, expected a file")
     if not path.is_file():
@@ -81,8 +113,6 @@ def read_text(path: Path, what: str) -> str:
     except UnicodeDecodeError as e:
         line = e.object[: e.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{e.object[e.start]:02x})") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot read the {what}: {e.strerror}") from None
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
@@ -95,7 +125,7 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         raise UserError(f"{path}: expected 'key: value' lines at the top level, got a {kind_of(data)}")
     for key in data:
         if not isinstance(key, str):
-            raise UserError(f"{path}: key {key!r} is a {kind_of(key)}, expected text")
+            raise UserError(f"{path}: key {shown(key)} is a {kind_of(key)}, expected text")
     return data
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from dataflex.data.expression import Expression, is_expression
 from dataflex.data.info import DatasetInfo
-from dataflex.utils.errors import UserError, nearest
+from dataflex.utils.errors import UserError, listed, nearest, shown
 
 Turn = tuple[str, str]
 TEXT_ROLE = "text"
@@ -109,7 +109,7 @@ class Converter:
             hint = ' (plain text is for stage: pt with "columns": {"prompt": "text"})'
         needed = ", ".join(f"{name} ({key})" for key, name in self.required.items())
         raise UserError(
-            f"{where}: no column '{name}'{hint}; it has {', '.join(found)}; "
+            f"{where}: no column '{name}'{hint}; it has {listed(found)}; "
             f"stage {self.stage} needs {needed}: name them in {self.info.where}.columns"
         )
 
@@ -123,14 +123,16 @@ class Converter:
                 turns = self._alpaca(row, where)
             else:
                 turns = self._messages(row, where)
-            for _, content in turns:
+            kept = (
+                "" if self.kept_column is None else _as_text(row.get(self.kept_column), f"{where}: {self.kept_column}")
+            )
+            for content in (*(content for _, content in turns), kept):
                 if not content.isascii():
                     content.encode("utf-8")
         except BadRow as reason:
             return Converted((), str(reason), weight, tokens)
         except UnicodeEncodeError:
             return Converted((), "text with half a surrogate pair", weight, tokens)
-        kept = "" if self.kept_column is None else str(row.get(self.kept_column))
         return Converted(tuple(turns), "", weight, tokens, kept)
 
     def _weight(self, row: Mapping[str, Any], where: str) -> float:
@@ -140,14 +142,14 @@ class Converter:
             value = _cell(row, self.weight_column, "sample_weight", where)
             weight = _number(value)
             if not (math.isfinite(weight) and weight >= 0):
-                raise UserError(f"{where}: {self.weight_column}: expected a number >= 0, got {value!r}")
+                raise UserError(f"{where}: {self.weight_column}: expected a number >= 0, got {shown(value)}")
             return weight
         numbers = {}
         for name in self.expression.columns:
             value = _cell(row, name, "sample_weight", where)
             numbers[name] = _number(value)
             if not math.isfinite(numbers[name]):
-                raise UserError(f"{where}: {name} (in sample_weight): expected a number, got {value!r}")
+                raise UserError(f"{where}: {name} (in sample_weight): expected a number, got {shown(value)}")
         weight = self.expression(numbers)
         if not (math.isfinite(weight) and weight >= 0):
             raise UserError(f"{where}: sample_weight: '{self.weight_column}' is {weight:g}, expected a number >= 0")
@@ -162,7 +164,7 @@ class Converter:
         weights = tuple(_number(value) for value in values)
         for place, weight in enumerate(weights):
             if not (math.isfinite(weight) and weight >= 0):
-                got = f"got {values[place]!r} at {place}"
+                got = f"got {shown(values[place])} at {place}"
                 raise UserError(f"{where}: {self.token_column}: expected numbers >= 0, {got}")
         return weights
 
@@ -218,11 +220,11 @@ class Converter:
     def _message(self, message: Any, where: str) -> Turn:
         tags = self.info.tags
         if not isinstance(message, dict):
-            raise UserError(f"{where}: expected an object, got {message!r:.60}")
+            raise UserError(f"{where}: expected an object, got {shown(message)}")
         for tag in (tags.role_tag, tags.content_tag):
             if tag not in message:
                 raise UserError(
-                    f"{where}: no key '{tag}'{nearest(tag, message)}; it has {', '.join(map(str, message))}; "
+                    f"{where}: no key '{tag}'{nearest(tag, message)}; it has {listed(message)}; "
                     f"name the keys in {self.info.where}.tags"
                 )
         roles = {
@@ -235,7 +237,7 @@ class Converter:
         given = message[tags.role_tag]
         role = roles.get(given) if isinstance(given, str) else None
         if role is None:
-            raise BadRow(f"unknown role {given!r}{nearest(given, roles)}")
+            raise BadRow(f"unknown role {shown(given)}{nearest(given, roles)}")
         content = _content(message[tags.content_tag], message.get("tool_calls"), where)
         if not content and role in ("assistant", "user"):
             raise BadRow("no answer" if role == "assistant" else "an empty question")
@@ -245,7 +247,7 @@ class Converter:
 def _cell(row: Mapping[str, Any], name: str, key: str, where: str) -> Any:
     """The row's value in a column that ``key`` names; UserError where it has none."""
     if name not in row:
-        raise UserError(f"{where}: no column '{name}' ({key}){nearest(name, row)}; it has {', '.join(row)}")
+        raise UserError(f"{where}: no column '{name}' ({key}){nearest(name, row)}; it has {listed(row)}")
     return row[name]
 
 
@@ -253,19 +255,33 @@ def _number(value: Any) -> float:
     """The number, or NaN for what is none."""
     try:
         return math.nan if isinstance(value, bool) or value is None else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
+
+
+def _as_text(value: Any, where: str) -> str:
+    """A kept value as text; UserError for what has no text (a number of thousands of digits, endless nesting)."""
+    try:
+        return str(value)
+    except (ValueError, RecursionError):
+        raise UserError(f"{where}: expected something that can be written as text, got {shown(value)}") from None
 
 
 def _content(content: Any, tool_calls: Any, where: str) -> str:
     """The text of a message; OpenAI's tool calls become JSON, its list of text parts one text."""
     if tool_calls:
+        if not isinstance(tool_calls, list):
+            raise _wrong_type(where, "tool_calls", "a list of calls", tool_calls)
         calls = [call.get("function", call) if isinstance(call, dict) else call for call in tool_calls]
-        return (content or "") + json.dumps(calls, ensure_ascii=False)
+        try:
+            made = json.dumps(calls, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError):
+            raise _wrong_type(where, "tool_calls", "calls that JSON can hold", tool_calls) from None
+        return _content(content, None, where) + made
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
         if not all(isinstance(part, str) for part in parts):
-            raise UserError(f"{where}: only text parts are trained on, got {content!r:.60}")
+            raise UserError(f"{where}: only text parts are trained on, got {shown(content)}")
         return "".join(str(part) for part in parts)
     if content is not None and not isinstance(content, str):
         raise _wrong_type(where, "content", "text", content)
@@ -295,4 +311,4 @@ def _check_order(roles: list[str]) -> None:
 
 
 def _wrong_type(where: str, name: str, expected: str, value: Any) -> UserError:
-    return UserError(f"{where}: {name}: expected {expected}, got {type(value).__name__} {value!r:.60}")
+    return UserError(f"{where}: {name}: expected {expected}, got {type(value).__name__} {shown(value)}")

@@ -8,7 +8,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 
-from dataflex.utils.errors import UserError, nearest
+from dataflex.utils.errors import UserError, cut, nearest
 
 _BINARY: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
@@ -34,6 +34,7 @@ _CALLS: dict[str, Callable[..., float]] = {
     "min": min,
     "sqrt": math.sqrt,
 }
+_ARGUMENTS = {"max": (2, 255), "min": (2, 255), "log": (1, 2)}
 _VALID = f"numbers, columns, + - * / % **, comparisons (1 or 0), {', '.join(_CALLS)}"
 Node = Callable[[Mapping[str, float]], float]
 
@@ -54,22 +55,28 @@ class Expression:
         self.columns: dict[str, None] = {}
         try:
             tree = ast.parse(text.strip(), mode="eval")
+            self._run = self._node(tree.body)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:
-            raise UserError(f"sample_weight: '{text}' is not an expression: {getattr(exc, 'msg', exc)}") from None
-        self._run = self._node(tree.body)
+            if isinstance(exc, UserError):
+                raise
+            why = getattr(exc, "msg", None) or str(exc) or type(exc).__name__
+            raise UserError(f"sample_weight: '{cut(text)}' is not an expression: {cut(why, 200)}") from None
         if not self.columns:
-            raise UserError(f"sample_weight: '{text}' names no column")
+            raise UserError(f"sample_weight: '{cut(text)}' names no column")
 
     def __call__(self, values: Mapping[str, float]) -> float:
         """NaN where it has no value: a division by 0, the root of a negative number."""
         try:
             return float(self._run(values))
-        except (ArithmeticError, ValueError):
+        except (ArithmeticError, ValueError, TypeError):  # TypeError: a negative number to a broken power is complex
             return math.nan
 
     def _node(self, node: ast.AST) -> Node:
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            value = float(node.value)  # type: ignore[arg-type]
+            try:
+                value = float(node.value)  # type: ignore[arg-type]
+            except OverflowError:
+                raise UserError(f"sample_weight: '{cut(self.text)}': a number is too large") from None
             return lambda row: value
         if isinstance(node, ast.Name):
             name = node.id
@@ -86,14 +93,21 @@ class Expression:
             return lambda row: float(compare(low(row), high(row)))
         if isinstance(node, ast.Call):
             return self._call(node)
-        raise UserError(f"sample_weight: '{self.text}': '{ast.unparse(node)}' is not arithmetic; valid: {_VALID}")
+        raise UserError(
+            f"sample_weight: '{cut(self.text)}': '{cut(ast.unparse(node))}' is not arithmetic; valid: {_VALID}"
+        )
 
     def _call(self, node: ast.Call) -> Node:
         name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)
         if name not in _CALLS or node.keywords or not node.args:
             hint = nearest(name, _CALLS)
-            raise UserError(f"sample_weight: '{self.text}': unknown call '{ast.unparse(node)}'{hint}; valid: {_VALID}")
+            raise UserError(
+                f"sample_weight: '{cut(self.text)}': unknown call '{cut(ast.unparse(node))}'{hint}; valid: {_VALID}"
+            )
         call, arguments = _CALLS[name], [self._node(argument) for argument in node.args]
-        if name in ("max", "min") and len(arguments) < 2 or name not in ("max", "min", "log") and len(arguments) > 1:
-            raise UserError(f"sample_weight: '{self.text}': wrong number of arguments in '{ast.unparse(node)}'")
+        low, high = _ARGUMENTS.get(name, (1, 1))
+        if not low <= len(arguments) <= high:
+            raise UserError(
+                f"sample_weight: '{cut(self.text)}': wrong number of arguments in '{cut(ast.unparse(node))}'"
+            )
         return lambda row: call(*(argument(row) for argument in arguments))

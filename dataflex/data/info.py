@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dataflex.utils.errors import UserError, nearest
+from dataflex.data.read import too_much
+from dataflex.utils.errors import UserError, cut, listed, nearest, shown
 
 INFO_FILE = "dataset_info.json"
 FORMATTINGS = ("alpaca", "sharegpt", "openai")
@@ -98,7 +99,7 @@ def find_dataset_dir(dataset_dir: str, config_file: Path | None = None) -> Path:
 def read_dataset_infos(names: Iterable[str], dataset_dir: Path) -> list[DatasetInfo]:
     """The entries of the datasets asked for; the file's other entries are not looked at."""
     info_file = dataset_dir / INFO_FILE
-    entries = _read_json(info_file)
+    entries = read_entries(info_file)
     infos: list[DatasetInfo] = []
     for name in names:
         if name not in entries:
@@ -113,10 +114,10 @@ def _unknown_dataset(name: str, entries: Mapping[str, Any], info_file: Path) -> 
     text = f"dataset: '{name}' is not in {info_file}{nearest(name, entries)}"
     if Path(name).exists() or (info_file.parent / name).exists():
         return f'{text}; a file is not used by its path: add {{"my_data": {{"file_name": "{name}"}}}} there'
-    return f"{text}; it has {', '.join(sorted(entries)) or 'no entries'}"
+    return f"{text}; it has {listed(sorted(entries)) or 'no entries'}"
 
 
-def _read_json(info_file: Path) -> dict[str, Any]:
+def read_entries(info_file: Path) -> dict[str, Any]:
     if not info_file.is_file():
         raise UserError(f"{info_file}: there is no such file; dataset_dir must hold a {INFO_FILE}")
     try:
@@ -127,6 +128,10 @@ def _read_json(info_file: Path) -> dict[str, Any]:
         raise UserError(f"{info_file}:{error.lineno}: malformed JSON: {error.msg}") from None
     except UserError as error:
         raise UserError(f"{info_file}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{info_file}: cannot be read: {too_much(error)}") from None
+    except OSError as error:
+        raise UserError(f"{info_file}: cannot be read: {error.strerror}") from None
     if not isinstance(entries, dict):
         raise UserError(f"{info_file}: expected an object of datasets, got a {type(entries).__name__}")
     return entries
@@ -136,7 +141,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise UserError(f"'{key}' is given twice")
+            raise UserError(f"'{cut(key)}' is given twice")
         found[key] = value
     return found
 
@@ -144,13 +149,13 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse_entry(name: str, entry: Any, info_file: Path) -> DatasetInfo:
     where = f"{info_file}:{name}"
     if not isinstance(entry, dict):
-        raise UserError(f'{where}: expected an object such as {{"file_name": "data.json"}}, got {entry!r}')
+        raise UserError(f'{where}: expected an object such as {{"file_name": "data.json"}}, got {shown(entry)}')
     has_source = "hf_hub_url" in entry or "file_name" in entry
     for key in entry:
         if key in _REFUSED and not (key in _OTHER_HUBS and has_source):
             raise UserError(f"{where}.{key}: not supported: {_REFUSED[key]}")
         if key not in _KEYS and key not in _OTHER_HUBS:
-            raise UserError(f"{where}: unknown key '{key}'{nearest(key, _KEYS)}; valid: {', '.join(_KEYS)}")
+            raise UserError(f"{where}: unknown key '{cut(key)}'{nearest(key, _KEYS)}; valid: {', '.join(_KEYS)}")
     if entry.get("ranking"):
         raise UserError(f"{where}.ranking: not supported: preference data needs the stages rm, dpo or kto")
     if not has_source:
@@ -158,7 +163,7 @@ def _parse_entry(name: str, entry: Any, info_file: Path) -> DatasetInfo:
     formatting = entry.get("formatting", "alpaca")
     if formatting not in FORMATTINGS:
         raise UserError(
-            f"{where}.formatting: '{formatting}' is not known{nearest(formatting, FORMATTINGS)}; "
+            f"{where}.formatting: {shown(formatting)} is not known{nearest(formatting, FORMATTINGS)}; "
             f"valid: {', '.join(FORMATTINGS)}"
         )
     hub_id = _text(entry, "hf_hub_url", where)
@@ -215,26 +220,26 @@ def _parse_tags(given: Any, formatting: str, where: str) -> Tags:
 
 def _check_mapping(given: Any, valid: list[str], refused: Mapping[str, str], where: str) -> None:
     if not isinstance(given, dict):
-        raise UserError(f"{where}: expected an object, got {given!r}")
+        raise UserError(f"{where}: expected an object, got {shown(given)}")
     for key, value in given.items():
         if key in refused:
             if value is not None:
                 raise UserError(f"{where}.{key}: not supported: {refused[key]}")
         elif key not in valid:
-            raise UserError(f"{where}: unknown key '{key}'{nearest(key, valid)}; valid: {', '.join(valid)}")
+            raise UserError(f"{where}: unknown key '{cut(key)}'{nearest(key, valid)}; valid: {', '.join(valid)}")
         elif value is not None and not (isinstance(value, str) and value):
-            raise UserError(f"{where}.{key}: expected a name, got {value!r}")
+            raise UserError(f"{where}.{key}: expected a name, got {shown(value)}")
 
 
 def _text(entry: Mapping[str, Any], key: str, where: str) -> str | None:
     value = entry.get(key)
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}.{key}: expected text, got {value!r}")
+        raise UserError(f"{where}.{key}: expected text, got {shown(value)}")
     return value
 
 
 def _count(entry: Mapping[str, Any], key: str, where: str) -> int | None:
     value = entry.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise UserError(f"{where}.{key}: expected a whole number above 0, got {value!r}")
+        raise UserError(f"{where}.{key}: expected a whole number above 0, got {shown(value)}")
     return value

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dataflex.data.cache import cached
 from dataflex.data.convert import Converter
 from dataflex.data.encode import tokenizer_identity
 from dataflex.data.held_out import held_out, part_of
@@ -24,7 +25,7 @@ from dataflex.data.source import fingerprint_of, read_source
 from dataflex.data.stream_pool import load_streams
 from dataflex.data.tokenize import Encoder, pack_blocks, tokenise
 from dataflex.data.weight_file import WeightFile, token_weights
-from dataflex.utils.dist import main_first
+from dataflex.utils.dist import is_main, main_first
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
@@ -193,12 +194,11 @@ class _Loader:
     def _tokens(self, rows: Dataset, name: str, fingerprint: str, content: list[Any]) -> Dataset:
         data, encoder = self.cfg.data, self.encoder
 
-        def make() -> Dataset:
-            workers = data.preprocessing_num_workers
-            return tokenise(rows, encoder, fingerprint, name, workers, data.overwrite_cache)
+        def make(folder: Path) -> Dataset:
+            return tokenise(rows, encoder, name, data.preprocessing_num_workers, folder)
 
         if data.tokenized_path is None:
-            return make()
+            return cached(fingerprint, make, overwrite=data.overwrite_cache and is_main())
         settings = encoder.settings
         made_from = {
             "the data": fingerprint_of(content),

@@ -11,7 +11,7 @@ import numpy as np
 
 from dataflex.data.encode import IGNORE_INDEX
 from dataflex.data.origin import Origin
-from dataflex.utils.errors import UserError
+from dataflex.utils.errors import UserError, shown
 from dataflex.utils.logging import logger
 
 DEFAULT_DOMAIN = "train"
@@ -258,7 +258,7 @@ def check_weights(values: Any, count: int, what: str) -> np.ndarray:
     try:
         weights = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise UserError(f"{what}: expected {count} numbers >= 0, got {values!r:.60}") from None
+        raise UserError(f"{what}: expected {count} numbers >= 0, got {shown(values)}") from None
     if weights.shape != (count,):
         raise UserError(f"{what}: expected {count} numbers, got shape {weights.shape}")
     bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))

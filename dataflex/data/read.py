@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataflex.utils.errors import UserError
+from dataflex.utils.errors import UserError, cut, listed, shown
 from dataflex.utils.logging import logger
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
+_BROKEN_TABLE = (OSError, ValueError, OverflowError, MemoryError, TypeError, KeyError)
 _SAVED_DATASET_FILES = {"state.json", "dataset_info.json"}
 
 
@@ -121,6 +123,8 @@ def _read_json_lines(path: Path, cursor: Cursor) -> Iterator[tuple[int, Row]]:
             raise UserError(
                 f"{path}:{number}: malformed JSON at column {error.colno}: {error.msg}; expected {expected}"
             ) from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: {too_much(error)}") from None
         cursor.row += 1
         yield number, _object(row, path, number)
 
@@ -144,12 +148,21 @@ def _read_json_list(path: Path, cursor: Cursor) -> Iterator[tuple[int, Row]]:
             raise UserError(
                 f"{path}:{number}: malformed JSON in line {error.lineno}, column {error.colno}: {error.msg}"
             ) from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: {too_much(error)}") from None
         if number > done:
             cursor.row = number
             yield number, _object(row, path, number)
     if text[position + 1 :].strip():
         line = text.count("\n", 0, position) + 1
         raise UserError(f"{path}:{number}: malformed JSON: more text after the list that ends in line {line}")
+
+
+def too_much(error: Exception) -> str:
+    """What is said of JSON that is well-formed and still cannot be taken."""
+    if isinstance(error, RecursionError):
+        return "lists and objects are nested too deep"
+    return f"a number has more than {sys.get_int_max_str_digits():,} digits; write it as text"
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -160,13 +173,8 @@ def _skip_space(text: str, position: int) -> int:
 
 def _object(row: Any, path: Path, number: int) -> Row:
     if not isinstance(row, dict):
-        raise UserError(f"{path}:{number}: a row must be an object with named columns, got {_short(row)}")
+        raise UserError(f"{path}:{number}: a row must be an object with named columns, got {shown(row)}")
     return row
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _csv_records(path: Path, cursor: Cursor) -> Iterator[list[str]]:
@@ -185,7 +193,7 @@ def _csv_header(records: Iterator[list[str]], path: Path) -> list[str]:
         raise UserError(f"{path}: the file is empty")
     doubled = sorted({name for name in header if header.count(name) > 1})
     if doubled:
-        raise UserError(f"{path}: the header names a column twice: {', '.join(doubled)}")
+        raise UserError(f"{path}: the header names a column twice: {listed(doubled)}")
     return header
 
 
@@ -211,12 +219,12 @@ def _table_schema(path: Path) -> pa.Schema:
             return pyarrow.parquet.read_schema(path)
         with pa.memory_map(str(path)) as source:
             return _open_arrow(source).schema
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, *_BROKEN_TABLE) as error:
         raise UserError(f"{path}: not a readable {path.suffix} file: {_one_line(error)}") from None
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return cut(" ".join(str(error).split()), 300)
 
 
 def _open_arrow(source: pa.MemoryMappedFile) -> pa.RecordBatchStreamReader | pa.RecordBatchFileReader:
@@ -267,9 +275,10 @@ def _read_batches(
         for before, batch in batches:
             if wanted is not None:
                 batch = batch.select([name for name in batch.schema.names if name in wanted])
+            batch.validate(full=True)  # else offsets that lead out of a damaged file's buffers end the process
             for start in range(max(0, done - before), batch.num_rows, 1024):
                 for row in batch.slice(start, 1024).to_pylist():
                     cursor.row += 1
                     yield cursor.row, row
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, *_BROKEN_TABLE) as error:
         raise UserError(f"{path}: unreadable after row {cursor.row}: {_one_line(error)}") from None

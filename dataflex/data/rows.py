@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dataflex.data.info import INFO_FILE, DatasetInfo
+from dataflex.data.info import INFO_FILE, DatasetInfo, read_entries
 from dataflex.data.read import column_names, list_files, read_rows
 from dataflex.data.source import digests_of, fingerprint_of, hub_parts, load_from_hub
 
@@ -57,6 +56,6 @@ def _every_row(info: DatasetInfo) -> Iterator[dict[str, Any]]:
 
 def entry_for(info: DatasetInfo, dataset_dir: Path, file_name: str) -> dict[str, Any]:
     """A dataset_info.json entry for rows of ``info`` in another file: its formatting, columns and tags stay."""
-    entries = json.loads((dataset_dir / INFO_FILE).read_bytes().decode("utf-8-sig"))
+    entries = read_entries(dataset_dir / INFO_FILE)
     kept = {key: entries[info.name][key] for key in ("formatting", "columns", "tags") if key in entries[info.name]}
     return {"file_name": file_name, **kept}

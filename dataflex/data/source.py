@@ -13,10 +13,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataflex.data.cache import cached, cause_of
 from dataflex.data.convert import Converter
 from dataflex.data.info import DatasetInfo
 from dataflex.data.read import Cursor, column_names, list_files, read_rows
-from dataflex.utils.errors import UserError
+from dataflex.utils.errors import UserError, cut
 from dataflex.utils.files import sha256_of
 
 if TYPE_CHECKING:
@@ -83,20 +84,19 @@ def source_features(token_weight: bool = False) -> Features:
 
 def cached_dataset(rows: Any, features: Features, fingerprint: str) -> Dataset:
     """The dataset of a generator function, made once and memory-mapped from the cache afterwards."""
-    from datasets import Dataset
-    from datasets.exceptions import DatasetGenerationError
 
-    try:
-        dataset = Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
-    except DatasetGenerationError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-        raise cause from None
-    assert isinstance(dataset, Dataset)
-    return dataset
+    def make(folder: Path) -> Dataset:
+        from datasets import Dataset
+        from datasets.exceptions import DatasetGenerationError
+
+        try:
+            made = Dataset.from_generator(rows, features=features, fingerprint=fingerprint, cache_dir=str(folder))
+        except DatasetGenerationError as error:
+            raise cause_of(error) from None
+        assert isinstance(made, Dataset)
+        return made
+
+    return cached(fingerprint, make)
 
 
 def hub_parts(info: DatasetInfo) -> list[Any]:
@@ -185,5 +185,5 @@ def _load_from_hub(info: DatasetInfo, streaming: bool) -> Any:
     try:
         return load_dataset(info.hub_id, name=info.subset, data_dir=info.folder, split=info.split, streaming=streaming)
     except (DatasetsError, OSError, ValueError) as error:
-        text = " ".join(str(error).split())
+        text = cut(" ".join(str(error).split()), 500)
         raise UserError(f"{info.where}.hf_hub_url: '{info.hub_id}' cannot be loaded: {text}") from None

@@ -16,9 +16,12 @@ from dataflex.data.report import DomainReport
 from dataflex.data.source import check_table, hub_parts, record_of, rows_of_file, stream_from_hub
 from dataflex.scoring.progress import size
 from dataflex.utils.errors import UserError
+from dataflex.utils.files import BLOCK, sample_digest
 from dataflex.utils.logging import logger
 
 Record = dict[str, Any]
+MOST_HASHED = 1 << 30
+"""Bytes of a stream's files that are read at its start, to know them again: all of them, or evenly spaced blocks."""
 
 
 class RowSource(ABC):
@@ -49,7 +52,7 @@ class RowSource(ABC):
 
 
 class FileRows(RowSource):
-    """The rows of local files. shuffled: each pass has the files in an order of its own."""
+    """The rows of local files, known by sizes and content. shuffled: each pass has the files in an order of its own."""
 
     def __init__(self, info: DatasetInfo, converter: Converter, seed: int, shuffled: bool) -> None:
         assert info.path is not None
@@ -58,7 +61,9 @@ class FileRows(RowSource):
         for path in self.files:
             check_table(path, converter)
         sizes = [path.stat().st_size for path in self.files]
-        self.parts = ["files", [[path.name, size] for path, size in zip(self.files, sizes, strict=True)]]
+        budget = max(MOST_HASHED // len(self.files), 16 * BLOCK)
+        content = [sample_digest(path, budget if sum(sizes) > MOST_HASHED else MOST_HASHED) for path in self.files]
+        self.parts = ["files", [list(part) for part in zip([p.name for p in self.files], sizes, content, strict=True)]]
         files = f"{len(self.files)} files" if len(self.files) > 1 else self.files[0].name
         self.line = f"{files}, {size(sum(sizes))}"
         self.begin(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from dataflex.data.encode import IdPair, digest_of, encode_pairs, tokenizer_iden
 from dataflex.data.source import cached_dataset, fingerprint_of
 from dataflex.data.template import Template, get_template
 from dataflex.data.token_weights import TokenWeights
-from dataflex.utils.dist import is_main
 from dataflex.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -140,13 +140,10 @@ class Encoder:
         return [list(ids) for ids in encoded]
 
 
-def tokenise(
-    source: Dataset, encoder: Encoder, fingerprint: str, name: str, workers: int | None, overwrite: bool
-) -> Dataset:
-    """The tokenised rows of ``source``: see `sample_features`. Cached under ``fingerprint``.
+def tokenise(source: Dataset, encoder: Encoder, name: str, workers: int | None, folder: Path) -> Dataset:
+    """The tokenised rows of ``source``: see `sample_features`. Their files are written into ``folder``.
 
-    ``workers`` processes share the rows (fewer where there are few rows); ``overwrite`` makes rank 0
-    tokenise again.
+    ``workers`` processes share the rows (fewer where there are few rows).
     """
     processes = min(workers or 1, max(1, len(source) // ROWS_PER_PROCESS))
     return source.map(
@@ -155,8 +152,8 @@ def tokenise(
         num_proc=processes if processes > 1 else None,
         remove_columns=source.column_names,
         features=sample_features(encoder.settings.token_weights is not None),
-        new_fingerprint=fingerprint,
-        load_from_cache_file=not (overwrite and is_main()),
+        cache_file_name=str(folder / "tokens.arrow"),
+        new_fingerprint=fingerprint_of("tokens of", source._fingerprint),
         desc=f"Tokenising {name}",
     )
 

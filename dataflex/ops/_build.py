@@ -22,6 +22,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataflex.ops import trust
+from dataflex.utils.logging import logger
+
 LOCK_TIMEOUT_S = 1800.0
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
@@ -87,15 +90,27 @@ def obtain(libraries: Sequence[Library], cache: Path) -> dict[str, Path | BuildE
     OSError where the cache cannot be written.
     """
     places = {library.file_name: cache / library.key() / library.file_name for library in libraries}
-    missing = [library for library in libraries if not places[library.file_name].is_file()]
+    missing = [library for library in libraries if not usable(places[library.file_name], cache)]
     errors: dict[str, BuildError] = {}
     if missing:
         started = time.time()
-        for folder in (cache / "objects", *{places[library.file_name].parent for library in missing}):
-            folder.mkdir(parents=True, exist_ok=True)
+        for folder in (cache, cache / "objects", *{places[library.file_name].parent for library in missing}):
+            foreign = trust.own(folder)
+            if foreign:
+                return {name: BuildError(foreign) for name in places}
         with _lock(places[missing[0].file_name].with_suffix(".lock")):
-            errors = _build([x for x in missing if not places[x.file_name].is_file()], places, cache, started)
+            errors = _build([x for x in missing if not usable(places[x.file_name], cache)], places, cache, started)
     return {name: errors.get(name, place) for name, place in places.items()}
+
+
+def usable(place: Path, cache: Path) -> bool:
+    """Whether a library is there and may be loaded; what is there and may not be is said."""
+    if not place.is_file():
+        return False
+    problem = trust.distrusted(place, cache)
+    if problem:
+        logger.warning("%s: not loaded, built anew: %s", place, problem)
+    return problem is None
 
 
 def _build(libraries: Sequence[Library], places: dict[str, Path], cache: Path, started: float) -> dict[str, BuildError]:
@@ -127,6 +142,8 @@ def _build(libraries: Sequence[Library], places: dict[str, Path], cache: Path, s
                 errors[library.file_name] = BuildError("the sources changed while they were built: start again")
                 continue
             if (work / library.file_name).is_file():
+                trust.seal(work / library.file_name)
+                os.replace(trust.hash_file(work / library.file_name), trust.hash_file(place))
                 os.replace(work / library.file_name, place)
                 continue
             log = place.with_suffix(".log")
@@ -140,13 +157,16 @@ def _ninja_file(libraries: Sequence[Library], objects: Path) -> str:
     def escape(text: str) -> str:
         return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    lines = ["rule compile", "  command = $run -c $in -o $part && mv -f $part $out", "  description = $in"]
+    seal = "sha256sum < $part > $part.sha256 && mv -f $part.sha256 $out.sha256"
+    lines = ["rule compile", f"  command = $run -c $in -o $part && {seal} && mv -f $part $out", "  description = $in"]
     lines += ["rule link", "  command = $run -o $part $in $libraries && mv -f $part $out", "  description = $out"]
     written: set[str] = set()
     for library in libraries:
         names = library.objects()
         for name, unit in names.items():
-            if name not in written and not (objects / name).is_file():
+            whole = (objects / name).is_file() and trust.altered(objects / name) is None
+            if name not in written and not whole:
+                (objects / name).unlink(missing_ok=True)
                 command = shlex.join(unit.command).replace("$", "$$")
                 lines.append(f"build {escape(str(objects / name))}: compile {escape(str(unit.source))}")
                 lines += [f"  run = {command}", f"  part = {name}"]

@@ -22,6 +22,7 @@ from torch import Tensor
 from dataflex.ops._build import BuildError, obtain
 from dataflex.ops.builder import BUILDERS, HostBuilder, NativeBuilder, import_module_file
 from dataflex.ops.toolchain import cache_folder, csrc
+from dataflex.ops.trust import altered
 from dataflex.utils.errors import UserError, nearest
 from dataflex.utils.logging import logger
 
@@ -140,7 +141,12 @@ def _prebuilt(builder: NativeBuilder) -> Path | None:
     folder = Path(__file__).resolve().parents[1] / "_lib"
     stamp = folder / f"{builder.name}.sources"
     path = folder / builder.file_name()
-    return path if path.is_file() and stamp.is_file() and stamp.read_text() == builder.source_digest() else None
+    if not (path.is_file() and stamp.is_file() and stamp.read_text() == builder.source_digest()):
+        return None
+    problem = altered(path)
+    if problem:
+        logger.warning("%s: not loaded: %s", path, problem)
+    return None if problem else path
 
 
 def _built(builders: list[NativeBuilder]) -> list[Path]:
@@ -154,7 +160,7 @@ def _built(builders: list[NativeBuilder]) -> list[Path]:
         raise BuildError(reason)
     libraries = [builder.library() for builder in builders if builder.why_not() is None]
     cache = cache_folder()
-    if any(not (cache / library.key() / library.file_name).is_file() for library in libraries):
+    if not all((cache / library.key() / library.file_name).is_file() for library in libraries):
         logger.info("Building the native %s ops (once; kept in %s)", builders[0].name, cache)
     try:
         first = obtain(libraries, cache)[builders[0].file_name()]

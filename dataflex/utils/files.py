@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 _REMOVING = ".removing-"
+BLOCK = 64 << 10
+LONGEST_NAME, LONGEST_PATH = 255, 4000  # bytes; Linux allows 4,096, and something is added to most paths
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -40,6 +42,34 @@ def finish_removals(folder: Path) -> None:
     """Remove what a process that ended inside `remove` left in ``folder``."""
     for hidden in folder.glob(f"{_REMOVING}*"):
         shutil.rmtree(hidden)
+
+
+def sample_digest(path: Path, budget: int) -> str:
+    """Hash of a file's size and content, in hexadecimal; of content beyond ``budget`` bytes, evenly spaced blocks.
+
+    The first and the last block are always among them.
+    """
+    size = path.stat().st_size
+    if size <= budget:
+        return sha256_of(path)
+    count = max(2, budget // BLOCK)
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as handle:
+        for number in range(count):
+            handle.seek((size - BLOCK) * number // (count - 1))
+            digest.update(handle.read(BLOCK))
+    return digest.hexdigest()
+
+
+def unusable_path(text: str) -> str | None:
+    """Why nothing on a disk can have this path, or None if something could."""
+    if "\0" in text:
+        return "it has a zero byte"
+    data = text.encode("utf-8", "replace")
+    longest = max(data.split(b"/"), key=len)
+    if len(longest) > LONGEST_NAME:
+        return f"a name in it has {len(longest):,} bytes, files can have {LONGEST_NAME}"
+    return f"it has {len(data):,} bytes, paths can have {LONGEST_PATH:,}" if len(data) > LONGEST_PATH else None
 
 
 def sha256_of(path: Path) -> str:
