@@ -6,6 +6,7 @@ A validator gets the YAML value (a null never reaches it) and raises ValueError(
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from dataflex.utils.files import unusable_path
 Validator = Callable[[Any], Any]
 LARGEST = 2**31 - 1  # of what is counted: lengths are int32, and plans of more steps fit no memory
 LONGEST_TEXT = 4096
+_SECRET = re.compile(r"://[^/\s@]*:[^/\s@]+@|\b(?:hf|sk)_[A-Za-z0-9]{20,}")
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -102,6 +104,10 @@ def to_text(value: Any) -> str:
         raise ValueError(f"expected at most {LONGEST_TEXT:,} characters, got {len(value):,}")
     if not value.isprintable():
         raise ValueError(f"expected printable text on one line, got {shown(value)}")
+    if _SECRET.search(value):
+        raise ValueError(
+            "expected no password or access token: it would be written into the run's folder; set HF_TOKEN"
+        )
     return value.strip()
 
 

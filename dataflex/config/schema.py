@@ -260,8 +260,9 @@ class Config(Section):
         """The effective config as flat YAML keys and plain values; loading it again gives an equal config."""
         flat: dict[str, Any] = {}
         for name in SECTIONS:
-            for key, value in getattr(self, name).model_dump().items():
-                if value is not None and value != ():
+            section = getattr(self, name)
+            for key, value in section.model_dump().items():
+                if value is not None and (value != () or type(section).model_fields[key].default != ()):
                     flat[key] = list(value) if isinstance(value, tuple) else value
         if len(flat["train_type"]) == 1:
             flat["train_type"] = flat["train_type"][0]

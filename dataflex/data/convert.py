@@ -15,7 +15,7 @@ from typing import Any
 
 from dataflex.data.expression import Expression, is_expression
 from dataflex.data.info import DatasetInfo
-from dataflex.utils.errors import UserError, listed, nearest, shown
+from dataflex.utils.errors import UserError, cut, listed, nearest, shown
 
 Turn = tuple[str, str]
 TEXT_ROLE = "text"
@@ -107,9 +107,9 @@ class Converter:
         hint = nearest(name, found)
         if self.stage == "sft" and "text" in found and self.info.formatting == "alpaca":
             hint = ' (plain text is for stage: pt with "columns": {"prompt": "text"})'
-        needed = ", ".join(f"{name} ({key})" for key, name in self.required.items())
+        needed = ", ".join(f"{cut(name)} ({key})" for key, name in self.required.items())
         raise UserError(
-            f"{where}: no column '{name}'{hint}; it has {listed(found)}; "
+            f"{where}: no column '{cut(name)}'{hint}; it has {listed(found)}; "
             f"stage {self.stage} needs {needed}: name them in {self.info.where}.columns"
         )
 
@@ -142,14 +142,14 @@ class Converter:
             value = _cell(row, self.weight_column, "sample_weight", where)
             weight = _number(value)
             if not (math.isfinite(weight) and weight >= 0):
-                raise UserError(f"{where}: {self.weight_column}: expected a number >= 0, got {shown(value)}")
+                raise UserError(f"{where}: {cut(self.weight_column)}: expected a number >= 0, got {shown(value)}")
             return weight
         numbers = {}
         for name in self.expression.columns:
             value = _cell(row, name, "sample_weight", where)
             numbers[name] = _number(value)
             if not math.isfinite(numbers[name]):
-                raise UserError(f"{where}: {name} (in sample_weight): expected a number, got {shown(value)}")
+                raise UserError(f"{where}: {cut(name)} (in sample_weight): expected a number, got {shown(value)}")
         weight = self.expression(numbers)
         if not (math.isfinite(weight) and weight >= 0):
             raise UserError(f"{where}: sample_weight: '{self.weight_column}' is {weight:g}, expected a number >= 0")
@@ -247,7 +247,7 @@ class Converter:
 def _cell(row: Mapping[str, Any], name: str, key: str, where: str) -> Any:
     """The row's value in a column that ``key`` names; UserError where it has none."""
     if name not in row:
-        raise UserError(f"{where}: no column '{name}' ({key}){nearest(name, row)}; it has {listed(row)}")
+        raise UserError(f"{where}: no column '{cut(name)}' ({key}){nearest(name, row)}; it has {listed(row)}")
     return row[name]
 
 

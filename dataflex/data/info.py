@@ -11,6 +11,7 @@ from typing import Any
 
 from dataflex.data.read import too_much
 from dataflex.utils.errors import UserError, cut, listed, nearest, shown
+from dataflex.utils.files import unusable_path
 
 INFO_FILE = "dataset_info.json"
 FORMATTINGS = ("alpaca", "sharegpt", "openai")
@@ -105,15 +106,15 @@ def read_dataset_infos(names: Iterable[str], dataset_dir: Path) -> list[DatasetI
         if name not in entries:
             raise UserError(_unknown_dataset(name, entries, info_file))
         if any(info.name == name for info in infos):
-            raise UserError(f"dataset: '{name}' is named twice")
+            raise UserError(f"dataset: '{cut(name)}' is named twice")
         infos.append(_parse_entry(name, entries[name], info_file))
     return infos
 
 
 def _unknown_dataset(name: str, entries: Mapping[str, Any], info_file: Path) -> str:
-    text = f"dataset: '{name}' is not in {info_file}{nearest(name, entries)}"
+    text = f"dataset: '{cut(name)}' is not in {info_file}{nearest(name, entries)}"
     if Path(name).exists() or (info_file.parent / name).exists():
-        return f'{text}; a file is not used by its path: add {{"my_data": {{"file_name": "{name}"}}}} there'
+        return f'{text}; a file is not used by its path: add {{"my_data": {{"file_name": "{cut(name)}"}}}} there'
     return f"{text}; it has {listed(sorted(entries)) or 'no entries'}"
 
 
@@ -147,7 +148,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_entry(name: str, entry: Any, info_file: Path) -> DatasetInfo:
-    where = f"{info_file}:{name}"
+    where = f"{info_file}:{cut(name)}"
     if not isinstance(entry, dict):
         raise UserError(f'{where}: expected an object such as {{"file_name": "data.json"}}, got {shown(entry)}')
     has_source = "hf_hub_url" in entry or "file_name" in entry
@@ -191,6 +192,9 @@ def _local_path(entry: Mapping[str, Any], dataset_dir: Path, where: str) -> Path
     name = _text(entry, "file_name", where)
     if not name:
         raise UserError(f"{where}.file_name: is empty")
+    problem = unusable_path(name)
+    if problem:
+        raise UserError(f"{where}.file_name: {shown(name)} can be no file: {problem}")
     if os.path.isabs(name):
         return Path(name)
     if os.path.normpath(name).split(os.sep)[0] == os.pardir:

@@ -65,7 +65,7 @@ def column_names(path: Path) -> list[str] | None:
     if path.suffix == ".csv":
         return _csv_header(_csv_records(path, Cursor()), path)
     if path.suffix in (".parquet", ".arrow"):
-        return list(_table_schema(path).names)
+        return _table_columns(path)
     return None
 
 
@@ -210,15 +210,15 @@ def _read_csv(path: Path, cursor: Cursor) -> Iterator[tuple[int, Row]]:
         yield cursor.row, dict(zip(header, record, strict=True))
 
 
-def _table_schema(path: Path) -> pa.Schema:
+def _table_columns(path: Path) -> list[str]:
     import pyarrow as pa
     import pyarrow.parquet
 
     try:
         if path.suffix == ".parquet":
-            return pyarrow.parquet.read_schema(path)
+            return list(pyarrow.parquet.read_schema(path).names)
         with pa.memory_map(str(path)) as source:
-            return _open_arrow(source).schema
+            return list(_open_arrow(source).schema.names)
     except (pa.ArrowException, *_BROKEN_TABLE) as error:
         raise UserError(f"{path}: not a readable {path.suffix} file: {_one_line(error)}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -126,11 +127,12 @@ def _write(
         mine = picks[table["domain"][picks] == domain]
         if not len(mine):
             continue
+        file_name = f"{info.name.replace(os.sep, '_')}.jsonl"
         rows = raw_rows(info, table["row"][mine])
         lines = []
         for place in mine.tolist():
             row = {**rows[int(table["row"][place])], "dataflex_id": place, "dataflex_score": float(total[place])}
             lines.append(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        write_atomically(folder / f"{info.name}.jsonl", "".join(lines))
-        entries[info.name] = entry_for(info, dataset_dir, f"{info.name}.jsonl")
+        write_atomically(folder / file_name, "".join(lines))
+        entries[info.name] = entry_for(info, dataset_dir, file_name)
     write_atomically(folder / INFO_FILE, json.dumps(entries, indent=1, ensure_ascii=False))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dataflex.utils import dist
+from dataflex.utils.room import check_room, said_when_full
 
 
 def export(engine: Any, folder: Path, tokenizer: Any = None) -> None:
@@ -20,6 +21,8 @@ def export(engine: Any, folder: Path, tokenizer: Any = None) -> None:
     import deepspeed
 
     module = engine.module
+    wanted = sum(size_of(p) for p in module.parameters() if p.requires_grad or not hasattr(module, "peft_config"))
+    dist.together(lambda: check_room(folder, wanted, "the trained model"))
     is_adapter = hasattr(module, "peft_config")
     partitioned = engine.zero_optimization_stage() == 3
     weights: dict[str, torch.Tensor] = {}
@@ -31,10 +34,16 @@ def export(engine: Any, folder: Path, tokenizer: Any = None) -> None:
                 weights[name] = parameter.detach().cpu().clone()
     if dist.is_main():
         weights |= {} if is_adapter else {name: b.detach().cpu() for name, b in _saved_buffers(module)}
-        _save(module, folder, weights, is_adapter)
+        with said_when_full(folder, "the trained model"):
+            _save(module, folder, weights, is_adapter)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     dist.barrier()
+
+
+def size_of(parameter: torch.nn.Parameter) -> int:
+    """Bytes of a parameter, all of it where ranks hold parts."""
+    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
 
 def _save(module: Any, folder: Path, weights: dict[str, torch.Tensor], is_adapter: bool) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from dataflex.engine.lora import with_lora
@@ -28,7 +27,7 @@ def load_tokenizer(cfg: Config) -> Any:
     source = cfg.model.model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=cfg.model.trust_remote_code)
-    except (OSError, ValueError) as exc:
+    except Exception as exc:  # damaged files, missing packages: transformers has many words for them
         raise UserError(f"model_name_or_path: no tokenizer at '{source}'{_no_folder(source)}: {brief(exc)}") from exc
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
@@ -47,7 +46,7 @@ def load_model_config(cfg: Config) -> Any:
     source = cfg.model.model_name_or_path
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=cfg.model.trust_remote_code)
-    except (OSError, ValueError) as exc:
+    except Exception as exc:
         raise UserError(f"model_name_or_path: no model config at '{source}': {brief(exc)}") from exc
 
 
@@ -67,7 +66,7 @@ def load_model(cfg: Config, model_config: Any, tokenizer: Any) -> nn.Module:
             model = AutoModelForCausalLM.from_pretrained(source, config=model_config, **options)
         except torch.OutOfMemoryError:
             raise
-        except (OSError, ValueError, RuntimeError, SafetensorError) as exc:
+        except Exception as exc:
             raise UserError(
                 f"model_name_or_path: no fitting weights at '{source}': {brief(exc)} "
                 "(train_from_scratch: true starts from random ones)"

@@ -49,7 +49,7 @@ def distrusted(path: Path, cache: Path) -> str | None:
 def own(folder: Path) -> str | None:
     """Make ``folder`` where it is missing, one that nobody else can write; why that cannot be, or None.
 
-    OSError where it cannot be written.
+    What was built in one that others could write is removed: it may be theirs. OSError where it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o755)
     info = folder.stat()
@@ -57,6 +57,8 @@ def own(folder: Path) -> str | None:
         return f"{folder} belongs to another user (uid {info.st_uid}): set DATAFLEX_CACHE to a folder of your own"
     if info.st_mode & _OTHERS_WRITE:
         folder.chmod(stat.S_IMODE(info.st_mode) & ~_OTHERS_WRITE)
+        for built in (path for suffix in ("*.so", "*.o") for path in folder.rglob(suffix)):
+            built.unlink(missing_ok=True)
     return None
 
 

@@ -17,8 +17,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, text: str) -> None:
-        printable = text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
-        super().__init__("\n".join(cut(line, LONGEST_LINE) for line in printable.splitlines()))
+        super().__init__("\n".join(cut(line, LONGEST_LINE) for line in text.split("\n")))
 
 
 class _Short(reprlib.Repr):
@@ -34,16 +33,21 @@ class _Short(reprlib.Repr):
 
 
 def cut(text: str, length: int = LONGEST_VALUE) -> str:
-    """``text``, without its middle where it is longer than ``length``."""
-    if len(text) <= length:
-        return text
+    """``text`` on one line, what cannot be printed escaped, without its middle where it is longer than ``length``."""
+    text = _without_middle(text, length)
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _without_middle(text: str, length: int) -> str:
     half = (length - 3) // 2
-    return f"{text[: length - 3 - half]}...{text[-half:]}"
+    return text if len(text) <= length else f"{text[: length - 3 - half]}...{text[-half:]}"
 
 
 def shown(value: object, length: int = LONGEST_VALUE) -> str:
     """A value as messages show it: its repr, cut short."""
-    return repr(cut(value, length)) if isinstance(value, str) else cut(_Short(length).repr(value), length)
+    if isinstance(value, str):
+        return repr(_without_middle(value, length))
+    return cut(_Short(length).repr(value), length)
 
 
 def listed(names: Iterable[object], most: int = MOST_NAMES) -> str:

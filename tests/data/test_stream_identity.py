@@ -27,11 +27,11 @@ def fingerprint(cfg: Config) -> str:
 def test_a_file_changed_in_place_is_another_stream(add: Add, config: MakeConfig) -> None:
     path = add("x", numbered(9))
     cfg = config("x", streaming=True)
-    before, times = fingerprint(cfg), path.stat()
-    path.write_bytes(path.read_bytes().replace(b'"7"', b'"8"'))
+    before, times, content = fingerprint(cfg), path.stat(), path.read_bytes()
+    path.write_bytes(content.replace(b'"7"', b'"8"'))
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert path.stat().st_size == times.st_size and fingerprint(cfg) != before
-    path.write_bytes(path.read_bytes().replace(b'"output": "8"}, {', b'"output": "7"}, {', 1))
+    path.write_bytes(content)
     os.utime(path, (1, 1))
     assert fingerprint(cfg) == before, "a copy of the same content is the same stream"
 

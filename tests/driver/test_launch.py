@@ -32,13 +32,14 @@ KEYS: dict[str, Any] = {
     "lora_dropout": 0.1,
     "plot_loss": True,
 }
+SECRETS = {"HF_TOKEN": "hf_" + "q7" * 17, "WANDB_API_KEY": "5ecre7" * 6}
 LOG_KEYS = {"current_steps", "total_steps", "loss", "lr", "epoch", "percentage", "elapsed_time", "remaining_time"}
 
 
 @pytest.fixture(scope="module")
 def whole(workspace: Path) -> CompletedProcess[str]:
     """The run without interruption, in whole/."""
-    return train(write_yaml(workspace, "whole.yaml", **KEYS, output_dir=str(workspace / "whole")))
+    return train(write_yaml(workspace, "whole.yaml", **KEYS, output_dir=str(workspace / "whole")), **SECRETS)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,14 @@ def test_a_good_run_says_what_it_does_and_nothing_else(whole: CompletedProcess[s
     assert any(line.startswith("what less chose, as shares of each decision:") for line in lines)
     said = [line for line in lines if line.strip() and not line.startswith("  ")]
     assert len(said) == len(set(said)), "a line is printed twice"
+
+
+def test_no_secret_of_the_environment_is_written_or_said(whole: CompletedProcess[str], workspace: Path) -> None:
+    files = [path for path in (workspace / "whole").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for secret in SECRETS.values():
+        assert secret not in whole.stdout
+        assert not [path for path in files if secret.encode() in path.read_bytes()]
 
 
 def test_the_run_folder_holds_what_it_should(whole: CompletedProcess[str], workspace: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ import torch
 
 import dataflex
 from dataflex.engine import checkpoint
+from dataflex.engine.checkpoint import saving
+from dataflex.utils import room
 from dataflex.utils.errors import UserError
 from tests import tiny_engine as tiny
 from tests.distributed import run_ranks
@@ -119,10 +123,30 @@ def refusals(folder: Path) -> dict[str, str]:
         "none": message(lambda: build().load_checkpoint(folder / "empty")),
         "twice": message(lambda: engine.save_checkpoint(zero3, tag=tag)),
         "no folder": message(lambda: engine.save_checkpoint()),
+        "no room": message(lambda: without_room(engine, folder / "full")),
+        "full": message(lambda: on_a_full_disk(engine, folder / "full")),
         "state": message(lambda: engine.save_checkpoint(folder / "odd", client_state={"a": [Path("x")]})),
     }
     batches.close()
     return said | {"leftovers": after_a_broken_save(folder / "broken")}
+
+
+def without_room(engine: Any, folder: Path) -> None:
+    """A save onto a disk that has 10,000 bytes free."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+        engine.save_checkpoint(folder)
+
+
+def on_a_full_disk(engine: Any, folder: Path) -> None:
+    """A save that meets the end of the disk on its way."""
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving.torch, "save", full)
+        engine.save_checkpoint(folder)
 
 
 def after_a_broken_save(folder: Path) -> str:
@@ -188,6 +212,8 @@ REFUSALS = {
     "none": "no error: (None, None)",
     "twice": "checkpoint-4: is a checkpoint already; a tag is never written twice",
     "no folder": "checkpoint: no folder was given and the run has no output_dir",
+    "no room": "full/checkpoint-0: no room for a checkpoint: it takes about 1 MiB, the disk at /",
+    "full": "full/checkpoint-0: the checkpoint could not be written: the disk at /",
     "state": "checkpoint: cannot save a PosixPath (in client_state.a.0)",
     "leftovers": "['notes.txt']",
 }

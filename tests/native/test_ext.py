@@ -84,7 +84,7 @@ def test_a_failing_compiler_falls_back_with_its_reason_on_one_line(checkout: Pat
         ({"DATAFLEX_JIT": "0"}, "libdataflex_cpu.so is not prebuilt and DATAFLEX_JIT=0"),
         (
             {"DATAFLEX_CACHE": "/dev/null/cache"},
-            "the cache cannot be written: [Errno 20] Not a directory: '/dev/null/cache/objects' (set DATAFLEX_CACHE)",
+            "the cache cannot be written: [Errno 20] Not a directory: '/dev/null/cache' (set DATAFLEX_CACHE)",
         ),
     ],
 )

@@ -15,7 +15,9 @@ from dataflex.config import Config, load_config
 from dataflex.data.pool import Pool
 from dataflex.report.model_card import model_card
 from dataflex.report.plot import plot_loss
-from dataflex.report.summary import closing_lines
+from dataflex.report.summary import closing_lines, read_decisions
+from dataflex.report.trainer_log import read_log
+from dataflex.utils.errors import UserError
 
 POOL = Pool(range(4), np.array([0, 0, 0, 1]), ["maths", "poems"], np.array([5, 6, 7, 1000]), fingerprint="f00d")
 RUN = SimpleNamespace(step=30, micro_batch=2, accumulation=3, world_size=4, global_batch=24)
@@ -112,3 +114,27 @@ def test_many_files_of_a_kind_are_one_line(tmp_path: Path) -> None:
 
 def test_the_closing_screen_of_a_run_without_decisions_or_logs_is_short(tmp_path: Path) -> None:
     assert closing_lines(tmp_path, POOL, []) == [f"run folder: {tmp_path}"]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ('{"step": 10, "component": "less", "indices": [0, 1', "cannot be read as JSON"),
+        ('{"step": "10", "component": "less", "indices": [{}]}', "step_10.json: "),
+        ('{"step": 10, "component": "less", "indices": [0, 99]}', "sample 99 is not in the pool"),
+        ('{"step": 10, "component": "odm", "proportions": {"maths": 1.0}}', "it has no proportion of 'poems'"),
+        ('{"step": 10, "component": "odm"}', "it has no proportion of 'maths'"),
+    ],
+)
+def test_a_damaged_record_of_a_decision_is_named(tmp_path: Path, content: str, why: str) -> None:
+    (tmp_path / "decisions").mkdir()
+    (tmp_path / "decisions" / "step_10.json").write_text(content)
+    with pytest.raises(UserError, match=r"step_10.json: not a record of a decision: .*move it away to go on") as told:
+        read_decisions(tmp_path, POOL)
+    assert why in str(told.value)
+
+
+def test_a_damaged_log_names_its_line(tmp_path: Path) -> None:
+    (tmp_path / "trainer_log.jsonl").write_text('{"current_steps": 1, "loss": 2.5}\n{"current_steps": \n')
+    with pytest.raises(UserError, match="line 2 of trainer_log.jsonl cannot be read as JSON"):
+        read_log(tmp_path)
