@@ -6,6 +6,7 @@ of them is itself wrong.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from dataflex.config.components import component_params
 from dataflex.config.paths import resolve
 from dataflex.config.schema import Config
 from dataflex.utils.errors import UserError, nearest
+from dataflex.utils.files import names_in
 
 WEEK_S = 7 * 24 * 3600
 
@@ -188,9 +190,8 @@ def _paths(cfg: Config) -> Iterator[Problem]:
         if not isinstance(value, str) or not value.startswith(("/", "./", "../", "~")):
             continue
         path = Path(value).expanduser()
-        if not path.exists():
-            beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            yield Problem((key,), f"the path '{value}' does not exist{nearest(path.name, beside)}")
+        if not os.path.exists(path):
+            yield Problem((key,), f"the path '{value}' does not exist{nearest(path.name, names_in(path.parent))}")
 
 
 def notes(cfg: Config, embedded: bool) -> Iterator[Problem]:

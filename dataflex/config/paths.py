@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from dataflex.utils.errors import UserError, nearest
+from dataflex.utils.files import names_in
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _ZERO = re.compile(r"^ds_z(?:ero)?([0-3])(?:_config)?\.json$")
@@ -26,8 +28,9 @@ def packaged(name: str) -> Path:
     """
     found = _packaged(name)
     if found is None:
-        names = sorted(p.name for p in packaged_folder().iterdir())
-        raise UserError(f"no packaged file is called '{Path(name).name}'{nearest(Path(name).name, names)}")
+        raise UserError(
+            f"no packaged file is called '{Path(name).name}'{nearest(Path(name).name, names_in(packaged_folder()))}"
+        )
     return found
 
 
@@ -39,14 +42,12 @@ def resolve(name_or_path: str | Path, base: Path | None = None) -> Path:
     """
     path = Path(name_or_path).expanduser()
     for candidate in (path, base / path) if base is not None else (path,):
-        if candidate.exists():
+        if os.path.exists(candidate):
             return candidate
     found = None if path.is_absolute() else _packaged(str(name_or_path))
     if found is not None:
         return found
-    near = [p.name for p in packaged_folder().iterdir()]
-    if path.parent.is_dir():
-        near += [p.name for p in path.parent.iterdir()]
+    near = names_in(packaged_folder()) + names_in(path.parent)
     raise UserError(f"'{name_or_path}' does not exist{nearest(path.name, near)}")
 
 
@@ -67,4 +68,4 @@ def _packaged(name: str) -> Path | None:
     match = _ZERO.match(parts[-1])
     nested, flat = Path(*below), f"ds_zero{match.group(1)}.json" if match else parts[-1]
     found = (packaged_folder() / nested, packaged_folder() / flat)
-    return next((path for path in found if path.exists()), None)
+    return next((path for path in found if os.path.exists(path)), None)

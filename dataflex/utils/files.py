@@ -65,11 +65,21 @@ def unusable_path(text: str) -> str | None:
     """Why nothing on a disk can have this path, or None if something could."""
     if "\0" in text:
         return "it has a zero byte"
+    if text.startswith("~") and os.path.expanduser(text).startswith("~"):
+        return "there is no such user"
     data = text.encode("utf-8", "replace")
     longest = max(data.split(b"/"), key=len)
     if len(longest) > LONGEST_NAME:
         return f"a name in it has {len(longest):,} bytes, files can have {LONGEST_NAME}"
     return f"it has {len(data):,} bytes, paths can have {LONGEST_PATH:,}" if len(data) > LONGEST_PATH else None
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, sorted; none where it cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def sha256_of(path: Path) -> str:

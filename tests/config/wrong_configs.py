@@ -60,6 +60,17 @@ TYPES = [
     ("select_quotas: {a: -1}", "select_quotas: expected a share >= 0 for 'a', got -1"),
     ("select_quotas: {a: 0}", "select_quotas: expected at least one share > 0"),
     ("val_size: -0.1", "val_size: expected a fraction >= 0 and < 1, or a whole number of samples >= 2, got -0.1"),
+    ("seed: 9223372036854775808", "seed: expected a whole number <= 9,223,372,036,854,775,807, got <a whole number of 64 bits>"),
+    ("ddp_timeout: 100000000000000", "ddp_timeout: expected a whole number <= 1,000,000,000, got 100000000000000"),
+    ("cutoff_len: 2147483648", "cutoff_len: expected a whole number <= 2,147,483,647, got 2147483648"),
+    ("num_train_epochs: 1e300", "num_train_epochs: expected a number <= 1e+06, got 1e+300"),
+    (f"learning_rate: 1{'0' * 400}", "learning_rate: expected a number >= 0, got <a whole number of 1,329 bits>"),
+    (f"learning_rate: {'x' * 500}", f"learning_rate: expected a number >= 0, got '{'x' * 29}...{'x' * 28}'"),
+    (f"output_dir: {'x' * 300}", f"output_dir: expected a path or a name, got '{'x' * 29}...{'x' * 28}': a name in it has 300 bytes, files can have 255"),
+    (f"output_dir: {'x/' * 2040}", f"output_dir: expected a path or a name, got '{'x/' * 14}x...{'x/' * 14}': it has 4,080 bytes, paths can have 4,000"),
+    (f"run_name: {'x' * 5000}", "run_name: expected at most 4,096 characters, got 5,000"),
+    ('run_name: "a\\0b"', "run_name: expected printable text on one line, got 'a\\x00b'"),
+    ("model_name_or_path: ~no-such-user/x", "model_name_or_path: expected a path or a name, got '~no-such-user/x': there is no such user"),
 ]  # fmt: skip
 
 RULES = [
