@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from dataflex.core.plan import Floats
 from dataflex.core.weights import StaticWeights
 from dataflex.data.encode import IGNORE_INDEX
 from dataflex.data.pool import Pool, TrainingPool, check_weights
-from dataflex.utils.errors import UserError, nearest
+from dataflex.utils.errors import UserError, cut, nearest
 from dataflex.utils.logging import logger
 
 if TYPE_CHECKING:
@@ -102,8 +103,8 @@ def class_weights(given: str | Mapping[str, float], vocabulary: int, tokenizer: 
             loaded: Any = (
                 np.load(path, allow_pickle=False) if path.suffix == ".npy" else json.loads(path.read_text("utf-8"))
             )
-        except (OSError, ValueError, EOFError) as exc:
-            raise UserError(f"class_weights: {given} cannot be read as .npy or .json: {exc}") from None
+        except (OSError, ValueError, EOFError, RecursionError) as exc:
+            raise UserError(f"class_weights: {given} cannot be read as .npy or .json: {cut(str(exc), 200)}") from None
         if not isinstance(loaded, dict):
             return torch.from_numpy(check_weights(loaded, vocabulary, f"class_weights: {given}")).float()
         check_weights(list(loaded.values()), len(loaded), f"class_weights: {given}")
@@ -115,7 +116,7 @@ def class_weights(given: str | Mapping[str, float], vocabulary: int, tokenizer: 
 
 
 def _token_id(name: str, vocabulary: int, tokenizer: Any) -> int:
-    if name.lstrip("-").isdigit():
+    if re.fullmatch("-?[0-9]{1,18}", name):
         token = int(name)
         if not 0 <= token < vocabulary:
             raise UserError(f"class_weights: token id {name} is out of range; valid: 0 to {vocabulary - 1}")
