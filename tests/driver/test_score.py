@@ -19,6 +19,7 @@ from dataflex.driver.selecting import select
 from dataflex.scoring.store import StoreReader
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
+from dataflex.utils.records import write_sealed
 from tests.distributed import run_ranks
 from tests.driver.workspace import settings
 
@@ -224,7 +225,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "other and .*at2 have scores of different pools; score one pool",
     ),
     "itself": ({"select_dir": "{f}/data"}, "select_dir: .*data is dataset_dir, whose data it would write over"),
-    "broken": ({"select_from": ["{f}/cut"]}, "select_from: .*cut: scores.json or scores.npy cannot be read"),
+    "broken": (
+        {"select_from": ["{f}/cut"]},
+        "select_from: .*cut: scores.npy differs from what was written; score again",
+    ),
 }
 
 
@@ -234,7 +238,8 @@ def test_wrong_selections_are_one_line(scored: Scored, name: str) -> None:
     for copy in ("other", "cut"):
         shutil.copytree(folder / "at2", folder / copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("scores"))
     facts = json.loads((folder / "other/scores.json").read_text())
-    (folder / "other/scores.json").write_text(json.dumps(facts | {"pool": "another"}))
+    del facts["seal"]
+    write_sealed(folder / "other/scores.json", facts | {"pool": "another"})
     (folder / "cut/scores.npy").write_bytes(b"\x93NUMPY")
     keys, text = WRONG[name]
     filled = json.loads(json.dumps(keys).replace("{f}", str(folder)))
