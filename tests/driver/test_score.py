@@ -227,7 +227,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "itself": ({"select_dir": "{f}/data"}, "select_dir: .*data is dataset_dir, whose data it would write over"),
     "broken": (
         {"select_from": ["{f}/cut"]},
-        "select_from: .*cut: scores.npy differs from what was written; score again",
+        "select_from: .*cut: scores.npy differs from what was written",
     ),
 }
 
