@@ -7,7 +7,6 @@ these aloud. Function calls are plain assistant turns that are trained, their re
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from dataflex.data.expression import Expression, is_expression
 from dataflex.data.info import DatasetInfo
+from dataflex.data.values import as_text, content_of, number_of, wrong_type
 from dataflex.utils.errors import UserError, cut, listed, nearest, shown
 
 Turn = tuple[str, str]
@@ -124,7 +124,7 @@ class Converter:
             else:
                 turns = self._messages(row, where)
             kept = (
-                "" if self.kept_column is None else _as_text(row.get(self.kept_column), f"{where}: {self.kept_column}")
+                "" if self.kept_column is None else as_text(row.get(self.kept_column), f"{where}: {self.kept_column}")
             )
             for content in (*(content for _, content in turns), kept):
                 if not content.isascii():
@@ -140,14 +140,14 @@ class Converter:
             return 1.0
         if self.expression is None:
             value = _cell(row, self.weight_column, "sample_weight", where)
-            weight = _number(value)
+            weight = number_of(value)
             if not (math.isfinite(weight) and weight >= 0):
                 raise UserError(f"{where}: {cut(self.weight_column)}: expected a number >= 0, got {shown(value)}")
             return weight
         numbers = {}
         for name in self.expression.columns:
             value = _cell(row, name, "sample_weight", where)
-            numbers[name] = _number(value)
+            numbers[name] = number_of(value)
             if not math.isfinite(numbers[name]):
                 raise UserError(f"{where}: {cut(name)} (in sample_weight): expected a number, got {shown(value)}")
         weight = self.expression(numbers)
@@ -160,8 +160,8 @@ class Converter:
             return ()
         values = _cell(row, self.token_column, "token_weight", where)
         if not isinstance(values, list):
-            raise _wrong_type(where, self.token_column, "a list of numbers", values)
-        weights = tuple(_number(value) for value in values)
+            raise wrong_type(where, self.token_column, "a list of numbers", values)
+        weights = tuple(number_of(value) for value in values)
         for place, weight in enumerate(weights):
             if not (math.isfinite(weight) and weight >= 0):
                 got = f"got {shown(values[place])} at {place}"
@@ -172,7 +172,7 @@ class Converter:
         name = self.required.get(key) or self.optional.get(key)
         value = row.get(name) if name is not None else None
         if value is not None and not isinstance(value, str):
-            raise _wrong_type(where, str(name), "text", value)
+            raise wrong_type(where, str(name), "text", value)
         return value
 
     def _plain_text(self, row: Mapping[str, Any], where: str) -> list[Turn]:
@@ -199,7 +199,7 @@ class Converter:
         pairs: list[Any] = value if isinstance(value, list) else [None]
         for pair in pairs:
             if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)):
-                raise _wrong_type(where, str(name), "a list of [question, answer] pairs of text", value)
+                raise wrong_type(where, str(name), "a list of [question, answer] pairs of text", value)
         return [(question, answer) for question, answer in pairs]
 
     def _messages(self, row: Mapping[str, Any], where: str) -> list[Turn]:
@@ -208,7 +208,7 @@ class Converter:
         if messages is None:
             raise BadRow("no messages")
         if not isinstance(messages, list):
-            raise _wrong_type(where, name, "a list of messages", messages)
+            raise wrong_type(where, name, "a list of messages", messages)
         turns = [self._message(message, f"{where}: {name}[{i}]") for i, message in enumerate(messages)]
         turns = _join_tool_results(turns)
         system = self._text(row, "system", where)
@@ -238,7 +238,7 @@ class Converter:
         role = roles.get(given) if isinstance(given, str) else None
         if role is None:
             raise BadRow(f"unknown role {shown(given)}{nearest(given, roles)}")
-        content = _content(message[tags.content_tag], message.get("tool_calls"), where)
+        content = content_of(message[tags.content_tag], message.get("tool_calls"), where)
         if not content and role in ("assistant", "user"):
             raise BadRow("no answer" if role == "assistant" else "an empty question")
         return role, content
@@ -249,43 +249,6 @@ def _cell(row: Mapping[str, Any], name: str, key: str, where: str) -> Any:
     if name not in row:
         raise UserError(f"{where}: no column '{cut(name)}' ({key}){nearest(name, row)}; it has {listed(row)}")
     return row[name]
-
-
-def _number(value: Any) -> float:
-    """The number, or NaN for what is none."""
-    try:
-        return math.nan if isinstance(value, bool) or value is None else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-
-
-def _as_text(value: Any, where: str) -> str:
-    """A kept value as text; UserError for what has no text (a number of thousands of digits, endless nesting)."""
-    try:
-        return str(value)
-    except (ValueError, RecursionError):
-        raise UserError(f"{where}: expected something that can be written as text, got {shown(value)}") from None
-
-
-def _content(content: Any, tool_calls: Any, where: str) -> str:
-    """The text of a message; OpenAI's tool calls become JSON, its list of text parts one text."""
-    if tool_calls:
-        if not isinstance(tool_calls, list):
-            raise _wrong_type(where, "tool_calls", "a list of calls", tool_calls)
-        calls = [call.get("function", call) if isinstance(call, dict) else call for call in tool_calls]
-        try:
-            made = json.dumps(calls, ensure_ascii=False)
-        except (TypeError, ValueError, RecursionError):
-            raise _wrong_type(where, "tool_calls", "calls that JSON can hold", tool_calls) from None
-        return _content(content, None, where) + made
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        if not all(isinstance(part, str) for part in parts):
-            raise UserError(f"{where}: only text parts are trained on, got {shown(content)}")
-        return "".join(str(part) for part in parts)
-    if content is not None and not isinstance(content, str):
-        raise _wrong_type(where, "content", "text", content)
-    return content or ""
 
 
 def _join_tool_results(turns: list[Turn]) -> list[Turn]:
@@ -308,7 +271,3 @@ def _check_order(roles: list[str]) -> None:
             raise BadRow("roles do not alternate")
     if roles[-1] != "assistant":
         raise BadRow("does not end with an answer")
-
-
-def _wrong_type(where: str, name: str, expected: str, value: Any) -> UserError:
-    return UserError(f"{where}: {name}: expected {expected}, got {type(value).__name__} {shown(value)}")
