@@ -16,7 +16,8 @@ from dataflex.config import Config, load_config
 from dataflex.config.schema import SECTION_OF
 from dataflex.launcher import Request, launch
 from dataflex.utils.errors import UserError, nearest
-from dataflex.worker import LAUNCH_DIR, USER_ERROR, leave, print_error, run_worker
+from dataflex.utils.launch_folder import LAUNCH_DIR
+from dataflex.worker import USER_ERROR, leave, print_error, run_worker
 
 RUNNER_VALUES = {
     "hostfile": "machines and their GPUs, as DeepSpeed reads it",

@@ -1,4 +1,4 @@
-"""A run's worker process as its launcher sees it: marks, bad input said once, an end with its parent."""
+"""A run's worker process as its launcher sees it: marks, bad input said once, an end with its parents."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
+from dataflex.utils import stopping
 from dataflex.utils.errors import UserError
+from dataflex.utils.launch_folder import end_with_launcher, launch_folder, mark
 
-LAUNCH_DIR = "DATAFLEX_LAUNCH_DIR"
 WORK_DIR = "DATAFLEX_WORK_DIR"
 DEVICES = "DATAFLEX_DEVICES"
 USER_ERROR = 2
@@ -28,25 +28,29 @@ def print_error(text: str) -> None:
 
 
 def run_worker(body: Callable[[], int]) -> int:
-    """Run ``body`` in a worker: it ends with its launcher, reports bad input once and marks its completion.
+    """Run ``body`` in a worker: it ends with its launcher, reports bad input once and marks its end.
 
     Where our launcher did not start the worker (``deepspeed --module dataflex.cli``), rank 0 prints the
     error; another rank waits for a moment first, since the launcher ends it if rank 0 has failed as well.
     """
+    _end_by_signals()
     end_with_parent()
+    end_with_launcher()
+    mark("pid", f"{os.getpid()} {os.environ.get('LOCAL_SIZE', '1')}")
     _settle()
-    folder, rank = os.environ.get(LAUNCH_DIR), os.environ.get("RANK", "0")
     try:
         code = body()
     except UserError as e:
-        if folder is not None and Path(folder).is_dir():
-            _write(Path(folder) / f"error.{rank}", str(e))
+        if launch_folder() is not None:
+            mark("error", str(e))
         else:
-            time.sleep(0 if rank == "0" else 3)
+            time.sleep(0 if os.environ.get("RANK", "0") == "0" else 3)
             print_error(str(e))
         return USER_ERROR
-    if code == 0 and folder is not None and Path(folder).is_dir():
-        _write(Path(folder) / f"done.{rank}", os.environ.get("LOCAL_SIZE", "1"))
+    if code == 0:
+        mark("done", os.environ.get("LOCAL_SIZE", "1"))
+    elif code == stopping.EXIT_CODE:
+        mark("stopped", "")
     return code
 
 
@@ -73,20 +77,20 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _end_by_signals() -> None:
+    """Ctrl-C ends a worker without a traceback, and also while native code runs."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def end_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when its parent dies (Linux; elsewhere nothing is done)."""
+    """Have the kernel kill this process when its parent dies (Linux; elsewhere nothing is done)."""
     parent = os.getppid()
-    if prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) and os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
+    if prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def prctl(option: int, value: int) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     return bool(ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) == 0)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"partial.{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -17,7 +17,7 @@ from dataflex import cli
 from dataflex.config import Config
 from dataflex.launcher import Request
 from dataflex.utils.errors import UserError
-from dataflex.worker import LAUNCH_DIR
+from dataflex.utils.launch_folder import LAUNCH_DIR
 
 ROOT = Path(__file__).resolve().parent.parent
 YAML = "model_name_or_path: org/m\ndataset: a\noutput_dir: out\nimage_max_pixels: 3\n"

@@ -16,12 +16,17 @@ from typing import Any
 
 import pytest
 
-from dataflex import launcher, worker
+from dataflex import worker
 from dataflex.launcher import Request, command, free_port, gpu_count
+from dataflex.launcher.outcome import outcome
+from dataflex.launcher.processes import Ended
 from dataflex.utils.errors import UserError
-from dataflex.worker import DEVICES, LAUNCH_DIR, run_worker
+from dataflex.utils.launch_folder import LAUNCH_DIR
+from dataflex.worker import DEVICES, run_worker
+from tests.processes import all_end, parent_of, runs
 
 ROOT = Path(__file__).resolve().parent.parent
+REQUEST = "dataflex.launcher.request"
 LAUNCH = """
 import sys
 from dataflex.launcher import Request, launch
@@ -47,7 +52,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         LAUNCH_DIR,
     ):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(launcher, "_DEFAULT_HOSTFILE", Path("/no/hostfile"))
+    monkeypatch.setattr(f"{REQUEST}._DEFAULT_HOSTFILE", Path("/no/hostfile"))
 
 
 def start(what: str, folder: Path) -> subprocess.Popen[str]:
@@ -73,13 +78,6 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> str:
 
 def pids(folder: Path, process: subprocess.Popen[str]) -> list[int]:
     return [int(wait_for(folder / f"rank{rank}", process).split()[0]) for rank in (0, 1)]
-
-
-def runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.fixture
@@ -121,7 +119,7 @@ def test_the_workers_exit_code_comes_out(tmp_path: Path) -> None:
     assert "Traceback" not in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_ends_every_rank_within_seconds(
     tmp_path: Path, number: signal.Signals, killed_at_the_end: list[subprocess.Popen[str]]
 ) -> None:
@@ -152,6 +150,23 @@ def test_a_killed_launcher_is_not_a_complete_run(
 
 
 @LINUX
+@pytest.mark.parametrize("who", ["command", "runner"])
+def test_all_processes_end_with_the_command_and_with_the_runner(
+    tmp_path: Path, who: str, killed_at_the_end: list[subprocess.Popen[str]]
+) -> None:
+    process = start("sleep", tmp_path)
+    killed_at_the_end.append(process)
+    workers = pids(tmp_path, process)
+    (launch,) = {parent_of(pid) for pid in workers}
+    everyone = [*workers, launch, parent_of(launch)]
+    assert parent_of(parent_of(launch)) == process.pid and all(runs(pid) for pid in everyone)
+    os.kill(process.pid if who == "command" else parent_of(launch), signal.SIGKILL)
+    assert all_end(everyone, 5), "a process outlived its launcher"
+    assert process.wait(10) == (-9 if who == "command" else 137)
+    assert not list(tmp_path.glob("dataflex-*"))
+
+
+@LINUX
 def test_a_worker_ends_when_its_parent_is_killed() -> None:
     words = [sys.executable, "-c", ORPHAN]
     with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
@@ -167,24 +182,29 @@ def test_a_worker_ends_when_its_parent_is_killed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "stopped_by", "marks", "ssh", "expected", "line"),
+    ("code", "received", "marks", "ssh", "expected", "line"),
     [
-        (0, None, {"done.0": "2", "done.1": "2"}, False, 0, ""),
-        (0, None, {"done.0": "2"}, False, 1, "the launcher ended before the training was complete (was it killed?)"),
-        (0, None, {}, True, 0, ""),
-        (1, None, {"error.10": "late", "error.2": "early"}, False, 2, "early"),
-        (-9, None, {}, False, 137, "the launcher was killed by SIGKILL"),
-        (247, None, {"done.0": "1"}, False, 247, "a worker was killed by SIGKILL (out of memory?)"),
-        (1, 15, {}, False, 143, "stopped by SIGTERM"),
+        (0, [], {"done.0": "2", "done.1": "2"}, False, 0, ""),
+        (0, [], {"done.0": "2"}, False, 1, "the launcher ended before the training was complete (was it killed?)"),
+        (0, [], {}, True, 0, ""),
+        (0, [15], {"done.0": "1"}, False, 0, ""),
+        (1, [], {"error.10": "late", "error.2": "early"}, False, 2, "early"),
+        (-9, [], {}, False, 137, "the launcher was killed by SIGKILL"),
+        (247, [], {"done.0": "1"}, False, 247, "a worker was killed by SIGKILL (out of memory?)"),
+        (1, [15], {}, False, 143, "stopped by SIGTERM"),
+        (75, [15], {}, False, 75, ""),
+        (-15, [15], {"stopped.1": ""}, False, 75, ""),
+        (75, [], {"stopped.0": ""}, False, 75, ""),
+        (75, [15, 2], {"stopped.0": ""}, False, 130, "stopped by SIGINT"),
     ],
 )  # fmt: skip
 def test_outcome(
     tmp_path: Path, capfd: pytest.CaptureFixture[str],
-    code: int, stopped_by: int | None, marks: dict[str, str], ssh: bool, expected: int, line: str,
+    code: int, received: list[int], marks: dict[str, str], ssh: bool, expected: int, line: str,
 ) -> None:  # fmt: skip
     for name, text in marks.items():
         (tmp_path / name).write_text(text)
-    assert launcher._outcome(code, stopped_by, tmp_path, ssh) == expected
+    assert outcome(Ended(code, received), tmp_path, ssh) == expected
     assert capfd.readouterr().err == (f"dataflex: error: {line}\n" if line else "")
 
 
@@ -193,7 +213,7 @@ def flags_of(words: list[str]) -> list[str]:
 
 
 def test_command_on_cpus_counts_processes_and_shares_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "_cores", lambda: 8)
+    monkeypatch.setattr(f"{REQUEST}._cores", lambda: 8)
     words, env = command("dataflex.cli", ["train", "a.yaml"], Request(3, {}), gpus=0)
     assert words[:7] == [
         sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical", "--num_gpus=3",
@@ -309,7 +329,7 @@ def test_gpus_are_counted_whatever_the_working_folder_holds(tmp_path: Path, monk
     (other / "torch").mkdir(parents=True)
     (other / "torch/__init__.py").write_text("class cuda:\n    device_count = lambda: 3\n")
     monkeypatch.setenv("PYTHONPATH", "lib")
-    monkeypatch.setattr(launcher.Path, "exists", lambda path: True)
+    monkeypatch.setattr(f"{REQUEST}.Path.exists", lambda path: True)
     assert gpu_count() == 3
 
 
@@ -331,7 +351,7 @@ def test_a_port_that_is_taken_is_not_given_out(monkeypatch: pytest.MonkeyPatch) 
     with socket.socket() as taken:
         taken.bind(("", free_port()))
         port = taken.getsockname()[1]
-        monkeypatch.setattr(launcher, "_PORTS", (port, port + 1))
+        monkeypatch.setattr(f"{REQUEST}._PORTS", (port, port + 1))
         with pytest.raises(UserError, match=f"no free TCP port from {port} .* name one: --master_port"):
             free_port()
 
@@ -345,7 +365,7 @@ def test_worker_started_by_hand_prints_its_error_itself(
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr(worker, "end_with_parent", lambda: None)
-    monkeypatch.setattr(launcher.time, "sleep", waited.append)
+    monkeypatch.setattr(worker.time, "sleep", waited.append)
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert run_worker(refuse) == 2
@@ -358,7 +378,14 @@ def test_worker_marks_only_a_good_end(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv(LAUNCH_DIR, str(tmp_path))
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_SIZE", "4")
-    assert run_worker(lambda: 1) == 1
-    assert list(tmp_path.iterdir()) == []
-    assert run_worker(lambda: 0) == 0
-    assert (tmp_path / "done.3").read_text() == "4"
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert run_worker(lambda: 1) == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["pid.3"]
+        assert (tmp_path / "pid.3").read_text() == f"{os.getpid()} 4"
+        assert run_worker(lambda: 75) == 75
+        assert (tmp_path / "stopped.3").exists() and not (tmp_path / "done.3").exists()
+        assert run_worker(lambda: 0) == 0
+        assert (tmp_path / "done.3").read_text() == "4"
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -184,7 +184,7 @@ def _paths(cfg: Config) -> Iterator[Problem]:
         "model_name_or_path": cfg.model.model_name_or_path,
         "reference_model_path": cfg.flex.reference_model_path,
         "adapter_name_or_path": cfg.model.adapter_name_or_path,
-        "resume_from_checkpoint": cfg.output.resume_from_checkpoint,
+        "resume_from_checkpoint": cfg.output.resume_path,
     }
     for key, value in paths.items():
         if not isinstance(value, str) or not value.startswith(("/", "./", "../", "~")):

@@ -227,6 +227,9 @@ def _to_deepspeed(value: Any) -> str | dict[str, Any]:
 
 
 def _to_resume(value: Any) -> str | bool:
+    """true, false, auto, or a checkpoint's folder."""
+    if isinstance(value, str) and value.strip().lower() == "auto":
+        return "auto"
     if isinstance(value, str) and value.strip().lower() not in _WORDS:
         return to_path(value)
     return to_flag(value)
@@ -272,5 +275,6 @@ PositiveOrOff = Annotated[int, whole(1, also=-1)]
 NotNegative = Annotated[float, real(0)]
 AboveZero = Annotated[float, real(0, above=True)]
 Epochs = Annotated[float, real(0, above=True, most=1e6)]
+OptionalAboveZero = Annotated[float | None, real(0, above=True)]
 Share = Annotated[float, real(0, 1)]
 ShareBelowOne = Annotated[float, real(0, 1, below=True)]

@@ -24,6 +24,7 @@ from dataflex.config.fields import (
     LongText,
     Names,
     NotNegative,
+    OptionalAboveZero,
     OptionalCount,
     OptionalFlag,
     OptionalPositive,
@@ -153,7 +154,11 @@ class TrainSection(Section):
 
 
 class OutputSection(Section):
-    """What is written, where and how often."""
+    """What is written, where and how often, and when the run is ended on request.
+
+    resume_from_checkpoint: ``auto`` goes on where there is something to go on from, and else starts. max_hours: of
+    one start of the run. stop_grace_seconds: what whoever sends a SIGTERM waits before a SIGKILL.
+    """
 
     output_dir: Text = ""
     overwrite_output_dir: Flag = False
@@ -168,6 +173,14 @@ class OutputSection(Section):
     run_name: OptionalText = None
     eval_strategy: Annotated[Literal["no", "steps", "epoch"], choice("no", "steps", "epoch")] = "no"
     eval_steps: OptionalPositive = None
+    max_hours: OptionalAboveZero = None
+    stop_grace_seconds: NotNegative = 30.0
+
+    @property
+    def resume_path(self) -> str | None:
+        """The checkpoint that resume_from_checkpoint names, if it names one."""
+        named = self.resume_from_checkpoint
+        return named if isinstance(named, str) and named != "auto" else None
 
     @model_validator(mode="before")
     @classmethod

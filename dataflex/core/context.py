@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataflex.core.clock import Clock
 from dataflex.core.plan import Schedule
+from dataflex.utils.stopping import Stop
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,7 @@ class Run:
 
     ``micro_batch`` is per rank; ``global_batch`` is micro-batch x GAS x world size, in samples. ``figures``: what hooks
     have to say of the step in its line of the log, emptied before each step.
+    ``stop``: whether it is to end before its last step.
     """
 
     schedule: Schedule
@@ -34,6 +36,7 @@ class Run:
     loss: float = float("nan")
     clock: Clock = field(default_factory=Clock)
     figures: dict[str, float] = field(default_factory=dict)
+    stop: Stop = field(default_factory=Stop)
 
     @property
     def global_batch(self) -> int:

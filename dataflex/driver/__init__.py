@@ -19,6 +19,8 @@ from dataflex.engine.ds_config import check_possible
 from dataflex.report.plot import check_plotting
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
+from dataflex.utils.logging import logger
+from dataflex.utils.stopping import EXIT_CODE, Stopped
 
 COMMANDS = {"check": check, "doremi": three_runs, "score": score, "train": train}
 
@@ -26,7 +28,7 @@ COMMANDS = {"check": check, "doremi": three_runs, "score": score, "train": train
 def run(cfg: Config, command: str = "train") -> int:
     """Do what ``command`` says (a key of `COMMANDS`) with ``cfg``; every process of the launch calls it.
 
-    Returns the exit code.
+    Returns the exit code: 0, or 75 where the run was asked to end before its last step.
     """
     _be_quiet()
     check_possible(cfg)
@@ -37,6 +39,9 @@ def run(cfg: Config, command: str = "train") -> int:
         COMMANDS[command](cfg)
     except UserError:
         raise
+    except Stopped as stopped:
+        logger.info(str(stopped))
+        return EXIT_CODE
     except BaseException:
         # Where rank 0 failed too, the launcher ends this process meanwhile, and the screen shows one traceback.
         time.sleep(3 if dist.rank() else 0)

@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import yaml
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from dataflex.config import Config
 from dataflex.config.components import component_params
-from dataflex.config.yaml_reader import parse_yaml, read_mapping
+from dataflex.config.yaml_reader import read_mapping
 from dataflex.driver.setup import with_components
 from dataflex.driver.training import train
 from dataflex.engine import run_folder
-from dataflex.engine.run_config import run_config
+from dataflex.engine.start_over import changed, said_change
 from dataflex.utils import dist
-from dataflex.utils.errors import UserError, listed, shown
+from dataflex.utils.errors import UserError, listed
 from dataflex.utils.logging import logger
 from dataflex.utils.records import DamagedError, read_record
 
@@ -130,11 +129,10 @@ def _finished(folder: Path, cfg: Config) -> bool:
     if not (folder / run_folder.RESULTS).exists():
         return False
     before = read_mapping(folder / "config.yaml", "finished run's config")
-    now = parse_yaml(yaml.safe_dump(run_config(cfg)), "config")
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if changed:
+    different = changed(before, cfg)
+    if different:
         raise UserError(
-            f"output_dir: {folder} holds a finished run with another {changed[0]} ({shown(before.get(changed[0]))}, "
-            f"here {shown(now.get(changed[0]))}); name another folder, or start over with overwrite_output_dir: true"
+            f"output_dir: {folder} holds a finished run with another {said_change(different[0], before, cfg)}; name "
+            "another folder, or start over with overwrite_output_dir: true"
         )
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from dataflex.data.pool import Pool
 from dataflex.data.rows import content_of
 from dataflex.driver import scores
 from dataflex.driver.estimate import estimate
-from dataflex.driver.setup import build_engine, read_inputs, with_components
+from dataflex.driver.setup import build_engine, read_inputs, stop_of, with_components
 from dataflex.engine import checkpoint
 from dataflex.engine.identity import weights_identity
 from dataflex.engine.plugin import DataflexEngine
+from dataflex.engine.run_lock import held
 from dataflex.report.trainer_log import read_log
 from dataflex.scoring.token_losses import write_token_losses
 from dataflex.train.trainer.select_trainer import SelectPlanner
@@ -32,11 +34,17 @@ def score(cfg: Config) -> None:
         raise UserError("score: needs train_type: dynamic_select with a component_name, or score_token_losses: true")
     needs_known_data(cfg, "score")
     cfg = with_components(cfg)
+    with held(Path(cfg.output.output_dir)) if not cfg.score.dry_run else nullcontext():
+        _score(cfg)
+
+
+def _score(cfg: Config) -> None:
     inputs = read_inputs(cfg)
     pool = inputs.data.train
     assert isinstance(pool, Pool)
     start = _checkpoint(cfg)
     engine = build_engine(inputs)
+    engine.run.stop = stop_of(cfg)
     if start is not None:
         engine.run.step = checkpoint.load_weights(engine.engine, start)
         logger.info(f"scoring with the weights of {start}, after step {engine.run.step}")
@@ -47,7 +55,7 @@ def score(cfg: Config) -> None:
     if cfg.score.score_token_losses:
         parts = weights_identity(engine, cfg.model.model_name_or_path, moments=False)
         where = folder / "token_losses"
-        write_token_losses(engine.scorer, pool, where, parts, cfg.score.score_shard_samples)
+        write_token_losses(engine.scorer, pool, where, parts, cfg.score.score_shard_samples, engine.run.stop)
         logger.info(f"token losses of {len(pool):,} samples: {where}")
         return
     _write_scores(cfg, pool, engine, start, folder)
@@ -56,12 +64,12 @@ def score(cfg: Config) -> None:
 def _checkpoint(cfg: Config) -> Path | None:
     """The checkpoint to score with; None for the weights of model_name_or_path and adapter_name_or_path."""
     named, folder = cfg.output.resume_from_checkpoint, Path(cfg.output.output_dir)
-    if isinstance(named, str):
-        return Path(named).expanduser()
+    if cfg.output.resume_path:
+        return Path(cfg.output.resume_path).expanduser()
     if not named:
         return None
     newest = checkpoint.newest_whole(folder)
-    if newest is None:
+    if newest is None and named is True:
         raise UserError(f"resume_from_checkpoint: there is no whole checkpoint in {folder}")
     return newest
 

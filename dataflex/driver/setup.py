@@ -29,6 +29,7 @@ from dataflex.train.trainer.components import load_components, with_effective_pa
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
+from dataflex.utils.stopping import Stop
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ def read_inputs(cfg: Config) -> Inputs:
     schedule = _schedule(cfg, cfg.weighting.epoch(data.train.size))
     _say_data(data, tokenizer)
     return Inputs(cfg, tokenizer, model_config, data, schedule)
+
+
+def stop_of(cfg: Config) -> Stop:
+    """When a run of ``cfg`` under our command line is to end."""
+    return Stop(heeds=True, grace_s=cfg.output.stop_grace_seconds, max_hours=cfg.output.max_hours)
 
 
 def _with_packaged_model(cfg: Config) -> Config:

@@ -9,11 +9,13 @@ from dataflex.config import Config
 from dataflex.core.clock import SAVE
 from dataflex.core.hook import Hook
 from dataflex.core.run_files import RunFile
+from dataflex.driver.ending import said_stop
 from dataflex.driver.estimate import estimate
-from dataflex.driver.setup import Inputs, build_engine, read_inputs, with_components
-from dataflex.engine import run_folder
+from dataflex.driver.setup import Inputs, build_engine, read_inputs, stop_of, with_components
+from dataflex.engine import own_files, run_folder
 from dataflex.engine.export import export
 from dataflex.engine.plugin import DataflexEngine
+from dataflex.engine.run_lock import held
 from dataflex.report.model_card import model_card
 from dataflex.report.plot import plot_loss
 from dataflex.report.summary import closing_lines, opening_lines, read_decisions
@@ -22,6 +24,7 @@ from dataflex.train.trainer.run_hooks import CheckpointHook, EvalHook
 from dataflex.utils import dist
 from dataflex.utils.files import write_atomically
 from dataflex.utils.logging import logger
+from dataflex.utils.stopping import Stopped
 
 
 def train(cfg: Config) -> None:
@@ -31,18 +34,30 @@ def train(cfg: Config) -> None:
         inputs = read_inputs(cfg)
         estimate(inputs, build_engine(inputs), training=True)
         return
+    with held(Path(cfg.output.output_dir)):
+        _train(cfg)
+
+
+def _train(cfg: Config) -> None:
     start = run_folder.prepare(cfg)
     inputs = read_inputs(cfg)
     if start is not None:  # what the last screen is made from: better said now than after the training
         dist.together(lambda: read_decisions(Path(cfg.output.output_dir), inputs.data.train))
     log = LogHook(cfg.output.logging_steps)
     engine = build_engine(inputs, _run_hooks(inputs, log))
+    stop = engine.run.stop = stop_of(cfg)
     _resume(engine, cfg, start)
     if _complete(engine, cfg):
         return
     _say_run(cfg, engine)
-    for batch in engine.batches():
-        engine.training_step(batch)
+    try:
+        for batch in engine.batches():
+            engine.training_step(batch)
+            stop.heed()  # before the first step there is nothing to save
+    finally:
+        stop.unheed()
+    if stop.verdict:
+        raise Stopped(said_stop(cfg, engine.run))
     _finish(inputs, engine, log)
 
 
@@ -66,6 +81,9 @@ def _resume(engine: DataflexEngine, cfg: Config, start: Path | None) -> None:
         return
     engine.load_checkpoint(start.parent, tag=start.name)
     run_folder.drop_later(Path(cfg.output.output_dir), engine.run.step)
+    dist.together(lambda: run_folder.write_config(cfg))
+    if start.parent.resolve() == Path(cfg.output.output_dir).resolve():
+        engine.run.stop.last = start
     if engine.run.step:
         logger.info(f"resumed from {start}, after step {engine.run.step}")
 
@@ -97,7 +115,7 @@ def _finish(inputs: Inputs, engine: DataflexEngine, log: LogHook) -> None:
         evaluations = [e for e in log.history if "eval_loss" in e]
         if evaluations:
             results |= {k: v for k, v in evaluations[-1].items() if k.startswith("eval_")}
-        write_atomically(folder / "README.md", model_card(cfg, engine.run, pool, results))
+        own_files.write(folder / own_files.CARD, model_card(cfg, engine.run, pool, results))
         if cfg.output.plot_loss:
             steps = [record["step"] for record in read_decisions(folder, pool)]
             plot_loss(log.history, steps, folder / "training_loss.png", engine.loss_is_per)

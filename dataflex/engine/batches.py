@@ -19,6 +19,7 @@ from dataflex.core.weights import NO_WEIGHTS, StaticWeights
 from dataflex.ops import shift_labels
 from dataflex.scoring.split import split_batch
 from dataflex.utils.errors import UserError
+from dataflex.utils.stopping import leave_signals_to_parent
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,7 @@ class BatchSource:
                 num_workers=self.workers,
                 pin_memory=self.device.type == "cuda",
                 generator=torch.Generator(),
+                worker_init_fn=leave_signals_to_parent,
             )
         )
         for index in range(first, steps):

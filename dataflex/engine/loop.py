@@ -93,10 +93,19 @@ class Stepper:
 
     def finish(self, batch: StepBatch) -> float:
         """After the optimizer step: the global batch's loss, the same on every rank; UserError if it is not finite."""
-        value = float(dist.all_reduce(self._total))
+        value = self._agree(self._total)
         if not math.isfinite(value):
             self._explain(batch, self._seen, float(self._denominator))
         return value
+
+    def _agree(self, total: Tensor) -> float:
+        """The sum over ranks of their parts of the loss (scalar); whether the run ends after this step goes with it."""
+        run = self.run
+        vote = run.stop.vote(run.world_size)
+        value, votes = dist.all_reduce(torch.stack([total, torch.full_like(total, vote)])).tolist()
+        if run.step + 1 < run.total_steps:
+            run.stop.settle(int(votes), run.world_size)
+        return float(value)
 
     def _explain(self, batch: StepBatch, losses: list[Tensor], denominator: float) -> NoReturn:
         """Raise the error for a loss that is not finite."""
@@ -170,7 +179,10 @@ class Loop:
         self.inside = False
 
     def batches(self) -> Iterator[StepBatch]:
-        """Follow the plan to the end of the schedule. Call `training_step` with each batch before the next."""
+        """Follow the plan to the end of the schedule, or to a stop that the ranks have agreed on.
+
+        Call `training_step` with each batch before the next.
+        """
         run = self.run
         self._each("on_train_start", run)
         while run.step < run.total_steps:
@@ -183,6 +195,8 @@ class Loop:
                 yield batch
                 if run.step != phase.start + offset + 1:
                     raise RuntimeError("call engine.training_step(batch) once for each batch of engine.batches()")
+                if run.stop.verdict:
+                    return
         self._each("on_train_end", run)
 
     def _make_plan(self) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from dataflex.core.run_files import RESULTS, cleared
-from dataflex.engine import checkpoint
+from dataflex.engine import checkpoint, own_files, start_over
 from dataflex.engine.run_config import run_config
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -23,9 +23,10 @@ _SIGNS = ("trainer_log.jsonl", "decisions", RESULTS)
 
 
 def prepare(cfg: Config) -> Path | None:
-    """Make the run folder with the effective config; return the checkpoint to resume from. A collective.
+    """Make the run folder; return the checkpoint to resume from. A collective.
 
-    UserError where the folder holds an earlier run that cannot be gone on with.
+    The effective config is written where the run begins; a run that goes on writes it once its checkpoint is loaded.
+    UserError where the folder holds an earlier run that cannot be gone on with, or files that are not ours.
     """
     answer = dist.broadcast_object(_prepare_or_error(cfg) if dist.is_main() else None)
     if isinstance(answer, UserError):
@@ -66,31 +67,59 @@ def _prepare(cfg: Config, folder: Path) -> Path | None:
     if folder.exists() and folder.resolve() == Path(cfg.model.model_name_or_path).resolve():
         raise UserError(f"output_dir: {folder} is also model_name_or_path, which the run would write over")
     finish_removals(folder)
+    if not _holds_run(folder):
+        own_files.claim(folder, cfg.source, cfg.output.overwrite_output_dir)
     if cfg.output.overwrite_output_dir and not cfg.output.resume_from_checkpoint:
         _clear(folder)
     start = _checkpoint(cfg, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.yaml", yaml.safe_dump(run_config(cfg), sort_keys=False, allow_unicode=True))
+    if start is None:
+        write_config(cfg)
     return start
+
+
+def write_config(cfg: Config) -> None:
+    """Write the effective config into the run folder, on rank 0; UserError where it is the file that is being run."""
+    if dist.is_main():
+        text = yaml.safe_dump(run_config(cfg), sort_keys=False, allow_unicode=True)
+        own_files.write(Path(cfg.output.output_dir) / own_files.CONFIG, text, cfg.source)
+
+
+def _holds_run(folder: Path) -> bool:
+    return _sign(folder) is not None
+
+
+def _sign(folder: Path) -> str | None:
+    """What tells that there was a run in ``folder``."""
+    named = next((name for name in _SIGNS if (folder / name).exists()), None)
+    return named or ("checkpoint-*" if any(folder.glob("checkpoint-*")) else None)
 
 
 def _checkpoint(cfg: Config, folder: Path) -> Path | None:
     """Where to go on: the named checkpoint, or the folder's newest whole one unless told otherwise."""
     named = cfg.output.resume_from_checkpoint
-    if isinstance(named, str):
-        return _named(cfg, Path(named).expanduser(), folder)
+    if cfg.output.resume_path is not None:
+        return _named(cfg, Path(cfg.output.resume_path).expanduser(), folder)
     start = None if named is False else checkpoint.newest_whole_here(folder)
     if start is not None:
         return start
     if named is True:
-        raise UserError(f"resume_from_checkpoint: there is no whole checkpoint in {folder}")
-    sign = next((name for name in _SIGNS if (folder / name).exists()), None)
-    if sign is not None or any(folder.glob("checkpoint-*")):
-        why = "is not to be gone on with" if named is False else "has no whole checkpoint to go on from"
         raise UserError(
-            f"output_dir: {folder} holds an earlier run ({sign or 'checkpoint-*'}) that {why}; "
+            f"resume_from_checkpoint: there is no whole checkpoint in {folder}; auto starts the run where there is none"
+        )
+    if cfg.output.overwrite_output_dir:  # with auto, which found nothing to go on from
+        _clear(folder)
+    sign = _sign(folder)
+    if sign is None:
+        return None
+    why = "is not to be gone on with" if named is False else start_over.obstacle(cfg, folder)
+    if why is not None:
+        lacks = "" if named is False else "has no whole checkpoint to go on from and "
+        raise UserError(
+            f"output_dir: {folder} holds an earlier run ({sign}) that {lacks}{why}; "
             "name another folder, or start over with overwrite_output_dir: true"
         )
+    start_over.make_room(folder)
     return None
 
 
@@ -120,7 +149,7 @@ def _named_by(directory: Path) -> str:
 
 def _clear(folder: Path) -> None:
     """Remove what an earlier run wrote; other files stay, and so does all in a folder that holds no run."""
-    if not any((folder / name).exists() for name in _SIGNS) and not any(folder.glob("checkpoint-*")):
+    if not _holds_run(folder):
         return
     for pattern in cleared():
         for old in folder.glob(pattern):

@@ -26,6 +26,7 @@ from dataflex.scoring.topk import FEATURES, stream_scores
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
+from dataflex.utils.stopping import Stop, Stopped
 
 Floats = NDArray[np.float32]
 WeightsReader = Callable[[bool], dict[str, str]]
@@ -58,7 +59,8 @@ class ScoringPasses:
     weights: reads the parts of a fingerprint that name the weights as they are now (with Adam's moments where its
     argument is true); a collective. keep_features: write the features too, in fp16, and score those. features_dir:
     where, by default ``features`` in ``folder``. step: optimizer steps done, for the screen. features: on rank 0, the
-    store of the last pass that kept features. probe: where it is set, nothing is kept and the scores are zeros.
+    store of the last pass that kept features. probe: where it is set, nothing is kept and the scores are zeros. stop:
+    of the run as it is now.
     """
 
     folder: Path | None = None
@@ -70,6 +72,7 @@ class ScoringPasses:
     step: Callable[[], int] = lambda: 0
     features: Path | None = None
     probe: Probe | None = None
+    stop: Callable[[], Stop] = Stop
     _said: bool = False
 
     def gradient_scores(
@@ -187,7 +190,10 @@ class ScoringPasses:
         what: str,
         row_bytes: int,
     ) -> None:
-        """Call ``make`` for every shard that is not there yet, the same ones on every rank."""
+        """Call ``make`` for every shard that is not there yet, the same ones on every rank.
+
+        Stopped where the run is asked to end, after the shard at hand.
+        """
         done = dist.broadcast_object(sorted(store.shards))
         missing = [index for index in range(len(store)) if index not in done]
         lengths = sample_lengths(dataset, store.ids)
@@ -197,10 +203,20 @@ class ScoringPasses:
         disk = f", {size(len(store.ids) * row_bytes)} on disk" if self.folder is not None else ""
         whole = f"{counted(len(store.ids), 'sample')}, {int(lengths.sum()):,} tokens in {counted(len(store), 'shard')}"
         logger.info(f"{what} of {whole}{taken_up}{disk}")
-        with watched(scorer, Progress(what, samples, tokens)), scorer.keep_moments():
-            for index in missing:
+        stop = self.stop()
+        with stop.heeding(), watched(scorer, Progress(what, samples, tokens)), scorer.keep_moments():
+            for place, index in enumerate(missing, start=1):
                 make(index)
-                dist.barrier()
+                end_here(stop, store, len(done) + place)
+
+
+def end_here(stop: Stop, store: ShardStore, done: int) -> None:
+    """Between two shards: wait for all ranks; Stopped where one was asked to end and shards are missing."""
+    if sum(dist.gather_objects(stop.vote(dist.world_size()))) and done < len(store):
+        raise Stopped(
+            f"stopped inside a scoring pass ({stop.reason}): {done} of {len(store)} shards are kept in {store.folder}; "
+            "the same command goes on with the next one"
+        )
 
 
 @contextmanager

@@ -13,16 +13,23 @@ from dataflex.ops import SampleLoss
 from dataflex.scoring.batches import Ids, sample_lengths
 from dataflex.scoring.gather import merge
 from dataflex.scoring.scorer import Scorer
+from dataflex.scoring.sharded import end_here
 from dataflex.scoring.store import DEFAULT_SHARD, Parts, ShardStore, StoreReader
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
+from dataflex.utils.stopping import Stop
 
 Floats = NDArray[np.float32]
 POOL = "pool"
 
 
 def write_token_losses(
-    scorer: Scorer, pool: Any, folder: Path, fingerprint: Parts, shard_samples: int = DEFAULT_SHARD
+    scorer: Scorer,
+    pool: Any,
+    folder: Path,
+    fingerprint: Parts,
+    shard_samples: int = DEFAULT_SHARD,
+    stop: Stop | None = None,
 ) -> None:
     """Score every sample of ``pool`` and keep its tokens' losses in ``folder``, shard by shard; a collective.
 
@@ -35,14 +42,14 @@ def write_token_losses(
     if dist.is_main():
         store.resume("values", "offsets")
     done = dist.broadcast_object(set(store.shards))
-    for index in range(len(store)):
-        if index in done:
-            continue
-        mine = ids[store.places(index)]
-        values, offsets = _token_losses(scorer, pool, mine)
-        if dist.is_main():
-            store.write(index, {"values": values, "offsets": offsets})
-    dist.barrier()
+    missing = [index for index in range(len(store)) if index not in done]
+    stop = stop or Stop()
+    with stop.heeding():
+        for place, index in enumerate(missing, start=1):
+            values, offsets = _token_losses(scorer, pool, ids[store.places(index)])
+            if dist.is_main():
+                store.write(index, {"values": values, "offsets": offsets})
+            end_here(stop, store, len(done) + place)
 
 
 def _token_losses(scorer: Scorer, pool: Any, ids: Ids) -> tuple[Floats, Ids]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 
 from tests.distributed import ROOT
 from tests.driver.workspace import train, write_yaml
+from tests.processes import descendants
 
 KEYS: dict[str, Any] = {
     "eval_dataset": ["target"],
@@ -44,16 +46,11 @@ def kill_in_mid_pass(config: Path, folder: Path, shards: int = 2) -> dict[str, A
             assert process.poll() is None and time.monotonic() < deadline, "the run never reached its second shard"
             time.sleep(0.01)
     finally:
-        for pid in _descendants(process.pid):
-            os.kill(pid, signal.SIGKILL)
+        for pid in descendants(process.pid):  # itself first, so that nothing of it can clean up
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
     return _finished(folder)
-
-
-def _descendants(pid: int) -> list[int]:
-    """The process and all that it started, itself first, so that nothing of it can clean up."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(d for child in children for d in _descendants(int(child)))]
 
 
 def _finished(folder: Path) -> dict[str, Any]:

@@ -106,6 +106,7 @@ def _passes(run: Run, cfg: Config, engine: Any) -> ScoringPasses:
         keep_features=cfg.score.keep_features,
         features_dir=Path(features_dir) if features_dir else None,
         step=lambda: run.step,
+        stop=lambda: run.stop,
     )
 
 

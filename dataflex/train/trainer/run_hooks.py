@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class EvalHook(Hook):
 
 
 class CheckpointHook(Hook):
-    """Saves every ``every`` steps and after the last, and keeps the newest ``keep`` (None: all) whole checkpoints.
+    """Saves every ``every`` steps, after the last and at a stop; keeps the newest ``keep`` (None: all) whole checkpoints.
 
     only_model: write a Hugging Face folder that cannot be resumed from instead.
     """
@@ -54,9 +55,12 @@ class CheckpointHook(Hook):
         self.tokenizer = tokenizer
 
     def on_step_end(self, run: Run, batch: Any) -> None:
-        if due(run, self.every):
+        stop = run.stop
+        if stop.verdict != "leave" and (due(run, self.every) or (stop.verdict and not self.only_model)):
+            start = time.monotonic()
             with run.clock.part(SAVE):
                 self._save(run)
+            stop.save_s = time.monotonic() - start
 
     def _save(self, run: Run) -> None:
         assert run.output_dir is not None
@@ -65,6 +69,7 @@ class CheckpointHook(Hook):
             export(run.engine, folder, self.tokenizer)
         else:
             run.engine.save_checkpoint()
+            run.stop.last = folder
         logger.info(f"step {run.step}: saved {folder}")
         if dist.is_main():
             finish_removals(run.output_dir)

@@ -1,13 +1,4 @@
-"""Start the workers of a run under the DeepSpeed launcher, and end them all with it.
-
-The command starts ``deepspeed.launcher.runner`` in a session of its own. Signals go to that whole session,
-since a signal to the runner alone would leave the workers running. A killed ``launch.py`` ends with exit
-code 0, so a run counts as complete only when every worker on this machine has left its mark in the launch
-folder. Bad input that only a worker can see travels through that folder too, and is printed once, here.
-
-Python looks for modules first in the folder where ``-m`` is used: in the user's, a ``random.py`` would be taken for
-the library's. So all start in the launch folder, and a worker goes to the user's once it is up.
-"""
+"""The DeepSpeed runner's command line and environment for what the user asked of the launcher."""
 
 from __future__ import annotations
 
@@ -15,25 +6,18 @@ import contextlib
 import os
 import random
 import re
-import shutil
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dataflex.utils.errors import UserError
-from dataflex.worker import DEVICES, LAUNCH_DIR, USER_ERROR, WORK_DIR, prctl, print_error
+from dataflex.worker import DEVICES
 
-GRACE_S = 35.0
 _PORTS = (20_000, 32_000)
 _DEFAULT_HOSTFILE = Path("/job/hostfile")
-_PR_SET_CHILD_SUBREAPER = 36
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -54,6 +38,12 @@ class Request:
             return Path(named)
         return _DEFAULT_HOSTFILE if _DEFAULT_HOSTFILE.is_file() else None
 
+    @property
+    def uses_ssh(self) -> bool:
+        """Whether workers run on other machines, whose marks we cannot read."""
+        several = self.hostfile is not None or "force_multi" in self.flags
+        return several and "no_ssh" not in self.flags
+
 
 def gpu_count() -> int:
     """CUDA (or ROCm) devices that torch can use here; torch is asked in a process of its own."""
@@ -63,7 +53,7 @@ def gpu_count() -> int:
     if not any(device.exists() for device in devices):
         return 0
     ask = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    env = {**os.environ, "PYTHONPATH": _python_path()}
+    env = {**os.environ, "PYTHONPATH": python_path()}
     answer = subprocess.run(ask, capture_output=True, text=True, check=False, cwd=os.sep, env=env)
     return int(answer.stdout.split()[-1]) if answer.returncode == 0 else 0
 
@@ -98,37 +88,6 @@ def command(module: str, args: Sequence[str], request: Request, gpus: int) -> tu
     for name, value in flags.items():
         words.append(f"--{name}={value}" if value else f"--{name}")
     return [*words, "--module", module, *args], env
-
-
-def launch(module: str, args: Sequence[str], request: Request) -> int:
-    """Run ``python -m module *args`` in every process of the request; return the run's exit code.
-
-    0 means that every local worker completed; 2 that a worker refused the input (its lines are printed).
-    """
-    folder = Path(tempfile.mkdtemp(prefix="dataflex-"))
-    try:
-        words, env = command(module, args, request, gpu_count())
-        env[LAUNCH_DIR] = str(folder)
-        here = Path.cwd()
-        if not _uses_ssh(request):  # other machines know the user's folder only
-            env |= {WORK_DIR: str(here), "PYTHONPATH": _python_path()}
-            here = folder
-        code, stopped_by = _run(words, env, here)
-        return _outcome(code, stopped_by, folder, ssh=_uses_ssh(request))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _python_path() -> str:
-    """PYTHONPATH for a process that starts elsewhere; with the working folder where the package itself lies there."""
-    named = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    root = Path(__file__).resolve().parents[1]
-    return os.pathsep.join([*named, str(root)] if root == Path.cwd() else named)
-
-
-def _uses_ssh(request: Request) -> bool:
-    several = request.hostfile is not None or "force_multi" in request.flags
-    return several and "no_ssh" not in request.flags
 
 
 def _check_flags(request: Request, gpus: int) -> None:
@@ -197,84 +156,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run(words: list[str], env: Mapping[str, str], here: Path) -> tuple[int, int | None]:
-    """Run the runner in the folder ``here``, and all that it started, to the end.
-
-    Returns its code and the signal that stopped us.
-    """
-    prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    runner = subprocess.Popen(words, env=env, cwd=here, start_new_session=True)
-    with _forwarding(runner.pid) as received:
-        code = runner.wait()
-        _end_group(runner.pid, asked=bool(received))
-    return code, received[0] if received else None
-
-
-@contextlib.contextmanager
-def _forwarding(group: int) -> Iterator[list[int]]:
-    """Send the signals that we get to ``group``: SIGTERM first (Python dies of it silently), then SIGKILL."""
-    received: list[int] = []
-
-    def forward(number: int, _frame: object) -> None:
-        received.append(number)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
-
-    heeded = [number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, forward) for number in heeded}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end_group(group: int, asked: bool) -> None:
-    """End what the runner left behind: nothing after a good run, orphaned workers after a killed launcher.
-
-    asked: the group has had a SIGTERM; a second one would interrupt the launcher's own exit, which then says so.
-    """
-    start = time.monotonic()
-    while _alive(group):
-        with contextlib.suppress(ProcessLookupError):
-            if not asked:
-                os.killpg(group, signal.SIGTERM)
-                asked = True
-            elif time.monotonic() - start > GRACE_S:
-                os.killpg(group, signal.SIGKILL)
-        time.sleep(0.05)
-
-
-def _alive(group: int) -> bool:
-    """Whether a process of the group still runs; those that have ended are reaped, as we are their reaper."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-group, os.WNOHANG) != (0, 0):
-            pass
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _outcome(code: int, stopped_by: int | None, folder: Path, ssh: bool) -> int:
-    """Turn the runner's exit code and the marks in the launch folder into the run's, with one clear line."""
-    errors = sorted(folder.glob("error.*"), key=lambda path: int(path.suffix[1:]))
-    if errors:
-        print_error(errors[0].read_text(encoding="utf-8"))
-        return USER_ERROR
-    if stopped_by is not None:
-        print_error(f"stopped by {signal.Signals(stopped_by).name}")
-        return 128 + stopped_by
-    if code < 0:
-        print_error(f"the launcher was killed by {signal.Signals(-code).name}")
-        return 128 - code
-    done = list(folder.glob("done.*"))
-    if code == 0 and not ssh and (not done or len(done) != int(done[0].read_text(encoding="utf-8"))):
-        print_error("the launcher ended before the training was complete (was it killed?)")
-        return 1
-    if code > 192 and code - 256 in {-number for number in signal.Signals}:
-        print_error(f"a worker was killed by {signal.Signals(256 - code).name} (out of memory?)")
-    elif code != 0:
-        print_error(f"a worker, or the launcher, ended with exit code {code}; its messages are above")
-    return code
+def python_path() -> str:
+    """PYTHONPATH for a process that starts elsewhere; with the working folder where the package itself lies there."""
+    named = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    root = Path(__file__).resolve().parents[2]
+    return os.pathsep.join([*named, str(root)] if root == Path.cwd() else named)

@@ -1,0 +1,37 @@
+"""One run at a time in a folder: every process of a run holds it, and the last one's end frees it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dataflex.utils import dist
+from dataflex.utils.errors import UserError
+from dataflex.utils.launch_folder import launcher_pid
+from dataflex.utils.lock import FolderLock
+from dataflex.utils.stopping import Stopped
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` inside; a collective. UserError where another run holds it, or it cannot be written to."""
+    lock = dist.together(lambda: _take(folder) if dist.is_main() else None)
+    lock = lock or FolderLock.join(folder)
+    tidy = False
+    try:
+        yield
+        tidy = True
+    except (Stopped, UserError):
+        tidy = True
+        raise
+    finally:
+        lock.release(folder, tidy and dist.is_main())
+
+
+def _take(folder: Path) -> FolderLock:
+    try:
+        return FolderLock.take(folder, launcher_pid() or os.getpid())
+    except OSError as exc:
+        raise UserError(f"output_dir: cannot write to '{folder}': {exc.strerror or exc}") from None

@@ -1,0 +1,39 @@
+"""From the runner's end and the marks of the workers to the run's exit code, with one clear line."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from dataflex.launcher.processes import Ended
+from dataflex.utils.stopping import EXIT_CODE
+from dataflex.worker import USER_ERROR, print_error
+
+
+def outcome(ended: Ended, folder: Path, ssh: bool) -> int:
+    """The run's exit code. folder: the launch folder. ssh: workers on other machines leave no marks in it."""
+    code, received = ended.code, ended.received
+    errors = sorted(folder.glob("error.*"), key=lambda path: int(path.suffix[1:]))
+    if errors:
+        print_error(errors[0].read_text(encoding="utf-8"))
+        return USER_ERROR
+    done = list(folder.glob("done.*"))
+    complete = bool(done) and len(done) == int(done[0].read_text(encoding="utf-8"))
+    if code == 0 and (complete or ssh):
+        return 0
+    if len(received) < 2 and (code == EXIT_CODE or any(folder.glob("stopped.*"))):
+        return EXIT_CODE  # rank 0 has said so
+    if received:
+        print_error(f"stopped by {signal.Signals(received[-1]).name}")
+        return 128 + received[-1]
+    if code < 0:
+        print_error(f"the launcher was killed by {signal.Signals(-code).name}")
+        return 128 - code
+    if code == 0:
+        print_error("the launcher ended before the training was complete (was it killed?)")
+        return 1
+    if code > 192 and code - 256 in {-number for number in signal.Signals}:
+        print_error(f"a worker was killed by {signal.Signals(256 - code).name} (out of memory?)")
+    else:
+        print_error(f"a worker, or the launcher, ended with exit code {code}; its messages are above")
+    return code
