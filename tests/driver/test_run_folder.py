@@ -70,7 +70,11 @@ def test_a_finished_run_is_complete(runs: dict[str, Any]) -> None:
         ("no more", "holds an earlier run .trainer_log.jsonl. that is not to be gone on with; .*overwrite_output_dir"),
         ("older", "checkpoint-4 would be written again; name another output_dir"),
         ("another seed", "checkpoint-4: the checkpoint has seed 42, this run has 7"),
-        ("mixed", "holds an earlier run .trainer_log.jsonl. that has no whole checkpoint to go on from; name another"),
+        (
+            "mixed",
+            "holds an earlier run .trainer_log.jsonl. that has no whole checkpoint to go on from and has results "
+            ".all_results.json.; name another",
+        ),
         ("true", "resume_from_checkpoint: there is no whole checkpoint in"),
         ("named badly", "resume_from_checkpoint: .*checkpoint-9x: it does not exist"),
     ],
@@ -121,5 +125,5 @@ def test_a_folder_without_a_run_is_never_cleared(workspace: Path, tmp_path: Path
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings(workspace, output_dir=str(tmp_path), **OVER)))
     assert run_folder.prepare(load_config(path, quiet=True)) is None
-    assert (tmp_path / "config.json").read_text() == "mine"
+    assert (tmp_path / "decisions.txt").read_text() == (tmp_path / "config.json.before").read_text() == "mine"
     assert "output_dir" in (tmp_path / "config.yaml").read_text()

@@ -1,0 +1,140 @@
+"""What a user keeps in output_dir is never written over without a word; what a run wrote is known for its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dataflex.config import load_config
+from dataflex.engine import own_files, run_folder, start_over
+from dataflex.utils.errors import UserError
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+def prepared(out: Path, name: str = "run.yaml", **changes: Any) -> Path | None:
+    """`run_folder.prepare` for a config file called ``name``, which lies beside ``out`` unless it is there already."""
+    path = out.parent / name
+    keys = {"model_name_or_path": "some/model", "dataset": ["a"], "output_dir": str(out), **changes}
+    if not path.exists() or changes:
+        path.write_text(yaml.safe_dump(keys))
+    return run_folder.prepare(load_config(path, quiet=True))
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "config.yaml", "model.safetensors", "tokenizer.json"])
+def test_a_file_of_the_users_is_in_the_way_of_a_new_run(out: Path, name: str) -> None:
+    (out / name).write_text("mine")
+    with pytest.raises(
+        UserError, match=rf"output_dir: {out} holds {name}, which no run has written and this one would "
+    ):
+        prepared(out)
+    assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == "mine"
+
+
+def test_overwrite_output_dir_renames_it(out: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("README.md", "README.md.before", "notes.txt", "config.yaml"):
+        (out / name).write_text(f"my {name}")
+    prepared(out, overwrite_output_dir=True)
+    names = {"README.md.before", "README.md.before2", "notes.txt", "config.yaml.before", "config.yaml"}
+    assert {path.name for path in out.iterdir()} == names
+    assert (out / "README.md.before2").read_text() == "my README.md"
+    assert f"{out}/README.md: not written by a run; kept as README.md.before2" in capfd.readouterr().err
+    assert yaml.safe_load((out / "config.yaml").read_text())["dataset"] == ["a"]
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_the_yaml_that_is_run_is_never_written_over(out: Path, over: bool) -> None:
+    with pytest.raises(UserError, match="config.yaml is the config file of this run.*give the file another name"):
+        prepared(out, "out/config.yaml", overwrite_output_dir=over)
+    assert set(yaml.safe_load((out / "config.yaml").read_text())) >= {"dataset", "output_dir"}
+    assert [path.name for path in out.iterdir()] == ["config.yaml"]
+
+
+def test_the_config_that_a_run_wrote_can_be_run_until_it_is_changed(out: Path) -> None:
+    prepared(out)
+    written = (out / "config.yaml").read_text()
+    prepared(out, "out/config.yaml")
+    assert (out / "config.yaml").read_text() == written
+    (out / "config.yaml").write_text(written + "# my own words\n")
+    with pytest.raises(UserError, match="is the config file of this run"):
+        prepared(out, "out/config.yaml")
+
+
+def test_a_readme_that_came_while_training_is_kept(out: Path) -> None:
+    own_files.write(out / "README.md", "# card\n")
+    own_files.write(out / "README.md", "# a later card\n")
+    assert [path.name for path in out.iterdir()] == ["README.md"]
+    (out / "README.md").write_text((out / "README.md").read_text().replace("card", "model"))
+    own_files.write(out / "README.md", "# the last card\n")
+    assert (out / "README.md.before").read_text().startswith("# a later model\n")
+    assert (out / "README.md").read_text().startswith("# the last card\n")
+
+
+def test_the_same_command_starts_over_and_numbers_the_logs(out: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for number in (1, 2):
+        prepared(out)
+        (out / "trainer_log.jsonl").write_text(f"start {number}")
+        (out / "decisions").mkdir(exist_ok=True)
+        (out / "decisions/step_1.json").write_text(str(number))
+        (out / "checkpoint-4").mkdir()  # a save that did not finish
+    prepared(out, logging_steps=3, save_steps=7, resume_from_checkpoint="auto")
+    assert {path.name for path in out.iterdir()} == {
+        "config.yaml",
+        "trainer_log.1.jsonl",
+        "trainer_log.2.jsonl",
+        "decisions.1",
+        "decisions.2",
+    }
+    assert (out / "trainer_log.2.jsonl").read_text() == "start 2"
+    assert (out / "decisions.1/step_1.json").read_text() == "1"
+    said = capfd.readouterr().err
+    assert (
+        "an earlier start of this run left no whole checkpoint; starting over; its logs are kept as trainer_log.1"
+        in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "why"),
+    [
+        ("trainer_log.jsonl", {"learning_rate": 0.5}, r"has another learning_rate \(5e-05, here 0.5\)"),
+        ("trainer_log.jsonl", {"seed": 1, "dataset": ["b"]}, "has another dataset"),
+        ("all_results.json", {}, "has results"),
+        ("model-00001-of-00002.safetensors", {}, "has exported weights"),
+        ("checkpoint-3/adapter_model.safetensors", {}, "has exported weights"),
+    ],
+)
+def test_another_run_or_one_with_results_is_not_started_over(
+    out: Path, file: str, keys: dict[str, Any], why: str
+) -> None:
+    prepared(out)
+    (out / "trainer_log.jsonl").write_text("1")
+    (out / file).parent.mkdir(exist_ok=True)
+    (out / file).write_text("1")
+    before = sorted(out.rglob("*"))
+    with pytest.raises(UserError, match=f"has no whole checkpoint to go on from and {why}.*; name another folder"):
+        prepared(out, **keys)
+    assert sorted(out.rglob("*")) == before
+
+
+def test_a_damaged_checkpoint_is_kept_under_another_name(out: Path) -> None:
+    prepared(out)
+    (out / "checkpoint-4").mkdir()
+    (out / "checkpoint-4/dataflex_manifest.json").write_text("{")
+    prepared(out)
+    assert (out / "damaged-checkpoint-4/dataflex_manifest.json").exists()
+
+
+def test_true_wants_a_checkpoint_and_auto_does_not(out: Path) -> None:
+    with pytest.raises(UserError, match="there is no whole checkpoint in .*; auto starts the run where there is none"):
+        prepared(out, resume_from_checkpoint=True)
+    assert prepared(out, resume_from_checkpoint="auto") is None
+    assert start_over.obstacle(load_config(out.parent / "run.yaml", quiet=True), out) is None
