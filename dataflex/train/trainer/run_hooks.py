@@ -45,7 +45,7 @@ class EvalHook(Hook):
 
 
 class CheckpointHook(Hook):
-    """Saves every ``every`` steps, after the last and at a stop; keeps the newest ``keep`` (None: all) whole checkpoints.
+    """Saves every ``every`` steps, after the last and at a stop; keeps the newest ``keep`` (None: all) whole ones.
 
     only_model: write a Hugging Face folder that cannot be resumed from instead.
     """
