@@ -23,7 +23,8 @@ def out(tmp_path: Path) -> Path:
 def prepared(out: Path, name: str = "run.yaml", **changes: Any) -> Path | None:
     """`run_folder.prepare` for a config file called ``name``, which lies beside ``out`` unless it is there already."""
     path = out.parent / name
-    keys = {"model_name_or_path": "some/model", "dataset": ["a"], "output_dir": str(out), **changes}
+    own = {"model_name_or_path": "some/model", "dataset": ["a"], "dataset_dir": str(out.parent), "output_dir": str(out)}
+    keys = own | changes
     if not path.exists() or changes:
         path.write_text(yaml.safe_dump(keys))
     return run_folder.prepare(load_config(path, quiet=True))
