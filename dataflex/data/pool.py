@@ -70,8 +70,8 @@ class TrainingPool(ABC):
         """
 
     @abstractmethod
-    def first_ids(self, count: int) -> np.ndarray:
-        """Ids to try a step with, int64 [count]."""
+    def trial_ids(self, count: int) -> np.ndarray:
+        """Ids to try steps with, int64 [count]: as mixed as those of training, where the pool can tell."""
 
 
 class Pool(TrainingPool):
@@ -141,38 +141,39 @@ class Pool(TrainingPool):
         ids = batch.sample_ids
         return np.bincount(self.domain_ids[ids], self.lengths[ids], len(self.domain_names)).astype(np.int64)
 
-    def first_ids(self, count: int) -> np.ndarray:
-        return np.arange(count) % len(self)
+    def trial_ids(self, count: int) -> np.ndarray:
+        return np.random.default_rng(0).permutation(len(self))[np.arange(count) % len(self)]
 
     def domain_sizes(self) -> np.ndarray:
         """Samples per domain, int64 [domains]."""
         return np.bincount(self.domain_ids, minlength=len(self.domain_names))
 
     @classmethod
-    def from_datasets(cls, datasets: Any) -> Pool:
+    def from_datasets(cls, datasets: Any, key: str = "train_dataset") -> Pool:
         """A pool over tokenised map-style datasets: one, or {domain name: dataset} for several domains.
 
         Items must be dicts with `input_ids` and `labels` of the same length (lists, arrays or 1-D tensors), and
         may have a `sample_weight` and a `token_weight` (one number per token), in all of them or in none.
         Every item is read once, for its length and the fingerprint. Raises UserError naming the sample.
+        key: what the errors call the datasets.
         """
         if isinstance(datasets, Pool):
             return datasets
         named = dict(datasets) if isinstance(datasets, Mapping) else {DEFAULT_DOMAIN: datasets}
         if not named:
-            raise UserError("train_dataset: there is no dataset in the mapping")
+            raise UserError(f"{key}: there is no dataset in the mapping")
         digest = hashlib.sha256()
         lengths: list[np.ndarray] = []
         weights: list[np.ndarray | None] = []
         for name, dataset in named.items():
-            scan = _scan(name, dataset)
+            scan = _scan(f"{key} '{name}'" if isinstance(datasets, Mapping) else key, dataset)
             lengths.append(scan[0])
             weights.append(scan[2])
             digest.update(repr((str(name), len(scan[0]), scan[1])).encode())
         given = [weight for weight in weights if weight is not None]
         if given and len(given) < len(weights):
             without = next(name for name, weight in zip(named, weights, strict=True) if weight is None)
-            raise UserError(f"train_dataset '{without}': has no sample_weight, other datasets have it")
+            raise UserError(f"{key} '{without}': has no sample_weight, other datasets have it")
         from torch.utils.data import ConcatDataset
 
         parts = list(named.values())
@@ -216,9 +217,8 @@ def _to_array(values: Any) -> np.ndarray:
     return np.asarray(values, dtype=np.int64)
 
 
-def _scan(name: str, dataset: Any) -> tuple[np.ndarray, str, np.ndarray | None]:
+def _scan(where: str, dataset: Any) -> tuple[np.ndarray, str, np.ndarray | None]:
     """Lengths (int32 [N]), a content hash that does not depend on how the dataset is stored, and sample weights."""
-    where = f"train_dataset '{name}'"
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UserError(f"{where}: a {type(dataset).__name__} has no length; sample ids need a map-style dataset")
     if len(dataset) == 0:

@@ -172,7 +172,7 @@ class StreamPool(TrainingPool):
     def weight_rows(self, ids: np.ndarray) -> np.ndarray:
         return self.domains_of(ids)
 
-    def first_ids(self, count: int) -> np.ndarray:
+    def trial_ids(self, count: int) -> np.ndarray:
         return np.arange(count)
 
     def lengths_of(self, ids: np.ndarray) -> np.ndarray:

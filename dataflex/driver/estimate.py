@@ -1,4 +1,4 @@
-"""What a run will cost, from one timed batch: the lines of ``--dry-run``. Nothing is written."""
+"""What a run will cost, from a few timed batches: the lines of ``--dry-run``. Nothing is written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataflex.utils.logging import logger
 
 
 def estimate(inputs: Inputs, engine: DataflexEngine, training: bool) -> None:
-    """Time one scoring batch and, where there is ``training``, one step, and say what the whole will take.
+    """Time scoring batches and, where there is ``training``, steps, and say what the whole will take.
 
     A collective. The engine is not to be trained with afterwards.
     """
@@ -39,8 +39,9 @@ def estimate(inputs: Inputs, engine: DataflexEngine, training: bool) -> None:
     if training:
         step = engine.trial_step()
         seconds += run.total_steps * step
-        lines.append(f"  training: {run.total_steps:,} steps of {step:.2f} s = {duration(run.total_steps * step)}")
-    lines.append(f"  expected time: {duration(seconds)} and the start; memory of a process: {memory_in_use()}")
+        lines.append(f"  training: {run.total_steps:,} steps of {step:.3g} s = {duration(run.total_steps * step)}")
+    more = "the start, evaluations and saves" if training else "the start"
+    lines.append(f"  expected time: {duration(seconds)} and {more}; memory of a process: {memory_in_use()}")
     for line in lines:
         logger.info(line)
 

@@ -29,6 +29,7 @@ _REFUSED = {
     "set_gradient_accumulation_steps": _PLANNED,
     "set_gradient_accumulation_boundary": "the plan says where a step ends; call engine.step() for each micro-batch",
 }
+_WARMING, _TIMED, _TRIAL_S = 3, 20, 10.0
 
 
 class DataflexEngine:
@@ -136,19 +137,23 @@ class DataflexEngine:
         return self._loop.training_step(batch)
 
     def trial_step(self) -> float:
-        """Seconds of an optimizer step on the pool's first samples, the second of two; a collective.
+        """Seconds of an optimizer step with its batch, on samples from all over the pool; a collective.
 
-        It changes the weights and nothing is saved: for a process that ends without training.
+        The mean of some steps after a few that are not counted: those allocate, trace and compile. It changes the
+        weights and nothing is saved: for a process that ends without training.
         """
-        run = self.run
-        ids = run.pool.first_ids(2 * run.global_batch)
+        run, steps = self.run, _WARMING + _TIMED
+        ids = run.pool.trial_ids(steps * run.global_batch)
         plan = Plan(ids, np.full(len(ids), 1 / (run.pool.size or len(ids))))
-        seconds = 0.0
-        for batch in self._loop.source.batches(plan, 0, 2):
-            started = time.monotonic()
+        seconds: list[float] = []
+        started = time.monotonic()
+        for batch in self._loop.source.batches(plan, 0, steps):
             self._loop.stepper.step(batch)
-            seconds = time.monotonic() - started
-        return max(dist.gather_objects(seconds))
+            seconds.append(max(dist.gather_objects(time.monotonic() - started)))
+            if sum(seconds[_WARMING:]) > _TRIAL_S:
+                break
+            started = time.monotonic()
+        return float(np.mean(seconds[_WARMING:]))
 
     def evaluate(self) -> dict[str, float]:
         """Token-mean loss of the eval dataset: ``eval_loss``, and ``eval_<domain>_loss`` where it has several.

@@ -31,6 +31,7 @@ from dataflex.utils.stopping import Stop, Stopped
 Floats = NDArray[np.float32]
 WeightsReader = Callable[[bool], dict[str, str]]
 SCORES = "scores"
+TIMED_CALLS = 3
 
 
 def no_weights(moments: bool) -> dict[str, str]:
@@ -231,15 +232,19 @@ def watched(scorer: Scorer, progress: Progress) -> Iterator[None]:
 
 
 def time_batches(probe: Probe, scorer: Scorer, dataset: Any, call: Callable[[Ids], Any]) -> None:
-    """Time ``call`` on about one batch of every rank, its samples taken from all over the pool; twice, since the first
-    call warms up. A collective."""
+    """Time ``call`` on about one batch of every rank, its samples taken from all over the pool; a collective.
+
+    The median of a few calls after the first, which allocates and compiles.
+    """
     lengths = sample_lengths(dataset, np.arange(len(dataset), dtype=np.int64))
     room = scorer.token_budget * dist.world_size()
     count = int(np.clip(room // max(1, int(lengths.mean())), 1, len(dataset)))
     ids = np.unique(np.linspace(0, len(dataset) - 1, count).astype(np.int64))
+    seconds: list[float] = []
     with scorer.keep_moments():
-        call(ids)
-        started = time.monotonic()
-        call(ids)
+        while len(seconds) <= TIMED_CALLS:
+            started = time.monotonic()
+            call(ids)
+            seconds.append(max(dist.gather_objects(time.monotonic() - started)))
     probe.samples, probe.tokens = len(ids), int(lengths[ids].sum())
-    probe.seconds = max(dist.gather_objects(time.monotonic() - started))
+    probe.seconds = float(np.median(seconds[1:]))

@@ -70,10 +70,10 @@ def test_the_fingerprint_is_the_content() -> None:
 @pytest.mark.parametrize(
     ("dataset", "text"),
     [
-        (Plain([]), "train_dataset 'train': is empty"),
+        (Plain([]), "train_dataset: is empty"),
         ({}, "train_dataset: there is no dataset in the mapping"),
         (iter(A), "has no length; sample ids need a map-style dataset"),
-        (Plain([3]), "'train': sample 0 is a int, not a dict"),
+        (Plain([3]), "train_dataset: sample 0 is a int, not a dict"),
         (Plain([A[0], {"input_ids": [1]}]), "sample 1: has no labels; it has input_ids"),
         (Plain([A[0], {"input_ids": [1], "labels": [1, 2]}]), "sample 1 has 1 input_ids but 2 labels"),
         (
@@ -87,6 +87,13 @@ def test_what_is_refused(dataset: Any, text: str) -> None:
     with pytest.raises(UserError) as error:
         Pool.from_datasets(dataset)
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize(("named", "where"), [(False, "eval_dataset"), (True, "eval_dataset 'b'")])
+def test_errors_name_the_argument_that_is_wrong(named: bool, where: str) -> None:
+    masked = Plain([{"input_ids": [1, 2], "labels": [1, -100]}])
+    with pytest.raises(UserError, match=f"^{where}: all 1 samples are masked: no label counts in the loss"):
+        Pool.from_datasets({"b": masked} if named else masked, "eval_dataset")
 
 
 def test_samples_without_a_label_are_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,7 +113,9 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(scored: Scored) ->
     ):
         text = "\n".join(said[name])
         assert re.search("dry run: the pool has 64 samples, 1,[0-9]{3} tokens", text)
-        assert re.search(r"expected time: \S+ and the start; memory of a process: \S+ MiB", text)
+        assert re.search(
+            r"expected time: \S+ and the start(, evaluations and saves)?; memory of a process: \S+ MiB", text
+        )
         for part in parts:
             assert re.search(part, text), (part, text)
     assert not (folder / "dry").exists() and not (folder / "score_dry").exists()

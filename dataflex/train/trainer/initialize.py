@@ -53,6 +53,8 @@ def initialize(
     in eval mode overrides its ``train``.
     """
     pool = Pool.from_datasets(train_dataset)
+    eval_pool = None if eval_dataset is None else Pool.from_datasets(eval_dataset, "eval_dataset")
+    mixer_pool = None if mixer_eval_dataset is None else Pool.from_datasets(mixer_eval_dataset, "mixer_eval_dataset")
     if engine is not None:
         given = {"model": model, "config": config, "model_parameters": model_parameters, **deepspeed_arguments}
         _check_engine(engine, [name for name, value in given.items() if value is not None])
@@ -69,8 +71,8 @@ def initialize(
         engine if engine is not None else _make_engine(model, config, model_parameters, deepspeed_arguments),
         cfg=cfg,
         pool=pool,
-        eval_pool=None if eval_dataset is None else Pool.from_datasets(eval_dataset),
-        mixer_eval_pool=None if mixer_eval_dataset is None else Pool.from_datasets(mixer_eval_dataset),
+        eval_pool=eval_pool,
+        mixer_eval_pool=mixer_pool,
         collator=data_collator or Collator(_pad_token(tokenizer)),
         tokenizer=tokenizer,
         hooks=hooks,
