@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any, Protocol
 
-from dataflex.data.builtin_templates import FORMATS, NO_THOUGHT, Format
+from dataflex.data.builtin_templates import FORMATS, NO_THOUGHT, Format, as_jinja
 from dataflex.data.convert import Turn
 from dataflex.utils.errors import UserError, nearest
 from dataflex.utils.logging import logger
@@ -54,52 +56,68 @@ class BuiltInTemplate:
 
     def __init__(self, name: str, fmt: Format, tokenizer: Any) -> None:
         self.name = name
-        self._thinks = fmt.thinks
-        self._system_in_user = fmt.system_in_user
-        self._default_system = fmt.default_system
         bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-        self._parts = {
+        parts = {
             part: (getattr(fmt, part) or fmt.user).replace("{bos}", bos).replace("{eos}", eos)
             for part in ("system", "user", "tool", "answer")
         }
-        self._prefix, self._after = fmt.prefix.replace("{bos}", bos), fmt.after
-        self.end_of_turn = self._parts["answer"].partition("{content}")[2]
+        prefix = fmt.prefix.replace("{bos}", bos)
+        self._format = replace(
+            fmt,
+            prefix=prefix,
+            system=parts["system"],
+            user=parts["user"],
+            tool=parts["tool"],
+            answer=parts["answer"],
+        )
+        self.end_of_turn = parts["answer"].partition("{content}")[2]
         if "{eos}" in fmt.answer and not eos:
             raise UserError(f"template: '{name}' ends an answer with the tokenizer's eos token, but it has none")
         vocabulary = tokenizer.get_vocab() if fmt.special_tokens else {}
         missing = [token for token in fmt.special_tokens if token not in vocabulary]
         if missing:
-            logger.warning(
-                f"template: '{name}' uses {', '.join(missing)}, which the tokenizer does not know and spells "
-                "in pieces; new_special_tokens adds such tokens"
-            )
-        self.identity = f"{name}:{self._parts}:{self._prefix}:{self._after}:{self._default_system}:{fmt.thinks}"
+            _say_missing(name, tuple(missing))
+        self.identity = f"{name}:{parts}:{prefix}:{fmt.after}:{fmt.default_system}:{fmt.thinks}"
+
+    def chat_template(self, last_only: bool) -> str:
+        """The same as Jinja, to be saved with a trained tokenizer. last_only: as `pairs` is called in training."""
+        return as_jinja(self._format, forgets=last_only)
 
     def pairs(self, turns: Sequence[Turn], where: str, last_only: bool = False) -> list[Pair]:
         """See `Template`. An earlier thought is left out where only the last answer is trained."""
-        turns = list(turns)
-        system = turns.pop(0)[1] if turns[0][0] == "system" else self._default_system
-        system = self._fill("system", system) if system else ""
-        opening = self._prefix + ("" if self._system_in_user else system)
-        inside = system if self._system_in_user else ""
+        fmt, turns = self._format, list(turns)
+        system = turns.pop(0)[1] if turns[0][0] == "system" else fmt.default_system
+        system = _fill(fmt.system, system) if system else ""
+        opening = fmt.prefix + ("" if fmt.system_in_user else system)
+        inside = system if fmt.system_in_user else ""
         pairs: list[Pair] = []
         for (role, question), (_, answer) in zip(turns[::2], turns[1::2], strict=True):
-            prompt = opening + self._fill("tool" if role == "tool" else "user", inside + question)
+            prompt = opening + _fill((role == "tool" and fmt.tool) or fmt.user, inside + question)
             is_last = len(pairs) == len(turns) // 2 - 1
-            pairs.append((prompt, self._fill("answer", self._thought(answer, last_only and not is_last))))
-            opening, inside = self._after, ""
+            pairs.append((prompt, _fill(fmt.answer, self._thought(answer, last_only and not is_last))))
+            opening, inside = fmt.after, ""
         return pairs
 
-    def _fill(self, part: str, content: str) -> str:
-        before, _, after = self._parts[part].partition("{content}")
-        return before + content + after
-
     def _thought(self, answer: str, forget: bool) -> str:
-        if not self._thinks:
+        if not self._format.thinks:
             return answer
         if forget:
             return re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL).lstrip("\n")
         return answer if "<think>" in answer or "</think>" in answer else NO_THOUGHT + answer
+
+
+@cache
+def _say_missing(name: str, tokens: tuple[str, ...]) -> None:
+    """Once, although a run makes the template for each kind of its data."""
+    logger.warning(
+        f"template: '{name}' uses {', '.join(tokens)}, which the tokenizer does not know and spells "
+        "in pieces; new_special_tokens adds such tokens"
+    )
+
+
+def _fill(part: str, content: str) -> str:
+    before, _, after = part.partition("{content}")
+    return before + content + after
 
 
 class ChatTemplate:

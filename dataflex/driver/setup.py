@@ -20,7 +20,9 @@ from dataflex.core.registry import REGISTRY
 from dataflex.data.collate import Collator
 from dataflex.data.load import LoadedData, load_data, load_pool
 from dataflex.data.pool import Pool, describe_sample
+from dataflex.engine.adapter import with_adapter_keys
 from dataflex.engine.ds_config import check_accepted, deepspeed_config, zero_stage
+from dataflex.engine.handover import Handover, handover
 from dataflex.engine.model import load_model, load_model_config, load_tokenizer
 from dataflex.engine.optimizer import forget_dry_step, make_optimizer, make_scheduler, warmup_steps
 from dataflex.engine.plugin import DataflexEngine
@@ -41,12 +43,16 @@ class Inputs:
     model_config: Any
     data: LoadedData
     schedule: Schedule
+    handover: Handover
 
 
 def with_components(cfg: Config) -> Config:
-    """Register the components and fill in their params, and let model_name_or_path mean a packaged model folder."""
+    """Register the components and fill in their params; an adapter brings its own keys.
+
+    model_name_or_path may mean a packaged model folder.
+    """
     load_components(cfg.flex.component_modules)
-    return _with_packaged_model(with_effective_params(cfg))
+    return with_adapter_keys(_with_packaged_model(with_effective_params(cfg)))
 
 
 def read_inputs(cfg: Config) -> Inputs:
@@ -56,7 +62,7 @@ def read_inputs(cfg: Config) -> Inputs:
     data = load_data(cfg, tokenizer, _subtask_column(cfg))
     schedule = _schedule(cfg, cfg.weighting.epoch(data.train.size))
     _say_data(data, tokenizer)
-    return Inputs(cfg, tokenizer, model_config, data, schedule)
+    return Inputs(cfg, tokenizer, model_config, data, schedule, handover(cfg, model_config))
 
 
 def stop_of(cfg: Config) -> Stop:

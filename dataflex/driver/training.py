@@ -71,7 +71,7 @@ def _run_hooks(inputs: Inputs, log: LogHook) -> list[Hook]:
         hooks.append(EvalHook(steps or epoch_steps, log))
     if output.save_strategy != "no":
         steps = output.save_steps if output.save_strategy == "steps" else epoch_steps
-        hooks.append(CheckpointHook(steps, output.save_total_limit, output.save_only_model, inputs.tokenizer))
+        hooks.append(CheckpointHook(steps, output.save_total_limit, output.save_only_model, inputs.handover))
     return hooks
 
 
@@ -109,13 +109,14 @@ def _finish(inputs: Inputs, engine: DataflexEngine, log: LogHook) -> None:
     cfg, pool = inputs.cfg, inputs.data.train
     folder = Path(cfg.output.output_dir)
     with engine.run.clock.part(SAVE):
-        export(engine, folder, inputs.tokenizer)
+        export(engine, folder, inputs.handover)
     if dist.is_main():
         results: dict[str, float] = log.summary(engine.run)
         evaluations = [e for e in log.history if "eval_loss" in e]
         if evaluations:
             results |= {k: v for k, v in evaluations[-1].items() if k.startswith("eval_")}
-        own_files.write(folder / own_files.CARD, model_card(cfg, engine.run, pool, results))
+        card = model_card(cfg, engine.run, pool, results, inputs.handover.stops)
+        own_files.write(folder / own_files.CARD, card)
         if cfg.output.plot_loss:
             steps = [record["step"] for record in read_decisions(folder, pool)]
             plot_loss(log.history, steps, folder / "training_loss.png", engine.loss_is_per)

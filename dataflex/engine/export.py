@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from dataflex.engine.handover import Handover
 from dataflex.utils import dist
+from dataflex.utils.files import give_usual_mode
 from dataflex.utils.room import check_room, said_when_full
 
 
-def export(engine: Any, folder: Path, tokenizer: Any = None) -> None:
-    """Write model (or adapter) and tokenizer to ``folder``; a collective.
+def export(engine: Any, folder: Path, handover: Handover) -> None:
+    """Write model (or adapter) and what goes with it to ``folder``; a collective.
 
     Parameters are gathered one at a time to rank 0's memory. `save_pretrained` alone would write empty tensors
     under ZeRO-3.
@@ -35,9 +37,8 @@ def export(engine: Any, folder: Path, tokenizer: Any = None) -> None:
     if dist.is_main():
         weights |= {} if is_adapter else {name: b.detach().cpu() for name, b in _saved_buffers(module)}
         with said_when_full(folder, "the trained model"):
-            _save(module, folder, weights, is_adapter)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            _save(module, folder, weights, handover)
+        handover.tokenizer.save_pretrained(folder)
     dist.barrier()
 
 
@@ -46,19 +47,19 @@ def size_of(parameter: torch.nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
 
-def _save(module: Any, folder: Path, weights: dict[str, torch.Tensor], is_adapter: bool) -> None:
-    """`save_pretrained` with use_cache as generation wants it, and without peft's empty form of a model card."""
+def _save(module: Any, folder: Path, weights: dict[str, torch.Tensor], handover: Handover) -> None:
+    """`save_pretrained` without peft's empty form of a model card, and files that the umask alone protects."""
     card = folder / "README.md"
     kept = card.read_text(encoding="utf-8") if card.exists() else None
-    use_cache, module.config.use_cache = module.config.use_cache, True
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), handover.around_saving(module, folder):
         warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")
         module.save_pretrained(folder, state_dict=weights)
-    module.config.use_cache = use_cache
-    if is_adapter:
+    if hasattr(module, "peft_config"):
         card.unlink(missing_ok=True)
         if kept is not None:
             card.write_text(kept, encoding="utf-8")
+    for path in folder.glob("*.safetensors"):
+        give_usual_mode(path)
 
 
 def _saved_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -21,22 +21,33 @@ _ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
 
 
 def load_tokenizer(cfg: Config) -> Any:
-    """The model's tokenizer, padding on the right, with a pad token and the new special tokens."""
+    """The tokenizer to train with: padding on the right, with a pad token and the new special tokens."""
+    tokenizer = read_tokenizer(cfg)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            source = cfg.model.model_name_or_path
+            raise UserError(f"model_name_or_path: the tokenizer at '{source}' has neither a pad nor an eos token")
+        tokenizer.pad_token = tokenizer.eos_token
+    add_new_tokens(tokenizer, cfg)
+    return tokenizer
+
+
+def read_tokenizer(cfg: Config) -> Any:
+    """The model's tokenizer as it is."""
     from transformers import AutoTokenizer
 
     source = cfg.model.model_name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=cfg.model.trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=cfg.model.trust_remote_code)
     except Exception as exc:  # damaged files, missing packages: transformers has many words for them
         raise UserError(f"model_name_or_path: no tokenizer at '{source}'{_no_folder(source)}: {brief(exc)}") from exc
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise UserError(f"model_name_or_path: the tokenizer at '{source}' has neither a pad nor an eos token")
-        tokenizer.pad_token = tokenizer.eos_token
+
+
+def add_new_tokens(tokenizer: Any, cfg: Config) -> None:
+    """Add new_special_tokens; those that the tokenizer has already keep their ids."""
     if cfg.model.new_special_tokens:
         tokenizer.add_special_tokens({"additional_special_tokens": list(cfg.model.new_special_tokens)})
-    return tokenizer
 
 
 def load_model_config(cfg: Config) -> Any:

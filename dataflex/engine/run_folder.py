@@ -10,6 +10,7 @@ import yaml
 
 from dataflex.core.run_files import RESULTS, cleared
 from dataflex.engine import checkpoint, own_files, start_over
+from dataflex.engine.resumed import check_resume
 from dataflex.engine.run_config import run_config
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -72,6 +73,8 @@ def _prepare(cfg: Config, folder: Path) -> Path | None:
     if cfg.output.overwrite_output_dir and not cfg.output.resume_from_checkpoint:
         _clear(folder)
     start = _checkpoint(cfg, folder)
+    if start is not None and not checkpoint.is_plain(start):
+        check_resume(cfg, start)
     folder.mkdir(parents=True, exist_ok=True)
     if start is None:
         write_config(cfg)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,8 +30,11 @@ _SHOWN = (
 )
 
 
-def model_card(cfg: Config, run: Any, pool: TrainingPool, results: dict[str, float]) -> str:
-    """Markdown with the front matter that model hubs read. ``results``: those of all_results.json."""
+def model_card(cfg: Config, run: Any, pool: TrainingPool, results: dict[str, float], stops: Sequence[int] = ()) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    results: those of all_results.json. stops: ids of tokens that end an answer, where the base model has others.
+    """
     name, method = cfg.model.model_name_or_path, cfg.method
     head: dict[str, Any] = {
         "library_name": "peft" if method.finetuning_type == "lora" else "transformers",
@@ -49,6 +54,7 @@ def model_card(cfg: Config, run: Any, pool: TrainingPool, results: dict[str, flo
         "",
         f"Trained from {origin} `{name}` by {_METHODS[method.finetuning_type]} (stage {method.stage}).",
         "",
+        *_use(cfg, stops),
         *_table("Data", ("dataset", "samples", "tokens"), _data_rows(pool)),
         *_table("Training", ("key", "value"), _training_rows(cfg, run)),
         *_components(cfg),
@@ -56,6 +62,40 @@ def model_card(cfg: Config, run: Any, pool: TrainingPool, results: dict[str, flo
         *_table("Versions", ("package", "version"), [("dataflex", __version__), *_versions()]),
     ]
     return "\n".join(lines)
+
+
+def _use(cfg: Config, stops: Sequence[int]) -> list[str]:
+    """Code that loads the folder and lets the model answer."""
+    imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    loading = ['model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")']
+    ends = ""
+    if cfg.method.finetuning_type == "lora":
+        imports = ["from peft import PeftModel", *imports]
+        base = json.dumps(cfg.model.model_name_or_path)
+        loading = [f'model = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")']
+        if cfg.model.new_special_tokens:
+            loading.append("model.resize_token_embeddings(len(tokenizer))")
+        loading.append("model = PeftModel.from_pretrained(model, folder)")
+        ends = f", eos_token_id={list(stops)}" if stops else ""
+    asking = ['inputs = tokenizer(text, return_tensors="pt")']
+    if cfg.method.stage == "sft":
+        asking = [
+            'messages = [{"role": "user", "content": text}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+            ")",
+        ]
+    lines = [
+        *imports,
+        "",
+        'folder, text = ".", "..."  # this folder, and what to ask',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        *loading,
+        *asking,
+        f"output = model.generate(**inputs, max_new_tokens=256{ends})",
+        "print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))",
+    ]
+    return ["## Use", "", "```python", *lines, "```", ""]
 
 
 def _table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

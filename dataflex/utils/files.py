@@ -82,6 +82,13 @@ def names_in(folder: Path) -> list[str]:
         return []
 
 
+def give_usual_mode(path: Path) -> None:
+    """Let others read a file as far as the umask allows: some libraries write theirs for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def sha256_of(path: Path) -> str:
     """Hash of a file's content, in hexadecimal; read in pieces."""
     digest = hashlib.sha256()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 
+from dataflex.data import template as template_module
 from dataflex.data.builtin_templates import FORMATS
 from dataflex.data.encode import IGNORE_INDEX, tokenizer_identity
 from dataflex.data.pool import mark_trained
-from dataflex.data.template import get_template
+from dataflex.data.template import BuiltInTemplate, get_template
 from dataflex.data.tokenize import Encoder, Settings
 from dataflex.utils.errors import UserError
 from tests.tiny import byte_tokenizer
@@ -95,6 +97,49 @@ def test_golden_masks(name: str) -> None:
     assert rendered(name, TURNS, train_on_prompt=True) == f"⟦{plain}⟧"
     masked = rendered(name, TURNS, mask_history=True)
     assert masked.count("⟦") == 1 and masked.endswith(GOLDEN[name][GOLDEN[name].rindex("⟦") :])
+
+
+THOUGHTS = [("user", "a"), ("assistant", "<think>\nx\n</think>\n\nb"), *TURNS[2:], *TURNS[2:]]
+CONVERSATIONS = {
+    "plain": TURNS[:2],
+    "several turns": TURNS,
+    "system": SYSTEM + TURNS[:2],
+    "system, several turns": SYSTEM + TURNS,
+    "no system": [("system", ""), *TURNS],
+    "tool": [*TURNS[:2], ("tool", "4"), ("assistant", "b")],
+    "thoughts": THOUGHTS,
+    "of the template's own words": [("user", "{content}{eos} \\ 'x' \"y\" {{ z }} ä\n"), ("assistant", " {bos}\n")],
+}
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_saved_chat_template_renders_what_was_trained(name: str, last_only: bool) -> None:
+    """Token for token, by the tokenizer's own rendering: the prompt before each answer, and the whole."""
+    tokenizer = byte_tokenizer()
+    template = get_template(name, tokenizer)
+    assert isinstance(template, BuiltInTemplate)
+    tokenizer.chat_template = template.chat_template(last_only)
+    for what, turns in CONVERSATIONS.items():
+        messages = [{"role": role, "content": content} for role, content in turns]
+        ids = [
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for pair in template.pairs(turns, "", last_only)
+            for text in pair
+        ]
+        prompt, whole = (
+            tokenizer.apply_chat_template(m, add_generation_prompt=opens, return_dict=False)
+            for m, opens in ((messages[:-1], True), (messages, False))
+        )
+        assert prompt == sum(ids[:-1], []), (what, tokenizer.decode(prompt))
+        assert whole == sum(ids, []), (what, tokenizer.decode(whole))
+
+
+def test_the_saved_chat_template_refuses_other_roles() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = get_template("qwen", tokenizer).chat_template(False)
+    with pytest.raises(TemplateError, match="no turn of judge here"):
+        tokenizer.apply_chat_template([{"role": "judge", "content": "a"}], tokenize=False)
 
 
 def test_tool_results_have_their_place() -> None:
@@ -185,6 +230,7 @@ def test_errors_and_warnings(capsys: pytest.CaptureFixture[str]) -> None:
         get_template(None, byte_tokenizer())
     with pytest.raises(UserError, match="'default' ends an answer with the tokenizer's eos token"):
         get_template("default", byte_tokenizer(eos=False))
+    template_module._say_missing.cache_clear()
     assert get_template("qwen", byte_tokenizer()).end_of_turn == "<|im_end|>"
     assert "'qwen' uses <|im_start|>, <|im_end|>, which the tokenizer" in capsys.readouterr().err
 

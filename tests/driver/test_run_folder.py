@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from dataflex.config import load_config
+from dataflex.utils.errors import UserError
 from tests.distributed import run_ranks
 from tests.driver.workspace import settings
 
@@ -31,6 +34,9 @@ def _cases(workspace: Path, out: Path) -> dict[str, dict[str, Any]]:
         "fork": {**chosen, "resume_from_checkpoint": str(out / "checkpoint-2"), "output_dir": str(out) + "3"},
         "broken newest": chosen | {"damage": str(out / "checkpoint-4/dataflex_state.pt")},
         "another seed": {**chosen, "seed": 7},
+        "another rate": {**chosen, "learning_rate": 2e-3, "weight_decay": 0.1, "logging_steps": 2},
+        "shorter": {**chosen, "max_steps": 3},
+        "longer": {**chosen, "resume_from_checkpoint": f"{out}/checkpoint-2", "output_dir": f"{out}6", "max_steps": 5},
         "over": {**run, **OVER, "finetuning_type": "full"},
         "job": {
             **{**run, "finetuning_type": "full", "output_dir": str(out) + "4", "strip": str(out / "checkpoint-4")},
@@ -69,7 +75,9 @@ def test_a_finished_run_is_complete(runs: dict[str, Any]) -> None:
     [
         ("no more", "holds an earlier run .trainer_log.jsonl. that is not to be gone on with; .*overwrite_output_dir"),
         ("older", "checkpoint-4 would be written again; name another output_dir"),
-        ("another seed", "checkpoint-4: the checkpoint has seed 42, this run has 7"),
+        ("another seed", "^seed: was 42, now 7: a resume goes on as .*checkpoint-4 was made; put it back, or start in"),
+        ("another rate", "^learning_rate: was 0.001, now 0.002; weight_decay: was 0.0, now 0.1: a resume goes on as"),
+        ("shorter", "^max_steps: the run would end after 3 steps, .*checkpoint-4 has done 4"),
         (
             "mixed",
             "holds an earlier run .trainer_log.jsonl. that has no whole checkpoint to go on from and has results "
@@ -94,6 +102,16 @@ def test_a_resumed_run_ends_as_the_whole_one_did(runs: dict[str, Any], name: str
     assert runs[name]["losses"] == runs["first"]["losses"]
 
 
+def test_what_a_refused_resume_says_of_itself_is_not_written(runs: dict[str, Any], out: Path) -> None:
+    config = yaml.safe_load((out / "checkpoint-4/config.yaml").read_text())
+    assert (config["learning_rate"], config["seed"], config["max_steps"]) == (1e-3, 42, 4)
+
+
+def test_a_length_is_heeded_on_resume(runs: dict[str, Any], out: Path) -> None:
+    assert len(runs["longer"]["losses"]) == 5 and runs["longer"]["losses"][:2] == runs["first"]["losses"][:2]
+    assert yaml.safe_load(Path(f"{out}6/config.yaml").read_text())["max_steps"] == 5
+
+
 def test_a_resume_drops_what_came_later(runs: dict[str, Any], workspace: Path, out: Path) -> None:
     folder = Path(str(out) + "3")
     steps = [json.loads(line)["step"] for line in (folder / "random_weights.jsonl").read_text().splitlines()]
@@ -115,9 +133,6 @@ def test_a_run_starts_from_what_deepspeed_alone_has_saved(runs: dict[str, Any]) 
 
 
 def test_a_folder_without_a_run_is_never_cleared(workspace: Path, tmp_path: Path) -> None:
-    import yaml
-
-    from dataflex.config import load_config
     from dataflex.engine import run_folder
 
     (tmp_path / "decisions.txt").write_text("mine")
@@ -127,3 +142,23 @@ def test_a_folder_without_a_run_is_never_cleared(workspace: Path, tmp_path: Path
     assert run_folder.prepare(load_config(path, quiet=True)) is None
     assert (tmp_path / "decisions.txt").read_text() == (tmp_path / "config.json.before").read_text() == "mine"
     assert "output_dir" in (tmp_path / "config.yaml").read_text()
+
+
+def test_changes_are_told_from_the_config_beside_a_checkpoint(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the checkpoint is of a version without a copy in it, or without a key."""
+    from dataflex.engine.resumed import check_resume
+
+    start = tmp_path / "checkpoint-2"
+    start.mkdir()
+    before = load_config(settings(workspace), quiet=True).dump_flat()
+    del before["weight_decay"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+    free = {"save_steps": 9, "output_dir": "elsewhere", "gradient_checkpointing": False, "plot_loss": True}
+    check_resume(load_config(settings(workspace, **free), quiet=True), start)
+    assert capsys.readouterr().err == ""
+    check_resume(load_config(settings(workspace, max_steps=8), quiet=True), start)
+    assert "max_steps: was 4, now 8, heeded from this resume on" in capsys.readouterr().err
+    with pytest.raises(UserError, match="^lora_rank: was 8, now 4; warmup_ratio: was 0.0, now 0.1: a resume"):
+        check_resume(load_config(settings(workspace, lora_rank=4, warmup_ratio=0.1), quiet=True), start)

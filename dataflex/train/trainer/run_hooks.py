@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from dataflex.core.context import Run
 from dataflex.core.hook import Hook
 from dataflex.engine import checkpoint
 from dataflex.engine.export import export
+from dataflex.engine.handover import Handover
+from dataflex.engine.own_files import CONFIG
 from dataflex.report.trainer_log import LogHook
 from dataflex.utils import dist
 from dataflex.utils.files import finish_removals, remove
@@ -50,9 +53,9 @@ class CheckpointHook(Hook):
     only_model: write a Hugging Face folder that cannot be resumed from instead.
     """
 
-    def __init__(self, every: int, keep: int | None, only_model: bool, tokenizer: Any) -> None:
+    def __init__(self, every: int, keep: int | None, only_model: bool, handover: Handover) -> None:
         self.every, self.keep, self.only_model = every, keep, only_model
-        self.tokenizer = tokenizer
+        self.handover = handover
 
     def on_step_end(self, run: Run, batch: Any) -> None:
         stop = run.stop
@@ -66,10 +69,12 @@ class CheckpointHook(Hook):
         assert run.output_dir is not None
         folder = run.output_dir / f"checkpoint-{run.step}"
         if self.only_model:
-            export(run.engine, folder, self.tokenizer)
+            export(run.engine, folder, self.handover)
         else:
             run.engine.save_checkpoint()
             run.stop.last = folder
+            if dist.is_main():
+                shutil.copyfile(run.output_dir / CONFIG, folder / CONFIG)
         logger.info(f"step {run.step}: saved {folder}")
         if dist.is_main():
             finish_removals(run.output_dir)
