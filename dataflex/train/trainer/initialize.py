@@ -52,9 +52,7 @@ def initialize(
     The whole model is put in train mode here and at each step, as transformers' Trainer does: a module that shall stay
     in eval mode overrides its ``train``.
     """
-    pool = Pool.from_datasets(train_dataset)
-    eval_pool = None if eval_dataset is None else Pool.from_datasets(eval_dataset, "eval_dataset")
-    mixer_pool = None if mixer_eval_dataset is None else Pool.from_datasets(mixer_eval_dataset, "mixer_eval_dataset")
+    pool, eval_pool = Pool.from_datasets(train_dataset), _pool(eval_dataset, "eval_dataset")
     if engine is not None:
         given = {"model": model, "config": config, "model_parameters": model_parameters, **deepspeed_arguments}
         _check_engine(engine, [name for name, value in given.items() if value is not None])
@@ -72,11 +70,15 @@ def initialize(
         cfg=cfg,
         pool=pool,
         eval_pool=eval_pool,
-        mixer_eval_pool=mixer_pool,
+        mixer_eval_pool=_pool(mixer_eval_dataset, "mixer_eval_dataset"),
         collator=data_collator or Collator(_pad_token(tokenizer)),
         tokenizer=tokenizer,
         hooks=hooks,
     )
+
+
+def _pool(datasets: Any, key: str) -> Pool | None:
+    return None if datasets is None else Pool.from_datasets(datasets, key)
 
 
 def _make_engine(model: Any, config: dict[str, Any], model_parameters: Any, arguments: dict[str, Any]) -> Any:
