@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from dataflex.data.encode import IGNORE_INDEX
 from dataflex.data.origin import Origin
-from dataflex.utils.errors import UserError, shown
-from dataflex.utils.logging import logger
+from dataflex.data.scan import bounds_of, bounds_of_column, scan_dataset, to_array
+from dataflex.utils.errors import UserError
 
 DEFAULT_DOMAIN = "train"
-WEIGHTS = ("sample_weight", "token_weight")
 
 
 class TrainingPool(ABC):
@@ -87,6 +86,8 @@ class Pool(TrainingPool):
         origins: of each domain, its files; None where it has none, or where the datasets came as objects.
     """
 
+    _id_bounds: tuple[int, int] | None = None
+
     def __init__(
         self,
         dataset: Any,
@@ -128,6 +129,25 @@ class Pool(TrainingPool):
     def weighs_tokens(self) -> bool:
         return len(self) > 0 and "token_weight" in self[0]
 
+    @property
+    def id_bounds(self) -> tuple[int, int]:
+        """No token id or label but -100 is lower or higher; read once, of an Arrow table as a whole."""
+        if self._id_bounds is None:
+            table = getattr(self.dataset, "data", None)
+            if table is None:
+                bounds = [
+                    bounds_of(*(to_array(self[i][key]) for key in ("input_ids", "labels"))) for i in range(len(self))
+                ]
+            else:
+                bounds = [bounds_of_column(table.column(key)) for key in ("input_ids", "labels")]
+            self._id_bounds = min(low for low, _ in bounds), max(high for _, high in bounds)
+        return self._id_bounds
+
+    def place_of(self, index: int) -> str:
+        """A sample in words, for messages: its id, its dataset, and the row there where it is made from one."""
+        row = "" if self.rows is None else f", row {self.rows[index] + 1:,}"
+        return f"sample {index} of '{self.domain_names[self.domain_ids[index]]}'{row}"
+
     def domains_of(self, ids: Any) -> np.ndarray:
         return self.domain_ids[ids].astype(np.int64)
 
@@ -165,10 +185,12 @@ class Pool(TrainingPool):
         digest = hashlib.sha256()
         lengths: list[np.ndarray] = []
         weights: list[np.ndarray | None] = []
+        bounds: list[tuple[int, int]] = []
         for name, dataset in named.items():
-            scan = _scan(f"{key} '{name}'" if isinstance(datasets, Mapping) else key, dataset)
+            scan = scan_dataset(f"{key} '{name}'" if isinstance(datasets, Mapping) else key, dataset)
             lengths.append(scan[0])
             weights.append(scan[2])
+            bounds.append(scan[3])
             digest.update(repr((str(name), len(scan[0]), scan[1])).encode())
         given = [weight for weight in weights if weight is not None]
         if given and len(given) < len(weights):
@@ -177,7 +199,7 @@ class Pool(TrainingPool):
         from torch.utils.data import ConcatDataset
 
         parts = list(named.values())
-        return cls(
+        pool = cls(
             dataset=parts[0] if len(parts) == 1 else ConcatDataset(parts),
             domain_ids=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in lengths]),
             domain_names=[str(name) for name in named],
@@ -186,12 +208,14 @@ class Pool(TrainingPool):
             rows=np.concatenate([np.arange(len(part)) for part in lengths]),
             sample_weights=np.concatenate(given) if given else None,
         )
+        pool._id_bounds = min(low for low, _ in bounds), max(high for _, high in bounds)
+        return pool
 
 
 def describe_sample(pool: TrainingPool, index: int, tokenizer: Any, max_chars: int = 2000) -> str:
     """One decoded sample for the log: what is trained on stands between ⟦ and ⟧."""
     sample = pool[index]
-    ids, labels = _to_array(sample["input_ids"]), _to_array(sample["labels"])
+    ids, labels = to_array(sample["input_ids"]), to_array(sample["labels"])
     text = mark_trained(ids.tolist(), labels.tolist(), tokenizer)
     if len(text) > max_chars:
         half = max_chars // 2
@@ -211,90 +235,3 @@ def mark_trained(input_ids: list[int], labels: list[int], tokenizer: Any) -> str
             text.append(f"⟦{part}⟧" if trained else part)
             start = end
     return "".join(text)
-
-
-def _to_array(values: Any) -> np.ndarray:
-    return np.asarray(values, dtype=np.int64)
-
-
-def _scan(where: str, dataset: Any) -> tuple[np.ndarray, str, np.ndarray | None]:
-    """Lengths (int32 [N]), a content hash that does not depend on how the dataset is stored, and sample weights."""
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise UserError(f"{where}: a {type(dataset).__name__} has no length; sample ids need a map-style dataset")
-    if len(dataset) == 0:
-        raise UserError(f"{where}: is empty")
-    hashes = {key: hashlib.sha256() for key in ("input_ids", "labels", *WEIGHTS)}
-    lengths = np.zeros(len(dataset), dtype=np.int32)
-    weights: list[float] = []
-    untrained = 0
-    for index, ids, labels, weight, token_weight in _items(dataset, where):
-        if len(ids) != len(labels):
-            raise UserError(f"{where}: sample {index} has {len(ids)} input_ids but {len(labels)} labels")
-        if weight is not None:
-            own = check_weights([weight], 1, f"{where}: sample {index}: sample_weight")
-            weights += own.tolist()
-            hashes["sample_weight"].update(own.tobytes())
-        if token_weight is not None:
-            own = check_weights(token_weight, len(ids), f"{where}: sample {index}: token_weight")
-            hashes["token_weight"].update(own.tobytes())
-        if weights and len(weights) != index + 1:
-            has = "no sample_weight, others have it" if weight is None else "a sample_weight, others have none"
-            raise UserError(f"{where}: sample {index} has {has}")
-        lengths[index] = len(ids)
-        untrained += not (labels[1:] != IGNORE_INDEX).any()
-        hashes["input_ids"].update(ids.tobytes())
-        hashes["labels"].update(labels.tobytes())
-    if untrained == len(dataset):
-        raise UserError(f"{where}: all {untrained} samples are masked: no label counts in the loss")
-    if untrained:
-        logger.warning(f"{where}: {untrained} of {len(dataset)} samples have no label that counts in the loss")
-    sizes = hashlib.sha256(lengths.tobytes()).hexdigest()
-    content = ":".join([sizes, *(h.hexdigest() for h in hashes.values())])
-    return lengths, content, np.array(weights) if weights else None
-
-
-def check_weights(values: Any, count: int, what: str) -> np.ndarray:
-    """``values`` as float64 [count]; UserError unless they are ``count`` finite numbers >= 0."""
-    try:
-        weights = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise UserError(f"{what}: expected {count} numbers >= 0, got {shown(values)}") from None
-    if weights.shape != (count,):
-        raise UserError(f"{what}: expected {count} numbers, got shape {weights.shape}")
-    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
-    if bad.size:
-        at = f" at {bad[0]}" if count > 1 else ""
-        raise UserError(f"{what}: expected numbers >= 0, got {weights[bad[0]]:g}{at}")
-    return weights
-
-
-def _items(dataset: Any, where: str) -> Iterator[tuple[int, np.ndarray, np.ndarray, Any, Any]]:
-    """(index, input_ids, labels, sample_weight, token_weight), ids as int64 arrays, weights None where there are none.
-
-    In large batches where the dataset is an Arrow one.
-    """
-    columns = getattr(dataset, "column_names", None)
-    if hasattr(dataset, "with_format") and isinstance(columns, list):
-        _check_keys(columns, where)
-        also = [key for key in WEIGHTS if key in columns]
-        plain = dataset.with_format(None).select_columns(["input_ids", "labels", *also])
-        at, nothing = 0, [None] * 1000
-        for batch in plain.iter(batch_size=1000):
-            own = [batch.get(key, nothing[: len(batch["labels"])]) for key in WEIGHTS]
-            for ids, labels, weight, token_weight in zip(batch["input_ids"], batch["labels"], *own, strict=True):
-                yield at, _to_array(ids), _to_array(labels), weight, token_weight
-                at += 1
-        return
-    for index in range(len(dataset)):
-        item = dataset[index]
-        if not isinstance(item, Mapping):
-            raise UserError(f"{where}: sample {index} is a {type(item).__name__}, not a dict")
-        _check_keys(list(item), f"{where}: sample {index}")
-        ids, labels = _to_array(item["input_ids"]), _to_array(item["labels"])
-        yield index, ids, labels, item.get("sample_weight"), item.get("token_weight")
-
-
-def _check_keys(keys: list[str], where: str) -> None:
-    missing = [key for key in ("input_ids", "labels") if key not in keys]
-    if missing:
-        raise UserError(f"{where}: has no {' and no '.join(missing)}; it has {', '.join(map(str, keys))}")

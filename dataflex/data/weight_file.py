@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dataflex.data.pool import check_weights
+from dataflex.data.scan import check_weights
 from dataflex.data.token_weights import TokenWeights
 from dataflex.utils.errors import UserError
 

@@ -23,6 +23,7 @@ from dataflex.core.plan import (
 )
 from dataflex.data.pool import Pool, TrainingPool
 from dataflex.engine.identity import weights_identity
+from dataflex.engine.limits import check_limits
 from dataflex.engine.loop import BatchSource, Loop, Stepper
 from dataflex.engine.optimizer_state import read_moments
 from dataflex.engine.plugin import DataflexEngine
@@ -58,6 +59,7 @@ def attach(
     if getattr(getattr(engine.module, "config", None), "use_cache", False):
         engine.module.config.use_cache = False
     engine.train()
+    _check_limits(engine.module, cfg, pool, eval_pool, mixer_eval_pool)
     if isinstance(pool, Pool):
         check_model(engine, collator([_short_sample(pool)]))
     run = _make_run(engine, cfg, pool)
@@ -91,6 +93,14 @@ def _short_sample(pool: Pool) -> dict[str, Any]:
     lengths = pool.lengths[candidates]
     longer = candidates[lengths > 1] if (lengths > 1).any() else candidates
     return pool[longer[pool.lengths[longer].argmin()]]
+
+
+def _check_limits(module: Any, cfg: Config, train: Any, target: Any, mixers: Any) -> None:
+    """`check_limits` with the words of a YAML run, or of data that came as objects."""
+    from_yaml = bool(cfg.data.dataset)
+    pools = {"dataset" if from_yaml else "train_dataset": train, "eval_dataset": target, "mixer_eval_dataset": mixers}
+    advice = "set cutoff_len:" if from_yaml else "cut the samples to"
+    check_limits(module, pools, advice, cfg.model.train_from_scratch)
 
 
 def _passes(run: Run, cfg: Config, engine: Any) -> ScoringPasses:

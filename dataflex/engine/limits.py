@@ -1,0 +1,119 @@
+"""What a model's own config limits, compared with the data before training: its positions and its vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from dataflex.data.pool import Pool, TrainingPool
+from dataflex.utils.errors import UserError
+from dataflex.utils.logging import logger
+
+# Tables of positions may have a few rows in front that no token gets (OPT, BART).
+_SPARE_ROWS = 8
+
+
+def check_limits(module: nn.Module, pools: Mapping[str, TrainingPool | None], advice: str, scratch: bool) -> None:
+    """UserError for a token id that the model has no row for, or a sample longer than its table of positions.
+
+    Says once where samples reach rotary positions that the model was not trained for. pools: by the key that names
+    them. advice: how samples are made shorter. scratch: the weights are random, so that no position is trained.
+    """
+    given = {key: pool for key, pool in pools.items() if pool is not None}
+    rows = vocabulary(module)
+    for key, pool in given.items():
+        if rows is not None and isinstance(pool, Pool):
+            _check_ids(key, pool, rows)
+    limit = _positions(module)
+    if limit is None:
+        return
+    for key, pool in given.items():
+        if pool.longest <= limit:
+            continue
+        table = _table_of_positions(module, limit)
+        longest = f"{key}: {_longest(pool)}, the model has {limit:,} positions"
+        if table is not None:
+            raise UserError(f"{longest} (max_position_embeddings, the rows of {table}) and no more; {advice} {limit}")
+        if not scratch and _rotary(module):
+            logger.warning(
+                f"{longest} in its training (max_position_embeddings); rotary ones beyond them work, but nothing was "
+                f"trained there: {advice} {limit}"
+            )
+
+
+def vocabulary(module: nn.Module) -> int | None:
+    """How many token ids the model knows: the rows of its input embeddings; None where it does not say."""
+    find = getattr(module, "get_input_embeddings", None)
+    table = find() if find is not None else None
+    found = [] if table is None else [m.num_embeddings for m in table.modules() if isinstance(m, nn.Embedding)]
+    return found[0] if found else getattr(getattr(module, "config", None), "vocab_size", None)
+
+
+def _check_ids(key: str, pool: Pool, rows: int) -> None:
+    low, high = pool.id_bounds
+    if low >= 0 and high < rows:
+        return
+    for index in range(len(pool)):
+        sample = pool[index]
+        for column in ("input_ids", "labels"):
+            ids = np.asarray(sample[column], dtype=np.int64)
+            wrong = ids[((ids < 0) & ~((ids == -100) & (column == "labels"))) | (ids >= rows)]
+            if wrong.size:
+                raise UserError(
+                    f"{key}: {pool.place_of(index)}: {column} has the token id {wrong[0]}, the model's vocabulary has "
+                    f"ids 0 to {rows - 1}; the data must be made with the tokenizer of this model"
+                )
+
+
+def _text_config(module: nn.Module) -> Any:
+    config: Any = getattr(module, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _positions(module: nn.Module) -> int | None:
+    config = _text_config(module)
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _table_of_positions(module: nn.Module, limit: int) -> str | None:
+    """The name of a learned or stored table with a row for each position; of one that grows when needed: None."""
+    find = getattr(module, "get_input_embeddings", None)
+    words = [] if find is None else list(find().modules())
+    for name, part in module.named_modules():
+        if hasattr(part, "make_weights"):
+            continue
+        tables = {
+            f"{name}.{key}": value.shape[0] for key, value in part.named_buffers(recurse=False) if value.dim() > 1
+        }
+        if isinstance(part, nn.Embedding) and not any(part is word for word in words):
+            tables[name] = part.num_embeddings
+        for found, rows in tables.items():
+            if limit <= rows <= limit + _SPARE_ROWS:
+                return found
+    return None
+
+
+def _rotary(module: nn.Module) -> bool:
+    """Whether positions are rotary, of a kind that does not stretch itself with the text's length."""
+    kinds = list(_kinds(getattr(_text_config(module), "rope_parameters", None) or {}))
+    return bool(kinds) and "dynamic" not in kinds
+
+
+def _kinds(parameters: Mapping[str, Any]) -> Iterator[str]:
+    """The rope_type of each kind of layer."""
+    for key, value in parameters.items():
+        if isinstance(value, Mapping):
+            yield from _kinds(value)
+        elif key == "rope_type":
+            yield str(value)
+
+
+def _longest(pool: TrainingPool) -> str:
+    """The longest sample in words, or how long samples of a stream may be."""
+    if not isinstance(pool, Pool):
+        return f"samples of up to cutoff_len {pool.longest:,} tokens"
+    return f"{pool.place_of(int(np.argmax(pool.lengths)))} has {pool.longest:,} tokens"
