@@ -147,6 +147,8 @@ class TrainSection(Section):
     ddp_timeout: Seconds = 1800
     group_by_length: Flag = False
     layer_lr_multipliers: Weights = None
+    nonfinite: Annotated[Literal["stop", "skip"], choice("stop", "skip")] = "stop"
+    nonfinite_limit: Positive = 10
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The DeepSpeed config as a new dict ("auto" values as they are); empty where none is named."""

@@ -53,6 +53,10 @@ class TrainingPool(ABC):
     def domains_of(self, ids: Any) -> np.ndarray:
         """The domain of each sample, int64 [n]. ids: int64 [n]."""
 
+    def place_of(self, index: int) -> str:
+        """A sample in words, for messages: its id and its dataset."""
+        return f"sample {index} of '{self.domain_names[int(self.domains_of(np.array([index]))[0])]}'"
+
     @abstractmethod
     def lengths_of(self, ids: np.ndarray) -> np.ndarray:
         """Tokens of each sample, int64 [n]. ids: int64 [n]; of streams, samples that this rank read for this step."""
@@ -144,9 +148,8 @@ class Pool(TrainingPool):
         return self._id_bounds
 
     def place_of(self, index: int) -> str:
-        """A sample in words, for messages: its id, its dataset, and the row there where it is made from one."""
-        row = "" if self.rows is None else f", row {self.rows[index] + 1:,}"
-        return f"sample {index} of '{self.domain_names[self.domain_ids[index]]}'{row}"
+        """And the row there, where it is made from one."""
+        return super().place_of(index) + ("" if self.rows is None else f", row {self.rows[index] + 1:,}")
 
     def domains_of(self, ids: Any) -> np.ndarray:
         return self.domain_ids[ids].astype(np.int64)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dataflex.engine.finite import check_finite
 from dataflex.engine.handover import Handover
 from dataflex.utils import dist
 from dataflex.utils.files import give_usual_mode
@@ -18,10 +19,11 @@ def export(engine: Any, folder: Path, handover: Handover) -> None:
     """Write model (or adapter) and what goes with it to ``folder``; a collective.
 
     Parameters are gathered one at a time to rank 0's memory. `save_pretrained` alone would write empty tensors
-    under ZeRO-3.
+    under ZeRO-3. UserError, and nothing is written, where they are not finite.
     """
     import deepspeed
 
+    check_finite(engine, folder)
     module = engine.module
     wanted = sum(size_of(p) for p in module.parameters() if p.requires_grad or not hasattr(module, "peft_config"))
     dist.together(lambda: check_room(folder, wanted, "the trained model"))

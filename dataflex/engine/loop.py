@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from dataflex.core.context import Run
 from dataflex.core.hook import Hook, Planner, Weigher
 from dataflex.core.plan import Plan, group_by_length
 from dataflex.engine.batches import BatchSource, MicroBatch, StepBatch
+from dataflex.engine.skip import NonFinite, advance_schedule, dropped_by_deepspeed, step_without_update
 from dataflex.ops import SampleLoss, per_sample_loss
 from dataflex.scoring.split import logits_of
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
+from dataflex.utils.logging import logger
 
 
 def micro_loss(losses: SampleLoss, weights: Tensor | None, normalization: str) -> Tensor:
@@ -48,12 +50,23 @@ class Stepper:
     """
 
     def __init__(
-        self, engine: Any, run: Run, hooks: Sequence[Hook], normalization: str, class_weight: Tensor | None = None
+        self,
+        engine: Any,
+        run: Run,
+        hooks: Sequence[Hook],
+        normalization: str,
+        class_weight: Tensor | None = None,
+        nonfinite: NonFinite | None = None,
     ) -> None:
-        """class_weight: float32 [vocabulary] on the device, multiplies the loss of each token by its label's."""
+        """class_weight: float32 [vocabulary] on the device, multiplies the loss of each token by its label's.
+
+        nonfinite: what a loss or gradient that is not finite leads to; without it, to a UserError.
+        """
         self.engine = engine
         self.class_weight = class_weight
+        self.nonfinite = nonfinite or NonFinite()
         self.run = run
+        self.loss = math.nan
         self.watchers = [h for h in hooks if type(h).on_losses is not Hook.on_losses]
         self.weighers = [h for h in hooks if isinstance(h, Weigher)]
         self.observers = [h for h in hooks if type(h).on_weights is not Hook.on_weights]
@@ -62,68 +75,95 @@ class Stepper:
     def step(self, batch: StepBatch) -> float:
         """Train on one global batch and return its loss, the same on every rank; every module is in train mode.
 
-        UserError naming the step and the samples where that loss is not finite.
+        A step in which no token or weight counts has loss 0 and moves only the schedule. One whose loss is not finite
+        is a UserError naming the samples, or with ``nonfinite: skip`` moves only the schedule too; its loss is NaN.
         """
         self.start(batch)
         self.train_micro_batches(batch)
-        return self.finish(batch)
+        return self.loss
 
     def start(self, batch: StepBatch) -> None:
         """Before the first forward of a global batch: the denominator that its micro-batches share; a collective."""
         self.engine.train()
-        self._denominator = dist.all_reduce(local_denominator(batch, self.normalization)).to(torch.float32)
-        self._total = torch.zeros((), device=self._denominator.device)
+        denominator = dist.all_reduce(local_denominator(batch, self.normalization)).to(torch.float32)
+        self._denominator = torch.where(denominator == 0, 1.0, denominator)
+        self._total = torch.zeros(2, device=denominator.device)
         self._seen: list[Tensor] = []
 
     def train_micro_batches(self, batch: StepBatch) -> None:
         """Forward, backward and step of each micro-batch of a global batch that is started."""
         for micro in batch.micro_batches:
             self.engine.backward(self.forward(micro))
-            self.engine.step()
+            self.take_step(batch)
 
     def forward(self, micro: MicroBatch) -> Tensor:
         """The micro-batch's loss for ``engine.backward``, scalar with gradient.
 
         Its mean over the step's micro-batches on all ranks is the loss of the global batch.
         """
-        loss, per_sample = self._micro(micro, self._denominator)
-        self._total += loss.detach()
+        loss, per_sample, counts = self._micro(micro, self._denominator)
+        self._total += torch.stack([loss.detach(), counts.to(loss)])
         self._seen.append(per_sample.detach())
         return loss * (self.run.world_size * self.run.accumulation)
 
-    def finish(self, batch: StepBatch) -> float:
-        """After the optimizer step: the global batch's loss, the same on every rank; UserError if it is not finite."""
-        value = self._agree(self._total)
-        if not math.isfinite(value):
-            self._explain(batch, self._seen, float(self._denominator))
-        return value
+    def take_step(self, batch: StepBatch, *arguments: Any, **named: Any) -> None:
+        """DeepSpeed's step after a micro-batch's backward; a collective at the last micro-batch.
 
-    def _agree(self, total: Tensor) -> float:
-        """The sum over ranks of their parts of the loss (scalar); whether the run ends after this step goes with it."""
+        There ``loss`` becomes the global batch's loss, the same on every rank, and the update is left out where there
+        is none to make.
+        """
+        if len(self._seen) < len(batch.micro_batches):
+            self.engine.step(*arguments, **named)
+            return
+        self.loss, counting = self._agree()
+        if not counting:
+            logger.warning(f"step {self.run.step + 1}: no token or weight counts; nothing but the schedule moves")
+            self.loss = 0.0
+            step_without_update(self.engine, *arguments, **named)
+        elif not math.isfinite(self.loss):
+            self.nonfinite.met(self.run, self._culprits(batch, self._seen))
+            self.loss = math.nan
+            step_without_update(self.engine, *arguments, **named)
+        else:
+            self.engine.step(*arguments, **named)
+            if dropped_by_deepspeed(self.engine):
+                self.nonfinite.met(self.run, "the gradient of the global batch is")
+                self.loss = math.nan
+                advance_schedule(self.engine)
+            else:
+                self.nonfinite.in_a_row = 0
+
+    def _agree(self) -> tuple[float, float]:
+        """The sums over ranks: of their parts of the loss, and of micro-batches in which anything counts.
+
+        Whether the run ends after this step goes with them.
+        """
         run = self.run
-        vote = run.stop.vote(run.world_size)
-        value, votes = dist.all_reduce(torch.stack([total, torch.full_like(total, vote)])).tolist()
+        vote = self._total.new_tensor([run.stop.vote(run.world_size)])
+        loss, counting, votes = dist.all_reduce(torch.cat([self._total, vote])).tolist()
         if run.step + 1 < run.total_steps:
             run.stop.settle(int(votes), run.world_size)
-        return float(value)
+        return loss, counting
 
-    def _explain(self, batch: StepBatch, losses: list[Tensor], denominator: float) -> NoReturn:
-        """Raise the error for a loss that is not finite."""
+    def _culprits(self, batch: StepBatch, losses: list[Tensor]) -> str:
+        """Which losses are not finite, with a verb; a collective."""
         bad = [
             int(i)
             for micro, loss in zip(batch.micro_batches, losses, strict=True)
             for i in micro.sample_ids[~torch.isfinite(loss).cpu().numpy()]
         ]
         everywhere = sorted(i for part in dist.gather_objects(bad) for i in part)
-        what = f"losses of sample ids {everywhere[:16]} are" if everywhere else "weighted loss of the global batch is"
-        if denominator <= 0:
-            what = f"loss of a global batch with {denominator:g} {self.normalization} (no trained token or weight) is"
-        raise UserError(
-            f"step {self.run.step + 1}: the {what} not finite; nothing was saved over the last good checkpoint"
-        )
+        if not everywhere:
+            return "the weighted loss of the global batch is"
+        places = ", ".join(self.run.pool.place_of(i) for i in everywhere[:4])
+        more = f" and {len(everywhere) - 4} more" if len(everywhere) > 4 else ""
+        return f"the losses of sample ids {everywhere[:16]} ({places}{more}) are"
 
-    def _micro(self, micro: MicroBatch, denominator: Tensor) -> tuple[Tensor, Tensor]:
-        """This micro-batch's part of the step's loss (scalar) and its samples' losses [S], with gradient."""
+    def _micro(self, micro: MicroBatch, denominator: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """This micro-batch's part of the step's loss (scalar) and its samples' losses [S], with gradient.
+
+        And whether anything in it counts, bool scalar.
+        """
         outputs = self.engine(**micro.inputs)
         losses = per_sample_loss(
             logits_of(outputs).flatten(0, 1),
@@ -138,13 +178,25 @@ class Stepper:
         answers = [answer for answer in answers if answer is not None]
         if any(answer.dim() == 0 for answer in answers):
             (loss,) = self._alone(answers)
-            return loss / (self.run.accumulation * self.run.world_size), losses.loss
+            counts = self._counting(micro, None) & (loss.detach() != 0)
+            return loss / (self.run.accumulation * self.run.world_size), losses.loss, counts
         weights = micro.weights
         for answer in answers:
             weights = answer if weights is None else weights * answer
         for hook in self.observers:
             hook.on_weights(self.run, micro, weights)
-        return micro_loss(losses, weights, self.normalization) / denominator, losses.loss
+        loss = micro_loss(losses, weights, self.normalization) / denominator
+        return loss, losses.loss, self._counting(micro, weights)
+
+    def _counting(self, micro: MicroBatch, weights: Tensor | None) -> Tensor:
+        """Whether any token is trained on with a weight other than 0, of it, its class and its sample; bool scalar."""
+        tokens = micro.labels != -100
+        if micro.token_weights is not None:
+            tokens = tokens & (micro.token_weights != 0)
+        if self.class_weight is not None:
+            tokens = tokens & (self.class_weight[micro.labels.clamp(min=0)] != 0)
+        samples = torch.segment_reduce(tokens.float(), "sum", lengths=micro.cu_seqlens.diff(), unsafe=True) > 0
+        return (samples if weights is None else samples & (weights.detach() != 0)).any()
 
     def _alone(self, answers: list[Tensor]) -> list[Tensor]:
         """UserError unless there is one answer: a weighter's own loss and another hook's weights do not go together."""
@@ -227,12 +279,11 @@ class Loop:
 
     def end(self, batch: StepBatch) -> float:
         """After the optimizer step: count it and call the hooks; the loss of the global batch."""
-        loss = self.stepper.finish(batch)
         self.inside = False
         self.run.step += 1
-        self.run.loss = loss
+        self.run.loss = self.stepper.loss
         self._each("on_step_end", self.run, batch)
-        return loss
+        return self.run.loss
 
     def between_steps(self, what: str) -> None:
         """UserError where a step is begun and not ended."""

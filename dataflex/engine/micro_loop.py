@@ -83,11 +83,11 @@ class MicroLoop:
         """DeepSpeed's step; after the last micro-batch the step is counted and the hooks are called."""
         if self._loss is None or not self._went_back:
             raise UserError(f"engine.step: no backward of a micro-batch came before: {LOOP}")
-        self.engine.step(*arguments, **named)
+        assert self._batch is not None
+        self.loop.stepper.take_step(self._batch, *arguments, **named)
         self._loss = None
         self._left.pop(0)
         if not self._left:
-            assert self._batch is not None
             batch, self._batch = self._batch, None
             self.loop.end(batch)
 

@@ -4,8 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+from dataflex.core.context import Run
+from dataflex.utils.errors import UserError
+from dataflex.utils.logging import logger
+
+
+@dataclass
+class NonFinite:
+    """What a step with a loss or gradient that is not finite leads to.
+
+    policy: ``stop``, or ``skip`` for at most ``limit`` steps in a row.
+    """
+
+    policy: str = "stop"
+    limit: int = 10
+    in_a_row: int = 0
+
+    def met(self, run: Run, what: str) -> None:
+        """Say that the step will be skipped, or raise UserError. what: what is not finite, with its verb."""
+        self.in_a_row += 1
+        if self.policy == "stop":
+            raise UserError(
+                f"step {run.step + 1}: {what} not finite; nothing was saved over the last good checkpoint (nonfinite: "
+                "skip goes on without such steps)"
+            )
+        if self.in_a_row > self.limit:
+            raise UserError(
+                f"step {run.step + 1}: {what} not finite, and {self.limit} steps before it were skipped for that "
+                "(nonfinite_limit); nothing was saved over the last good checkpoint"
+            )
+        logger.warning(f"step {run.step + 1}: {what} not finite; skipped, nothing but the schedule moves")
 
 
 def step_without_update(engine: Any, *arguments: Any, **named: Any) -> None:
@@ -21,6 +53,20 @@ def step_without_update(engine: Any, *arguments: Any, **named: Any) -> None:
         engine.step(*arguments, **named)
     engine.skipped_steps += 1
     engine._global_grad_norm = None
+
+
+def dropped_by_deepspeed(engine: Any) -> bool:
+    """Whether DeepSpeed has just left out an update because of gradients that are not finite, but not in fp16.
+
+    There that is how it finds the loss scale.
+    """
+    return not engine.fp16_enabled() and bool(getattr(engine.optimizer, "overflow", False))
+
+
+def advance_schedule(engine: Any) -> None:
+    """After an update that DeepSpeed left out: the learning rate goes on all the same."""
+    if engine.lr_scheduler is not None:
+        engine.lr_scheduler.step()
 
 
 def _drop_gradients(optimizer: Any, step: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -42,7 +43,8 @@ class LogHook(Hook):
         self._write(run)
 
     def on_step_end(self, run: Run, batch: Any) -> None:
-        self._losses.append(run.loss)
+        if math.isfinite(run.loss):
+            self._losses.append(run.loss)
         if self._bar is not None:
             self._bar.update(1)
         if run.step % self.logging_steps and run.step != run.total_steps:
@@ -112,7 +114,7 @@ class LogHook(Hook):
         entry: dict[str, Any] = {
             "current_steps": run.step,
             "total_steps": run.total_steps,
-            "loss": sum(self._losses) / max(1, len(self._losses)),
+            **({"loss": sum(self._losses) / len(self._losses)} if self._losses else {}),
             "lr": float(run.engine.get_lr()[0]),
             **self._epoch(run),
             "percentage": round(100 * run.step / run.total_steps, 2),
@@ -122,6 +124,8 @@ class LogHook(Hook):
         norm = run.engine.get_global_grad_norm()
         if norm is not None:
             entry["grad_norm"] = float(norm)
+        if run.engine.skipped_steps:
+            entry["skipped_steps"] = run.engine.skipped_steps
         return entry | run.figures
 
     def _epoch(self, run: Run) -> dict[str, float]:

@@ -11,6 +11,7 @@ from dataflex import __version__
 from dataflex.engine.checkpoint.manifest import MANIFEST, POINTER, STATE, Manifest, random_state_file
 from dataflex.engine.checkpoint.state import encode, random_state, state_of
 from dataflex.engine.export import size_of
+from dataflex.engine.finite import check_finite
 from dataflex.engine.loop import Loop
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -28,12 +29,14 @@ def save(
     point: bool = True,
     without_frozen: bool = True,
 ) -> None:
-    """Write a checkpoint into the new ``folder``; a collective. UserError if the folder holds one already.
+    """Write a checkpoint into the new ``folder``; a collective.
 
+    UserError if the folder holds one already, and where weights or the optimizer's state are not finite.
     point: let `POINTER` name it. without_frozen: leave out parameters that are not trained.
     """
     if dist.broadcast_object((folder / MANIFEST).exists()):
         raise UserError(f"{folder}: is a checkpoint already; a tag is never written twice")
+    check_finite(engine, folder)
     frozen = without_frozen and any(not p.requires_grad for p in engine.module.parameters())
     wanted = sum(dist.gather_objects(_bytes_here(engine)))
     dist.together(lambda: check_room(folder, wanted, "a checkpoint"))

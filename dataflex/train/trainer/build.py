@@ -28,6 +28,7 @@ from dataflex.engine.loop import BatchSource, Loop, Stepper
 from dataflex.engine.optimizer_state import read_moments
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.engine.reference import open_reference
+from dataflex.engine.skip import NonFinite
 from dataflex.scoring.model_check import check_model
 from dataflex.scoring.scorer import Scorer
 from dataflex.scoring.sharded import ScoringPasses
@@ -79,7 +80,8 @@ def attach(
         every.append(WeightLog(cfg.output.logging_steps, weights))
     every += hooks  # after what dataflex keeps itself: a log or a checkpoint among them holds the whole step
     normalization = cfg.flex.weight_normalization if weighted else "tokens"
-    stepper = Stepper(engine, run, every, normalization, weights.class_weight)
+    policy = NonFinite(cfg.train.nonfinite, cfg.train.nonfinite_limit)
+    stepper = Stepper(engine, run, every, normalization, weights.class_weight, policy)
     source = BatchSource(run, collator, device, workers, weights)
     loop = Loop(run, every, source, stepper, cfg.train.group_by_length)
     wrapped = DataflexEngine(engine, run, loop, scorer, eval_pool, cfg.train.per_device_eval_batch_size)

@@ -184,10 +184,14 @@ class LearningPlanner(MixPlanner):
         return torch.from_numpy(run.pool.domains_of(micro.sample_ids)).to(device)
 
     def _learn(self) -> None:
-        """A collective: every rank has seen as many micro-batches of the step."""
+        """A collective: every rank has seen as many micro-batches of the step.
+
+        Nothing is learned of a step without a trained token, nor of losses that are not finite.
+        """
         if self._sums is not None:
             sums, tokens = dist.all_reduce(self._sums).cpu().numpy()
-            self.mixer.learn(sums, tokens)
+            if tokens.any() and np.isfinite(sums).all():
+                self.mixer.learn(sums, tokens)
             self._sums = None
 
 
