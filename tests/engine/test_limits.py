@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,7 +85,7 @@ def test_nothing_is_said_of_data_that_fits(family: str, caplog: pytest.LogCaptur
     pool = Pool.from_datasets([{"input_ids": list(range(96)), "labels": list(range(96))}])
     with caplog.at_level(logging.WARNING):
         check_limits(families.model(family), {"train_dataset": pool}, "", False)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("dataflex")]
 
 
 @pytest.mark.parametrize(
@@ -127,5 +126,5 @@ def test_a_token_id_outside_the_vocabulary_names_its_sample(column: str, wrong: 
     check_limits(tiny_llama(), {"train_dataset": Pool.from_datasets(samples(6, seed=1))}, "", False)
 
 
-def test_a_model_that_says_nothing_limits_nothing(tmp_path: Path) -> None:
+def test_a_model_that_says_nothing_limits_nothing() -> None:
     check_limits(torch.nn.Linear(2, 2), {"train_dataset": long_pool()}, "", False)
