@@ -53,9 +53,9 @@ class TrainingPool(ABC):
     def domains_of(self, ids: Any) -> np.ndarray:
         """The domain of each sample, int64 [n]. ids: int64 [n]."""
 
-    def place_of(self, index: int) -> str:
-        """A sample in words, for messages: its id and its dataset."""
-        return f"sample {index} of '{self.domain_names[int(self.domains_of(np.array([index]))[0])]}'"
+    def whence(self, index: int) -> str:
+        """Where a sample is from, for messages: its dataset."""
+        return f"'{self.domain_names[int(self.domains_of(np.array([index]))[0])]}'"
 
     @abstractmethod
     def lengths_of(self, ids: np.ndarray) -> np.ndarray:
@@ -147,9 +147,17 @@ class Pool(TrainingPool):
             self._id_bounds = min(low for low, _ in bounds), max(high for _, high in bounds)
         return self._id_bounds
 
-    def place_of(self, index: int) -> str:
-        """And the row there, where it is made from one."""
-        return super().place_of(index) + ("" if self.rows is None else f", row {self.rows[index] + 1:,}")
+    def whence(self, index: int) -> str:
+        """The file:row that it is made from, or its place in a dataset that came as an object, counted from 0."""
+        if self.rows is None:
+            return super().whence(index)
+        origin, row = None, self.rows[index : index + 1]
+        if self.origins is not None:
+            origin = self.origins[self.domain_ids[index]]
+        if origin is None:
+            return f"{super().whence(index)} at {row[0]}"
+        files, within = origin.places(row)
+        return f"{origin.names[files[0]]}:{within[0] + 1}"
 
     def domains_of(self, ids: Any) -> np.ndarray:
         return self.domain_ids[ids].astype(np.int64)

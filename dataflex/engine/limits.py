@@ -63,8 +63,8 @@ def _check_ids(key: str, pool: Pool, rows: int) -> None:
             wrong = ids[((ids < 0) & ~((ids == -100) & (column == "labels"))) | (ids >= rows)]
             if wrong.size:
                 raise UserError(
-                    f"{key}: {pool.place_of(index)}: {column} has the token id {wrong[0]}, the model's vocabulary has "
-                    f"ids 0 to {rows - 1}; the data must be made with the tokenizer of this model"
+                    f"{key}: sample {index} ({pool.whence(index)}): {column} has the token id {wrong[0]}, the model's "
+                    f"vocabulary has ids 0 to {rows - 1}; the data must be made with the tokenizer of this model"
                 )
 
 
@@ -116,4 +116,5 @@ def _longest(pool: TrainingPool) -> str:
     """The longest sample in words, or how long samples of a stream may be."""
     if not isinstance(pool, Pool):
         return f"samples of up to cutoff_len {pool.longest:,} tokens"
-    return f"{pool.place_of(int(np.argmax(pool.lengths)))} has {pool.longest:,} tokens"
+    index = int(np.argmax(pool.lengths))
+    return f"sample {index} ({pool.whence(index)}) has {pool.longest:,} tokens"

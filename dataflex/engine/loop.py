@@ -155,7 +155,7 @@ class Stepper:
         everywhere = sorted(i for part in dist.gather_objects(bad) for i in part)
         if not everywhere:
             return "the weighted loss of the global batch is"
-        places = ", ".join(self.run.pool.place_of(i) for i in everywhere[:4])
+        places = ", ".join(self.run.pool.whence(i) for i in everywhere[:4])
         more = f" and {len(everywhere) - 4} more" if len(everywhere) > 4 else ""
         return f"the losses of sample ids {everywhere[:16]} ({places}{more}) are"
 

@@ -32,7 +32,7 @@ def test_samples_of_weight_0_and_a_short_table_of_positions(workspace: Path) -> 
     (found,) = run_ranks("tests.driver.ranks:sweep", 1, folder=str(workspace), cases=cases)
     losses = found["weights"]["losses"]
     assert (len(losses), losses.count(0.0)) == (40, 5)
-    assert found["positions"]["error"].startswith("dataset: sample ")
+    assert found["positions"]["error"].startswith("dataset: sample ") and "(a.json:" in found["positions"]["error"]
     assert found["positions"]["error"].endswith(
         "tokens, the model has 32 positions (max_position_embeddings, the rows of transformer.wpe) and no more; "
         "set cutoff_len: 32"

@@ -235,7 +235,7 @@ def test_another_world_size_is_refused(results: Any) -> None:
 def test_a_loss_that_is_not_finite_names_step_and_samples(world_size: int, results: Any) -> None:
     for rank in results[world_size]:
         assert rank["poisoned"] == (
-            "step 1: the losses of sample ids [3, 11] (sample 3 of 'train', sample 11 of 'train') are not finite; "
+            "step 1: the losses of sample ids [3, 11] ('train' at 3, 'train' at 11) are not finite; "
             "nothing was saved over the last good checkpoint (nonfinite: skip goes on without such steps)"
         )
         assert rank["all_masked"].startswith("no error: [") and "0.0" in rank["all_masked"]

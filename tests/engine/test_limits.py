@@ -75,8 +75,8 @@ def test_a_table_of_positions_is_named_where_the_model_would_fail(family: str) -
     with pytest.raises(UserError) as error:
         check_limits(net, {"train_dataset": None, "dataset": long_pool()}, "set cutoff_len:", True)
     assert str(error.value) == (
-        "dataset: sample 13 of 'right' has 17 tokens, the model has 16 positions (max_position_embeddings, the rows of "
-        f"{table}) and no more; set cutoff_len: 16"
+        "dataset: sample 13 ('right' at 5) has 17 tokens, the model has 16 positions (max_position_embeddings, the "
+        f"rows of {table}) and no more; set cutoff_len: 16"
     )
 
 
@@ -103,7 +103,7 @@ def test_untrained_rotary_positions_are_said(
     assert len(lines) == said
     if said:
         assert lines[0] == (
-            "eval_dataset: sample 13 of 'right' has 17 tokens, the model has 16 positions in its training "
+            "eval_dataset: sample 13 ('right' at 5) has 17 tokens, the model has 16 positions in its training "
             "(max_position_embeddings); rotary ones beyond them work, but nothing was trained there: "
             "set cutoff_len: 16"
         )
@@ -119,8 +119,9 @@ def test_a_token_id_outside_the_vocabulary_names_its_sample(column: str, wrong: 
     pool = Pool.from_datasets(data) if not arrow else Pool(data, [0] * 6, ["a"], [len(s["labels"]) for s in made], "f")
     with pytest.raises(UserError) as error:
         check_limits(tiny_llama(), {"train_dataset": pool}, "", False)
+    whence = "'a'" if arrow else "'train' at 4"
     assert str(error.value) == (
-        f"train_dataset: sample 4 of '{'a' if arrow else 'train'}': {column} has the token id {wrong}, the model's "
+        f"train_dataset: sample 4 ({whence}): {column} has the token id {wrong}, the model's "
         "vocabulary has ids 0 to 258; the data must be made with the tokenizer of this model"
     )
     check_limits(tiny_llama(), {"train_dataset": Pool.from_datasets(samples(6, seed=1))}, "", False)
