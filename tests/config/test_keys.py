@@ -114,6 +114,8 @@ KEYS: list[tuple[str, str, Any]] = [
     ("eval_strategy: no", "output", "no"),
     ("eval_strategy: false", "output", "no"),
     ("eval_steps: 50", "output", 50),
+    ("nonfinite: skip", "train", "skip"),
+    ("nonfinite_limit: 3", "train", 3),
     ("max_hours: 11.5", "output", 11.5),
     ("stop_grace_seconds: 120", "output", 120.0),
     ("train_type: static_full", "flex", ("static",)),
