@@ -25,7 +25,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES_OF_IMPORTS = {"pyyaml": "yaml"}
+NAMES_OF_IMPORTS = {"pyyaml": "yaml", "typing-extensions": "typing_extensions"}
 
 
 def copy_sources(target: Path) -> None:

@@ -90,12 +90,14 @@ def _checkpoint_in_eval(layer: nn.Module, checkpoint: Callable[..., Any], run: C
 def leaf_embeddings(module: nn.Module, outputs: list[torch.Tensor] | None = None) -> Iterator[None]:
     """Make every embedding's output a leaf that requires grad: the backward of activations ends there.
 
-    outputs: a list to which each of them is added. What goes on is a copy, since a model may change it in place.
+    outputs: a list to which each of them is added, to find its grad in. What goes on is a copy, since a model may
+    change it in place.
     """
 
     def detach(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
         output = output if output.requires_grad else output.detach().requires_grad_(True)
         if outputs is not None:
+            output.retain_grad()  # a hook of checkpointing or of ZeRO-3 may have made it require grad already
             outputs.append(output)
         return output.clone()
 
