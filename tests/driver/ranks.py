@@ -13,6 +13,7 @@ import yaml
 from dataflex.config import load_config
 from dataflex.core.run_files import written
 from dataflex.driver import training
+from dataflex.engine.plugin import DataflexEngine
 from dataflex.report.trainer_log import read_log
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -28,6 +29,34 @@ def sweep(folder: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     ``resume_from_checkpoint`` without dataflex's files.
     """
     return {name: _run(Path(folder), name, keys) for name, keys in cases.items()}
+
+
+class Killed(BaseException):
+    """Ends a run where it stands: nothing of the package may catch it."""
+
+
+def killed_at(folder: str, cases: dict[str, dict[str, Any]], steps: list[int]) -> dict[str, Any]:
+    """`sweep` over each case as it is, in <case>/whole/run, and in <case>/killed/run, ended in each of ``steps``."""
+    found: dict[str, Any] = {}
+    step = DataflexEngine.training_step
+    for name, keys in cases.items():
+        for dying in steps:
+
+            def mortal(self: Any, batch: Any, dying: int = dying) -> float:
+                if self.run.step == dying:
+                    raise Killed
+                return step(self, batch)
+
+            DataflexEngine.training_step = mortal  # type: ignore[method-assign]
+            try:
+                _run(Path(folder), name, keys | {"output_dir": f"{folder}/{name}/killed/run"})
+            except Killed:
+                found.setdefault(name, []).append(dying)
+            finally:
+                DataflexEngine.training_step = step  # type: ignore[method-assign]
+        for kind in ("killed", "whole"):
+            _run(Path(folder), name, keys | {"output_dir": f"{folder}/{name}/{kind}/run"})
+    return found
 
 
 def _run(folder: Path, name: str, keys: dict[str, Any]) -> dict[str, Any]:

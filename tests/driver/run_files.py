@@ -1,0 +1,48 @@
+"""What a run folder holds, in a form in which two runs that did the same are equal: times and places left out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataflex.engine import checkpoint
+
+# Times, and what was scored in them: a pass that was ended is taken up where it stood.
+TIMES = re.compile(r"(elapsed_time|remaining_time|train_runtime|\w+_per_second|\w+_seconds|samples_scored)$")
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """{path: content} of every file: text without times and without the folder's own name, else bytes."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): _content(path, folder) for path in files}
+
+
+def _content(path: Path, folder: Path) -> Any:
+    if path.suffix == ".pt":
+        with torch.serialization.safe_globals(checkpoint.deepspeed_globals()):
+            return _plain(torch.load(path, weights_only=True))
+    if path.name == checkpoint.MANIFEST:
+        manifest = json.loads(path.read_text())
+        return {"step": manifest["step"], "files": list(manifest["files"])}  # the hash of a pickle is not its content's
+    if path.suffix == ".jsonl":
+        return [_plain(json.loads(line)) for line in path.read_text().splitlines()]
+    if path.suffix == ".json":
+        return _plain(json.loads(path.read_text()))
+    if path.suffix in (".yaml", ".md"):
+        return re.sub(r"(runtime|per_second|_seconds|scored)\W.*", "", path.read_text().replace(str(folder), "FOLDER"))
+    return path.read_bytes()
+
+
+def _plain(value: Any) -> Any:
+    """Without times, and with tensors and arrays as lists."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if not TIMES.match(str(k)) and k != "clock"}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value if isinstance(value, str | bytes | int | float | None) else repr(value)
