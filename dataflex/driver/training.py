@@ -42,7 +42,7 @@ def _train(cfg: Config) -> None:
     start = run_folder.prepare(cfg)
     inputs = read_inputs(cfg)
     if start is not None:  # what the last screen is made from: better said now than after the training
-        dist.together(lambda: read_decisions(Path(cfg.output.output_dir), inputs.data.train))
+        dist.together(lambda: read_decisions(start.parent, inputs.data.train))
     log = LogHook(cfg.output.logging_steps)
     engine = build_engine(inputs, _run_hooks(inputs, log))
     stop = engine.run.stop = stop_of(cfg)
@@ -76,13 +76,14 @@ def _run_hooks(inputs: Inputs, log: LogHook) -> list[Hook]:
 
 
 def _resume(engine: DataflexEngine, cfg: Config, start: Path | None) -> None:
-    """Go on from the checkpoint ``start``, and forget what an interrupted run did after it."""
+    """Go on from the checkpoint ``start``, with what was written up to there and nothing later."""
     if start is None:
         return
     engine.load_checkpoint(start.parent, tag=start.name)
-    run_folder.drop_later(Path(cfg.output.output_dir), engine.run.step)
+    folder = Path(cfg.output.output_dir)
+    run_folder.go_on(folder, start, engine.run)
     dist.together(lambda: run_folder.write_config(cfg))
-    if start.parent.resolve() == Path(cfg.output.output_dir).resolve():
+    if start.parent.resolve() == folder.resolve():
         engine.run.stop.last = start
     if engine.run.step:
         logger.info(f"resumed from {start}, after step {engine.run.step}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import yaml
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from dataflex.core.run_files import RESULTS, cleared
 from dataflex.engine import checkpoint, own_files, start_over
@@ -16,11 +18,20 @@ from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.files import finish_removals, remove, write_atomically
 from dataflex.utils.logging import logger
+from dataflex.utils.records import DamagedError, read_lines
 
 if TYPE_CHECKING:
     from dataflex.config import Config
+    from dataflex.core.context import Run
 
 _SIGNS = ("trainer_log.jsonl", "decisions", RESULTS)
+
+
+@with_config(ConfigDict(extra="allow"))
+class _Line(TypedDict):
+    """A line of a *weights.jsonl as far as it is read again."""
+
+    step: Annotated[int, Field(strict=True)]
 
 
 def prepare(cfg: Config) -> Path | None:
@@ -35,24 +46,57 @@ def prepare(cfg: Config) -> Path | None:
     return answer
 
 
-def drop_later(folder: Path, step: int) -> None:
-    """Remove what an interrupted run wrote after ``step``: the resumed run writes it again. A collective."""
-    if dist.is_main():
-        for old in folder.glob("checkpoint-*"):
-            if checkpoint.step_of(old) > step:
-                logger.warning(f"removed {old}, which is later than the checkpoint resumed from")
-                remove(old)
-        for old in (folder / "decisions").glob("step_*"):
-            if checkpoint.step_of(old.with_suffix("")) >= step:
-                remove(old)
-        for log in folder.glob("*weights.jsonl"):
-            lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-            first = (
-                step + 1 if log.name == "weights.jsonl" else step
-            )  # weights are of steps done, mixtures of those to come
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first]
-            write_atomically(log, "".join(kept))
-    dist.barrier()
+def go_on(folder: Path, start: Path, run: Run) -> None:
+    """Let ``folder`` hold what the run wrote up to ``run.step`` and nothing later, which it writes again. A collective.
+
+    start: the checkpoint that it goes on from. Where that lies in another run's folder, the decisions and the lines of
+    *weights.jsonl up to there are copied from it. UserError naming a damaged line.
+    """
+    dist.together(lambda: _go_on(folder, start.parent, run) if dist.is_main() else None)
+
+
+def _go_on(folder: Path, source: Path, run: Run) -> None:
+    for old in folder.glob("checkpoint-*"):
+        if checkpoint.step_of(old) > run.step:
+            logger.warning(f"removed {old}, which is later than the checkpoint resumed from")
+            remove(old)
+    if run.step < run.total_steps:
+        remove(folder / RESULTS)  # the mark of a finished run
+    kept = {log.name: _lines_up_to(log, run.step) for log in source.glob("*weights.jsonl")}
+    for old in (folder / "decisions").glob("step_*"):
+        if not _decided_before(old, run.step):
+            remove(old)
+    if source.resolve() != folder.resolve() and run.step:
+        _copy_decisions(source, folder, run.step)
+    for name, lines in kept.items():
+        write_atomically(folder / name, lines)
+
+
+def _lines_up_to(log: Path, step: int) -> str:
+    """The whole lines of a *weights.jsonl that were written before the checkpoint of ``step``."""
+    try:
+        records = read_lines(log, _Line)
+    except DamagedError as error:
+        raise UserError(
+            f"{log.parent}: {error}; move the file away to go on without its earlier lines, or start over with "
+            "overwrite_output_dir: true"
+        ) from None
+    last = step if log.name == "weights.jsonl" else step - 1  # weights are of steps done, mixtures of those to come
+    texts = log.read_bytes().split(b"\n")[:-1]
+    return "".join(f"{text.decode()}\n" for text, line in zip(texts, records, strict=True) if line["step"] <= last)
+
+
+def _decided_before(path: Path, step: int) -> bool:
+    return checkpoint.step_of(path.with_suffix("")) < step
+
+
+def _copy_decisions(source: Path, folder: Path, step: int) -> None:
+    if not any((source / name).exists() for name in _SIGNS):
+        logger.warning(f"{source} holds no run but checkpoints, so {folder} lacks what was decided before step {step}")
+    for file in (source / "decisions").glob("step_*"):
+        if _decided_before(file, step):
+            (folder / "decisions").mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / "decisions" / file.name)
 
 
 def _prepare_or_error(cfg: Config) -> Path | None | UserError:
@@ -130,7 +174,8 @@ def _named(cfg: Config, start: Path, folder: Path) -> Path:
     """A checkpoint that the user names; what ``folder`` holds after it is only dropped where that is asked for."""
     problem = "it does not exist" if not start.is_dir() else checkpoint.broken(start)
     if start.is_dir() and (start / checkpoint.POINTER).exists():
-        problem = f"a folder of checkpoints; name one in it ({checkpoint.POINTER} is {_named_by(start)})"
+        named = checkpoint.pointed_to(start)
+        problem = "a folder of checkpoints; name one in it" + (f" (the newest is {named.name})" if named else "")
     if problem and not checkpoint.is_plain(start):
         raise UserError(f"resume_from_checkpoint: {start}: {problem}")
     same = start.resolve().parent == folder.resolve()
@@ -144,10 +189,6 @@ def _named(cfg: Config, start: Path, folder: Path) -> Path:
     if not same:
         _clear(folder)
     return start
-
-
-def _named_by(directory: Path) -> str:
-    return (directory / checkpoint.POINTER).read_text(encoding="utf-8").strip()
 
 
 def _clear(folder: Path) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from dataflex.core.registry import register_mixer, register_selector, register_weighter
+from dataflex.engine.plugin import DataflexEngine
 from dataflex.train.mixer.base_mixer import Mixer
 from dataflex.train.selector.base_selector import Selector
-from dataflex.train.weighter.base_weighter import Weighter
+from dataflex.train.weighter.base_weighter import SampleWeighter, Weighter
 
 
 def _selector(name: str, answer: Any) -> None:
@@ -42,11 +43,28 @@ class Vector(Weighter):
         return losses
 
 
-@register_weighter("mortal")
-class Mortal(Weighter):
-    """The mean, until the step of DIE_AT; then the process is killed as if by the machine."""
+def _die_at(name: str, step: int) -> None:
+    """Kill the process as if the machine did, where the environment's ``name`` is the step."""
+    if step == int(os.environ.get(name, "-1")):
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    def get_weighted_loss(self, losses: Any, *, ctx: Any, model: Any, inputs: Any) -> Any:
-        if ctx.step == int(os.environ.get("DIE_AT", "-1")):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return losses.mean()
+
+@register_weighter("mortal")
+class Mortal(SampleWeighter):
+    """Weights by the losses; dies in the step after DIE_AT."""
+
+    def sample_weights(self, losses: Any, *, ctx: Any, model: Any, inputs: Any) -> Any:
+        _die_at("DIE_AT", ctx.step)
+        return losses / 5
+
+
+def _save_and_die(self: Any, *args: Any, **named: Any) -> Any:
+    """`save_checkpoint`; dies when the checkpoint of DIE_AFTER is whole, before anything else is done."""
+    answer = _save(self, *args, **named)
+    _die_at("DIE_AFTER", self.run.step)
+    return answer
+
+
+if "DIE_AFTER" in os.environ:
+    _save = DataflexEngine.save_checkpoint
+    DataflexEngine.save_checkpoint = _save_and_die  # type: ignore[method-assign]

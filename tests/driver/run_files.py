@@ -24,25 +24,25 @@ def contents(folder: Path) -> dict[str, Any]:
 def _content(path: Path, folder: Path) -> Any:
     if path.suffix == ".pt":
         with torch.serialization.safe_globals(checkpoint.deepspeed_globals()):
-            return _plain(torch.load(path, weights_only=True))
+            return plain(torch.load(path, weights_only=True))
     if path.name == checkpoint.MANIFEST:
         manifest = json.loads(path.read_text())
         return {"step": manifest["step"], "files": list(manifest["files"])}  # the hash of a pickle is not its content's
     if path.suffix == ".jsonl":
-        return [_plain(json.loads(line)) for line in path.read_text().splitlines()]
+        return [plain(json.loads(line)) for line in path.read_text().splitlines()]
     if path.suffix == ".json":
-        return _plain(json.loads(path.read_text()))
+        return plain(json.loads(path.read_text()))
     if path.suffix in (".yaml", ".md"):
         return re.sub(r"(runtime|per_second|_seconds|scored)\W.*", "", path.read_text().replace(str(folder), "FOLDER"))
     return path.read_bytes()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Without times, and with tensors and arrays as lists."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items() if not TIMES.match(str(k)) and k != "clock"}
+        return {k: plain(v) for k, v in value.items() if not TIMES.match(str(k)) and k != "clock"}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if hasattr(value, "tolist"):
         return value.tolist()
     return value if isinstance(value, str | bytes | int | float | None) else repr(value)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dataflex.report.trainer_log import read_log
+from tests.driver.run_files import contents
 from tests.driver.workspace import train, write_yaml
 
 OWN = str(Path(__file__).with_name("own_parts.py"))
@@ -43,10 +44,13 @@ def whole(workspace: Path) -> CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def killed(workspace: Path) -> tuple[CompletedProcess[str], CompletedProcess[str]]:
-    """The same run in killed/: both ranks are killed in step 6, then the command is given again."""
+def killed(workspace: Path) -> list[CompletedProcess[str]]:
+    """The same run in killed/, where the command is given three times.
+
+    Both ranks are killed in step 6, then when the checkpoint of step 6 is whole and nothing else is done.
+    """
     config = write_yaml(workspace, "killed.yaml", **KEYS, output_dir=str(workspace / "killed"))
-    return train(config, DIE_AT="5"), train(config)
+    return [train(config, DIE_AT="5"), train(config, DIE_AFTER="6"), train(config)]
 
 
 def _losses(folder: Path) -> list[tuple[int, float, float]]:
@@ -116,21 +120,24 @@ def test_decisions_name_distinct_samples_and_their_scores(whole: CompletedProces
         assert np.isfinite(list(record["metric"].values())[0]).all() or record["metric"]
 
 
-def test_a_killed_run_says_so(killed: tuple[CompletedProcess[str], CompletedProcess[str]]) -> None:
-    assert killed[0].returncode not in (0, 2)
-    assert "dataflex: error: a worker was killed by SIGKILL" in killed[0].stdout
+def test_a_killed_run_says_so(killed: list[CompletedProcess[str]]) -> None:
+    for start in killed[:2]:
+        assert start.returncode not in (0, 2)
+        assert "dataflex: error: a worker was killed by SIGKILL" in start.stdout
 
 
-def test_a_resumed_run_ends_with_the_very_same_numbers(
-    whole: CompletedProcess[str], killed: tuple[CompletedProcess[str], CompletedProcess[str]], workspace: Path
+def test_a_resumed_run_ends_with_the_very_same_files(
+    whole: CompletedProcess[str], killed: list[CompletedProcess[str]], workspace: Path
 ) -> None:
-    assert killed[1].returncode == 0, killed[1].stdout
-    assert "resumed from" in killed[1].stdout and "after step 3" in killed[1].stdout
+    assert killed[2].returncode == 0, killed[2].stdout
+    for start, step in ((killed[1], 3), (killed[2], 6)):
+        assert "resumed from" in start.stdout and f"after step {step}" in start.stdout
     assert _losses(workspace / "killed") == _losses(workspace / "whole")
-    weights = "adapter_model.safetensors"
-    assert (workspace / "killed" / weights).read_bytes() == (workspace / "whole" / weights).read_bytes()
-    for path in (workspace / "whole/decisions").iterdir():
-        assert (workspace / "killed/decisions" / path.name).read_bytes() == path.read_bytes()
+    expected, found = contents(workspace / "whole"), contents(workspace / "killed")
+    assert list(found) == list(expected)
+    assert [name for name in expected if found[name] != expected[name]] == []
+    lines = [json.loads(line) for line in (workspace / "killed/weights.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9)), "what is written of a step precedes its checkpoint"
 
 
 PARTS = ("train", "score", "decide", "save", "evaluate")
@@ -139,7 +146,7 @@ PARTS = ("train", "score", "decide", "save", "evaluate")
 @pytest.mark.parametrize("name", ["whole", "killed"])
 def test_the_results_say_where_the_time_went(
     whole: CompletedProcess[str],
-    killed: tuple[CompletedProcess[str], CompletedProcess[str]],
+    killed: list[CompletedProcess[str]],
     workspace: Path,
     name: str,
 ) -> None:
@@ -149,9 +156,8 @@ def test_the_results_say_where_the_time_went(
     assert sum(parts) == pytest.approx(results["train_runtime"], abs=0.05)
     samples, target = 40 + 24, 8
     passes = {"whole": 3 * samples, "killed": 2 * samples}[name]  # the pass at step 4 was on disk when it was resumed
-    assert (
-        results["samples_scored"] == passes + 3 * target + {"whole": 1, "killed": 2}[name]
-    )  # and one self-check a start
+    checks = {"whole": 1, "killed": 3}[name]  # one a start
+    assert results["samples_scored"] == passes + 3 * target + checks
     rate = results["samples_scored"] / results["score_seconds"]
     assert results["samples_scored_per_second"] == pytest.approx(rate, rel=0.02)
     elapsed = [entry["elapsed_time"] for entry in read_log(workspace / name) if "elapsed_time" in entry]

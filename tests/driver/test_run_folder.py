@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from dataflex.config import load_config
+from dataflex.report.trainer_log import read_log
 from dataflex.utils.errors import UserError
 from tests.distributed import run_ranks
 from tests.driver.workspace import settings
@@ -112,11 +113,12 @@ def test_a_length_is_heeded_on_resume(runs: dict[str, Any], out: Path) -> None:
     assert yaml.safe_load(Path(f"{out}6/config.yaml").read_text())["max_steps"] == 5
 
 
-def test_a_resume_drops_what_came_later(runs: dict[str, Any], workspace: Path, out: Path) -> None:
+def test_a_fork_has_what_was_decided_before_its_checkpoint(runs: dict[str, Any], workspace: Path, out: Path) -> None:
     folder = Path(str(out) + "3")
     steps = [json.loads(line)["step"] for line in (folder / "random_weights.jsonl").read_text().splitlines()]
-    assert steps == [2, 3, 4], "two decisions and what the domains gave by the end"
-    assert sorted(p.name for p in folder.glob("decisions/*")) == ["step_2.json", "step_3.json"]
+    assert steps == [0, 1, 2, 3, 4], "the decisions of both and what the domains gave by the end"
+    assert sorted(p.name for p in folder.glob("decisions/*")) == [f"step_{step}.json" for step in range(4)]
+    assert [line["current_steps"] for line in read_log(folder)] == [1, 2, 3, 4]
 
 
 def test_starting_over_leaves_nothing_of_the_earlier_run(runs: dict[str, Any]) -> None:

@@ -29,10 +29,10 @@ POISON = 7
 def build(stage: int = 3, kind: str = "full", micro: int | None = None, **changes: Any) -> Any:
     """An engine with dropout in its model, whose selector decides at steps 2 and 5; ``changes`` are of the run."""
     world = torch.distributed.get_world_size()
-    samples = changes.pop("samples", None) or tiny.samples(40, seed=9)
+    samples, accumulation = changes.pop("samples", None) or tiny.samples(40, seed=9), changes.pop("accumulation", 2)
     return dataflex.initialize(
         model=tiny.model(kind, attention_dropout=0.2),
-        config=tiny.ds_config(stage, micro_batch=micro or 4 // world, accumulation=2),
+        config=tiny.ds_config(stage, micro_batch=micro or 4 // world, accumulation=accumulation),
         dataflex={
             "train_type": "dynamic_select",
             "component_name": "random",
@@ -116,6 +116,7 @@ def refusals(folder: Path) -> dict[str, str]:
         "seed": message(lambda: build(seed=1).load_checkpoint(zero3)),
         "pool": message(lambda: build(samples=tiny.samples(40, seed=10)).load_checkpoint(zero3)),
         "micro_batch": message(lambda: build(micro=1).load_checkpoint(zero3)),
+        "accumulation": message(lambda: build(accumulation=1).load_checkpoint(zero3)),
         "zero_stage": message(lambda: build(2).load_checkpoint(zero3)),
         "component": message(lambda: build(component_name="custom").load_checkpoint(zero3)),
         "schedule": message(lambda: build(update_step=4).load_checkpoint(zero3)),
@@ -205,6 +206,7 @@ REFUSALS = {
     "seed": "the checkpoint has seed 42, this run has 1; resume with the configuration that it was made with",
     "pool": "the checkpoint has pool ",
     "micro_batch": "the checkpoint has micro_batch ",
+    "accumulation": "the checkpoint has gradient_accumulation 2, this run has 1",
     "zero_stage": "the checkpoint has zero_stage 3, this run has 2",
     "component": "the checkpoint has hooks ['SelectPlanner random'], this run has ['SelectPlanner custom']",
     "schedule": "the checkpoint is at step 4, inside a phase of 3 steps from step 2; this run's schedule has 4 from 2",

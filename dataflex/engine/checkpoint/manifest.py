@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from dataflex.utils import dist
+from dataflex.utils.files import names_in
 from dataflex.utils.logging import logger
 from dataflex.utils.records import DamagedError, FileRecord, InnerPath, Record, read_sealed
 
@@ -34,19 +35,29 @@ def random_state_file(rank: int) -> str:
 def latest(directory: Path) -> Path | None:
     """The checkpoint that `POINTER` names, the same on every rank; None without one.
 
-    Where that is one of dataflex's and broken, the newest whole one.
+    Where that is one of dataflex's and broken, or nothing in ``directory``, the newest whole one.
     """
     return dist.broadcast_object(_latest_here(directory) if dist.is_main() else None)
 
 
 def _latest_here(directory: Path) -> Path | None:
-    pointer = directory / POINTER
-    if not pointer.exists():
+    if not (directory / POINTER).exists():
         return None
-    folder = directory / pointer.read_text(encoding="utf-8").strip()
-    if is_plain(folder) or broken(folder) is None:
+    folder = pointed_to(directory)
+    if folder is None:
+        logger.warning(f"{directory / POINTER}: names nothing in its folder, passed over")
+    elif is_plain(folder) or broken(folder) is None:
         return folder
     return newest_whole_here(directory)
+
+
+def pointed_to(directory: Path) -> Path | None:
+    """What `POINTER` in ``directory`` names, if that is a name in it; whatever else may be written there is None."""
+    try:
+        name = (directory / POINTER).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return directory / name if name in names_in(directory) else None
 
 
 def is_plain(folder: Path) -> bool:

@@ -95,10 +95,11 @@ class DynamicMoeMixer(Mixer):
         return {"distances": dict(zip(self.mixture_manager.names, self.distances.tolist(), strict=True))}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weights": self.weights}
+        return {"weights": self.weights, "distances": self.distances}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.weights = np.asarray(state["weights"], dtype=np.float64)
+        self.distances = np.asarray(state["distances"], dtype=np.float64)
 
 
 def domain_order(found: list[str], names: list[str]) -> Ids:
