@@ -56,13 +56,13 @@ def go_on(folder: Path, start: Path, run: Run) -> None:
 
 
 def _go_on(folder: Path, source: Path, run: Run) -> None:
+    kept = {log.name: _lines_up_to(log, run.step) for log in source.glob("*weights.jsonl")}
     for old in folder.glob("checkpoint-*"):
         if checkpoint.step_of(old) > run.step:
             logger.warning(f"removed {old}, which is later than the checkpoint resumed from")
             remove(old)
     if run.step < run.total_steps:
         remove(folder / RESULTS)  # the mark of a finished run
-    kept = {log.name: _lines_up_to(log, run.step) for log in source.glob("*weights.jsonl")}
     for old in (folder / "decisions").glob("step_*"):
         if not _decided_before(old, run.step):
             remove(old)
