@@ -69,7 +69,8 @@ def _go_on(folder: Path, source: Path, run: Run) -> None:
     if source.resolve() != folder.resolve() and run.step:
         _copy_decisions(source, folder, run.step)
     for name, lines in kept.items():
-        write_atomically(folder / name, lines)
+        if lines or (folder / name).exists():
+            write_atomically(folder / name, lines)
 
 
 def _lines_up_to(log: Path, step: int) -> str:

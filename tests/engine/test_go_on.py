@@ -73,6 +73,7 @@ def test_a_checkpoint_outside_of_a_run_is_said_to_have_nothing_before_it(tmp_pat
     run_folder.go_on(tmp_path / "fork", tmp_path / "alone/checkpoint-4", run(4))
     said = capsys.readouterr().err
     assert f"{tmp_path / 'alone'} holds no run but checkpoints, so {tmp_path / 'fork'} lacks what was decided" in said
+    (tmp_path / "alone/weights.jsonl").write_bytes(GOOD[0] + b"\n")
     run_folder.go_on(tmp_path / "fork", tmp_path / "alone/global_step4", run(0))
     assert not capsys.readouterr().err and held(tmp_path / "fork") == {}
 
