@@ -16,7 +16,10 @@ TIMES = re.compile(r"(elapsed_time|remaining_time|train_runtime|\w+_per_second|\
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """{path: content} of every file but hidden ones (a lock): text without times and without the folder's own name, else bytes."""
+    """{path: content} of every file but hidden ones (a lock).
+
+    Text without times and without the folder's own name, else bytes.
+    """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
     return {path.relative_to(folder).as_posix(): _content(path, folder) for path in files}
 
