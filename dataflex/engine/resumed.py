@@ -21,7 +21,7 @@ from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
 # Where and how it runs, and what is written: of no influence on what is trained, or found out otherwise (a checkpoint
-# names its data by content, and its components with their params).
+# names its data by content; `component_params` are those of all the components' files).
 FREE = {
     *OutputSection.model_fields,
     *ScoreSection.model_fields,
@@ -38,12 +38,14 @@ FREE = {
     "ddp_timeout",
     "components_cfg_file",
     "component_modules",
-    "component_params",
     "warn_domain_epochs",
     "scoring_batch_tokens",
 }
 # Heeded from the resume on.
 SAID = {
+    "component_params",
+    "nonfinite",
+    "nonfinite_limit",
     "model_name_or_path",
     "flash_attn",
     "deepspeed",
@@ -69,7 +71,7 @@ def check_resume(cfg: Config, start: Path) -> None:
     if found is None:
         return
     changes = _changes(yaml.safe_load(found.read_text(encoding="utf-8")), cfg)
-    refused = [change for key, change in changes.items() if key not in SAID]
+    refused = [change for key, change in changes.items() if key.split(".")[0] not in SAID]
     if refused:
         raise UserError(
             f"{'; '.join(refused)}: a resume goes on as {start} was made; put it back, or start in another output_dir"
@@ -80,10 +82,18 @@ def check_resume(cfg: Config, start: Path) -> None:
 
 def _changes(before: dict[str, Any], cfg: Config) -> dict[str, str]:
     """What is said of each changed key that is not free. A key that ``before`` lacks has its default there."""
-    now, default = _plain(run_config(cfg)), _plain(Config().dump_flat())
+    now, default = _by_param(_plain(run_config(cfg))), _plain(Config().dump_flat())
+    before = _by_param(before)
     keys = [key for key in [*now, *(before.keys() - now.keys())] if key not in FREE]
     pairs = {key: (before.get(key, default.get(key)), now.get(key, default.get(key))) for key in keys}
     return {key: f"{key}: was {old}, now {new}" for key, (old, new) in pairs.items() if old != new}
+
+
+def _by_param(flat: dict[str, Any]) -> dict[str, Any]:
+    """Every param of a component under a key of its own, ``component_params.<kind>.<param>``."""
+    kinds = flat.get("component_params") or {}
+    params = {f"component_params.{kind}.{key}": value for kind, own in kinds.items() for key, value in own.items()}
+    return {key: value for key, value in flat.items() if key != "component_params"} | params
 
 
 def _plain(flat: dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,8 @@ _FREE = {
     "run_name",
     "max_hours",
     "stop_grace_seconds",
+    "nonfinite",
+    "nonfinite_limit",
     "ddp_timeout",
     "preprocessing_num_workers",
     "dataloader_num_workers",

@@ -164,3 +164,28 @@ def test_changes_are_told_from_the_config_beside_a_checkpoint(
     assert "max_steps: was 4, now 8, heeded from this resume on" in capsys.readouterr().err
     with pytest.raises(UserError, match="^lora_rank: was 8, now 4; warmup_ratio: was 0.0, now 0.1: a resume"):
         check_resume(load_config(settings(workspace, lora_rank=4, warmup_ratio=0.1), quiet=True), start)
+
+
+def test_a_resume_says_changed_params_and_takes_the_policy_that_a_stopped_run_advises(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dataflex.engine import start_over
+    from dataflex.engine.resumed import check_resume
+    from dataflex.engine.run_config import run_config
+
+    start = tmp_path / "checkpoint-2"
+    start.mkdir()
+    keys = {"train_type": "dynamic_mix", "component_name": "odm", "update_step": 1}
+    cfg = load_config(settings(workspace, **keys, component_params={"mix": {"alpha": 0.9, "variant": "paper"}}))
+    before = run_config(cfg)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
+    own = {"mix": {"alpha": 0.5, "variant": "paper"}}
+    changed = load_config(settings(workspace, **keys, component_params=own, nonfinite="skip", nonfinite_limit=3))
+    capsys.readouterr()
+    check_resume(changed, start)
+    said = capsys.readouterr().err
+    for change in ("component_params.mix.alpha: was 0.9, now 0.5", "nonfinite: was stop, now skip"):
+        assert f"{change}, heeded from this resume on" in said
+    assert "variant" not in said
+    skipping = load_config(settings(workspace, **keys, component_params=before["component_params"], nonfinite="skip"))
+    assert start_over.obstacle(skipping, tmp_path) is None
