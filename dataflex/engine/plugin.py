@@ -148,6 +148,8 @@ class DataflexEngine:
         seconds: list[float] = []
         started = time.monotonic()
         for batch in self._loop.source.batches(plan, 0, steps):
+            for hook in self._loop.hooks:  # a weighter gets ready there
+                hook.on_step_start(run, batch)
             self._loop.stepper.step(batch)
             seconds.append(max(dist.gather_objects(time.monotonic() - started)))
             if sum(seconds[_WARMING:]) > _TRIAL_S:

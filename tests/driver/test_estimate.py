@@ -48,3 +48,15 @@ def test_a_trial_tells_what_a_step_takes_once_it_is_warm(workspace: Path) -> Non
     found = run_ranks("tests.driver.test_estimate:trial_and_truth", 1, keys=keys)[0]
     assert found["asleep"] == pytest.approx(0.05, abs=0.04), "sleeps, and the time of making a batch"
     assert found["trial"] / found["truth"] == pytest.approx(1, abs=0.6)
+
+
+def trial_of_a_weighter(keys: dict[str, Any]) -> float:
+    from dataflex.driver.setup import build_engine, read_inputs, with_components
+
+    return build_engine(read_inputs(with_components(load_config(keys, quiet=True)))).trial_step()
+
+
+def test_a_weighter_that_scores_before_a_step_has_a_trial(workspace: Path) -> None:
+    adapt = {"train_type": "dynamic_weight", "component_name": "adapt", "val_size": 0.1}
+    keys = settings(workspace, max_steps=2, save_strategy="no", deepspeed="ds_zero0.json", **adapt)
+    assert run_ranks("tests.driver.test_estimate:trial_of_a_weighter", 1, keys=keys)[0] > 0
