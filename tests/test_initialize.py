@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import tempfile
 from pathlib import Path
@@ -269,3 +270,10 @@ def test_settings_in_the_deepspeed_config_and_an_output_dir_to_be_made(world_siz
     for result in run_ranks("tests.test_initialize:settings", world_size, folder=str(tmp_path)):
         assert result["lines"] == 3 and len(result["argument"]) == 3
         assert result["block"] == dict.fromkeys(("file", "mapping", "args"), result["argument"])
+
+
+def test_a_config_in_base64_may_be_longer_than_a_file_name() -> None:
+    from dataflex.train.trainer.initialize import _read
+
+    config = {"train_micro_batch_size_per_gpu": 2, "note": "x" * 6000}
+    assert _read(base64.urlsafe_b64encode(json.dumps(config).encode()).decode(), "config") == config

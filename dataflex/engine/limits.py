@@ -46,10 +46,18 @@ def check_limits(module: nn.Module, pools: Mapping[str, TrainingPool | None], ad
 
 def vocabulary(module: nn.Module) -> int | None:
     """How many token ids the model knows: the rows of its input embeddings; None where it does not say."""
-    find = getattr(module, "get_input_embeddings", None)
-    table = find() if find is not None else None
-    found = [] if table is None else [m.num_embeddings for m in table.modules() if isinstance(m, nn.Embedding)]
+    found = [m.num_embeddings for m in _input_embeddings(module) if isinstance(m, nn.Embedding)]
     return found[0] if found else getattr(getattr(module, "config", None), "vocab_size", None)
+
+
+def _input_embeddings(module: nn.Module) -> list[nn.Module]:
+    """The module of the input embeddings and those in it; none where the model does not say which it is."""
+    find = getattr(module, "get_input_embeddings", None)
+    try:
+        table = find() if find is not None else None
+    except NotImplementedError:  # a model of the user's own, derived from transformers' base
+        table = None
+    return [] if table is None else list(table.modules())
 
 
 def _check_ids(key: str, pool: Pool, rows: int) -> None:
@@ -81,8 +89,7 @@ def _positions(module: nn.Module) -> int | None:
 
 def _table_of_positions(module: nn.Module, limit: int) -> str | None:
     """The name of a learned or stored table with a row for each position; of one that grows when needed: None."""
-    find = getattr(module, "get_input_embeddings", None)
-    words = [] if find is None else list(find().modules())
+    words = _input_embeddings(module)
     for name, part in module.named_modules():
         if hasattr(part, "make_weights"):
             continue

@@ -129,3 +129,16 @@ def test_a_token_id_outside_the_vocabulary_names_its_sample(column: str, wrong: 
 
 def test_a_model_that_says_nothing_limits_nothing() -> None:
     check_limits(torch.nn.Linear(2, 2), {"train_dataset": long_pool()}, "", False)
+
+
+def test_a_model_that_cannot_name_its_embeddings_still_has_its_positions_compared() -> None:
+    class Own(transformers.GPT2PreTrainedModel):  # type: ignore[misc]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.words, self.places = torch.nn.Embedding(259, 16), torch.nn.Embedding(POSITIONS, 16)
+
+    net = Own(transformers.GPT2Config(**GPT))
+    with pytest.raises(NotImplementedError):
+        net.get_input_embeddings()
+    with pytest.raises(UserError, match="17 tokens, the model has 16 positions .*the rows of places. and"):
+        check_limits(net, {"train_dataset": long_pool()}, "cut the samples to", False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def initialize(
     else:
         _check_model_argument(model)
         config, where, deepspeed_arguments = _deepspeed_config(config, deepspeed_arguments)
-        folder = Path(where).parent if Path(where).is_file() else None
+        folder = Path(where).parent if os.path.isfile(where) else None
         cfg, config = _settings(config, where, dataflex, folder)
     load_components(cfg.flex.component_modules)
     if cfg.output.output_dir:
@@ -149,8 +150,8 @@ def _read(value: Any, name: str) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return dict(value)
     try:
-        path = Path(value)
-        text = path.read_text("utf-8") if path.exists() else base64.urlsafe_b64decode(str(value)).decode()
+        is_file = os.path.exists(value)  # Path.exists raises where the text is longer than a file name may be
+        text = Path(value).read_text("utf-8") if is_file else base64.urlsafe_b64decode(str(value)).decode()
     except (OSError, TypeError, UnicodeDecodeError, binascii.Error) as exc:
         raise UserError(f"{name}: there is no DeepSpeed config '{value}'") from exc
     try:
