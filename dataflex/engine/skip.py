@@ -52,6 +52,7 @@ def step_without_update(engine: Any, *arguments: Any, **named: Any) -> None:
     with _replaced(optimizer, step=partial(_drop_gradients, optimizer, optimizer.step)):
         engine.step(*arguments, **named)
     engine.skipped_steps += 1
+    engine._step_applied = False
     engine._global_grad_norm = None
 
 
@@ -64,7 +65,11 @@ def dropped_by_deepspeed(engine: Any) -> bool:
 
 
 def advance_schedule(engine: Any) -> None:
-    """After an update that DeepSpeed left out: the learning rate goes on all the same."""
+    """After an update that DeepSpeed left out: the learning rate goes on all the same.
+
+    There is no gradient norm; DeepSpeed's is still that of the step before.
+    """
+    engine._global_grad_norm = None
     if engine.lr_scheduler is not None:
         engine.lr_scheduler.step()
 

@@ -80,7 +80,7 @@ def state_of(engine: Any) -> str:
 
 def train(engine: Any, leave_out: bool = False) -> dict[str, Any]:
     """Losses, rates and states by step. leave_out: one step is not trained, only counted and its rate moved by hand."""
-    found: dict[str, Any] = {"losses": [], "rates": [], "states": [], "ids": None}
+    found: dict[str, Any] = {"losses": [], "rates": [], "states": [], "ids": None, "norms": [], "applied": []}
     for batch in engine.batches():
         if engine.run.step == LEFT_OUT:
             found["ids"] = batch.sample_ids.tolist()
@@ -92,6 +92,8 @@ def train(engine: Any, leave_out: bool = False) -> dict[str, Any]:
             found["losses"].append(engine.training_step(batch))
         found["rates"].append(engine.get_lr())
         found["states"].append(state_of(engine))
+        found["norms"].append(engine.get_global_grad_norm() is not None)
+        found["applied"].append(engine.was_step_applied())
     return found | {"skipped": engine.skipped_steps, "steps": engine.run.step}
 
 
@@ -206,6 +208,8 @@ def check(want: dict[str, Any], got: dict[str, Any], case: str, loss: float = 0.
     assert got["states"] == want["states"], case
     assert got["states"][LEFT_OUT] == got["states"][LEFT_OUT - 1] != got["states"][LEFT_OUT + 1], case
     assert (got["skipped"], got["steps"]) == (1, STEPS), case
+    assert not got["norms"][LEFT_OUT], case
+    assert got["applied"] == [step != LEFT_OUT for step in range(STEPS)], case
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
