@@ -29,7 +29,7 @@ order in which they were added. `state_dict` must be the same on every rank; ran
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 from dataflex.core.context import Run
 from dataflex.core.plan import Phase, Plan
@@ -42,6 +42,14 @@ class Hook:
     def identity(self) -> str:
         """What a checkpoint must have been made with to be resumed with this hook."""
         return type(self).__name__
+
+    @property
+    def compared(self) -> Literal["", "micro-batch", "global micro-batch"]:
+        """The group of samples that its weights compare with one another: its size must not change at a resume.
+
+        ``micro-batch``: of one process. ``global micro-batch``: of all processes.
+        """
+        return ""
 
     def on_train_start(self, run: Run) -> None:
         """Before the first step, or before the first step after a resume."""

@@ -41,8 +41,10 @@ FREE = {
     "warn_domain_epochs",
     "scoring_batch_tokens",
 }
-# Heeded from the resume on.
+# Heeded from the resume on; that the global batch stays is found out from the checkpoint.
 SAID = {
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
     "component_params",
     "nonfinite",
     "nonfinite_limit",

@@ -150,7 +150,7 @@ def _checkpoint(cfg: Config, folder: Path) -> Path | None:
         return _named(cfg, Path(cfg.output.resume_path).expanduser(), folder)
     start = None if named is False else checkpoint.newest_whole_here(folder)
     if start is not None:
-        return start
+        return _fitting(cfg, start)
     if named is True:
         raise UserError(
             f"resume_from_checkpoint: there is no whole checkpoint in {folder}; auto starts the run where there is none"
@@ -187,8 +187,18 @@ def _named(cfg: Config, start: Path, folder: Path) -> Path:
             f"resume_from_checkpoint: {newest} would be written again; name another output_dir, or drop it with "
             "overwrite_output_dir: true"
         )
+    if not checkpoint.is_plain(start):
+        _fitting(cfg, start)
     if not same:
         _clear(folder)
+    return start
+
+
+def _fitting(cfg: Config, start: Path) -> Path:
+    """``start``; UserError where this run's processes and micro-batches cannot go on with it."""
+    train = cfg.train
+    now = (train.per_device_train_batch_size, train.gradient_accumulation_steps, dist.world_size())
+    checkpoint.check_start(start, checkpoint.Split(*now))
     return start
 
 

@@ -189,3 +189,49 @@ def test_a_resume_says_changed_params_and_takes_the_policy_that_a_stopped_run_ad
     assert "variant" not in said
     skipping = load_config(settings(workspace, **keys, component_params=before["component_params"], nonfinite="skip"))
     assert start_over.obstacle(skipping, tmp_path) is None
+
+
+def test_another_global_batch_is_refused_before_data_and_model_are_read(
+    runs: dict[str, Any], out: Path, workspace: Path
+) -> None:
+    from dataflex.engine import run_folder
+
+    before = sorted(out.iterdir())
+    with pytest.raises(UserError) as error:
+        run_folder.prepare(
+            load_config(settings(workspace, output_dir=str(out), per_device_train_batch_size=3), quiet=True)
+        )
+    assert str(error.value) == (
+        f"{out}/checkpoint-4: the checkpoint has a global batch of 2 x 1 x 1 = 2 samples "
+        "(per_device_train_batch_size x gradient_accumulation_steps x processes), this run has 3 x 1 x 1 = 3; with "
+        "--num_processes 1 set "
+        "per_device_train_batch_size: 2 and gradient_accumulation_steps: 1, or go on with --num_processes 1, "
+        "per_device_train_batch_size: 2 and gradient_accumulation_steps: 1"
+    )
+    assert sorted(out.iterdir()) == before
+
+
+ELASTIC = {"train_type": "dynamic_mix", "component_name": "odm", "update_step": 1, "warmup_step": 1, "update_times": -1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [{}, {"finetuning_type": "full"}, {"deepspeed": None}], ids=["lora", "full", "zero 0"])
+def test_a_run_of_one_process_goes_on_on_two(keys: dict[str, Any], workspace: Path, tmp_path: Path) -> None:
+    """The mixer learns from the losses; what it has learned by step 2 decides what the rest is."""
+    run = ELASTIC | {"save_steps": 2, "max_steps": 6, "gradient_accumulation_steps": 2} | keys
+    whole = settings(workspace, **run, output_dir=str(tmp_path / "whole"))
+    rest = settings(workspace, **run, output_dir=str(tmp_path / "rest")) | {
+        "resume_from_checkpoint": str(tmp_path / "whole/checkpoint-2"),
+        "per_device_train_batch_size": 1,
+    }
+    one, two = (
+        run_ranks("tests.driver.ranks:sweep", world, folder=str(tmp_path), cases={"run": case})[0]["run"]
+        for world, case in ((1, whole), (2, rest))
+    )
+    assert len(one["losses"]) == 6 and len(set(one["losses"])) == 6
+    assert two["losses"][-4:] == pytest.approx(one["losses"][2:], abs=1e-5)
+    for step in range(3, 6):
+        first, second = (
+            json.loads((tmp_path / name / f"decisions/step_{step}.json").read_text()) for name in ("whole", "rest")
+        )
+        assert list(first["proportions"].values()) == pytest.approx(list(second["proportions"].values()), abs=1e-6)

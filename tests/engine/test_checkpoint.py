@@ -205,8 +205,8 @@ def test_a_resume_in_mid_phase_is_bit_identical(kind: str, stage: int, world_siz
 REFUSALS = {
     "seed": "the checkpoint has seed 42, this run has 1; resume with the configuration that it was made with",
     "pool": "the checkpoint has pool ",
-    "micro_batch": "the checkpoint has micro_batch ",
-    "accumulation": "the checkpoint has gradient_accumulation 2, this run has 1",
+    "micro_batch": "full3/checkpoint-4: the checkpoint has a global batch of ",
+    "accumulation": "full3/checkpoint-4: the checkpoint has a global batch of ",
     "zero_stage": "the checkpoint has zero_stage 3, this run has 2",
     "component": "the checkpoint has hooks ['SelectPlanner random'], this run has ['SelectPlanner custom']",
     "schedule": "the checkpoint is at step 4, inside a phase of 3 steps from step 2; this run's schedule has 4 from 2",
@@ -228,9 +228,14 @@ def test_another_run_is_refused_with_the_key_named(case: str, world_size: int, r
         assert REFUSALS[case] in rank["refusals"][case]
 
 
-def test_another_world_size_is_refused(results: Any) -> None:
+def test_another_global_batch_is_refused_with_values_that_fit(results: Any) -> None:
     for rank in results[2]:
-        assert "checkpoint-4: the checkpoint has world_size 1, this run has 2" in rank["world_size"]
+        assert rank["world_size"].endswith(
+            "checkpoint-4: the checkpoint has a global batch of 4 x 2 x 1 = 8 samples (per_device_train_batch_size x "
+            "gradient_accumulation_steps x processes), this run has 4 x 2 x 2 = 16; with --num_processes 2 set "
+            "per_device_train_batch_size: 4 and gradient_accumulation_steps: 1, or go on with --num_processes 1, "
+            "per_device_train_batch_size: 4 and gradient_accumulation_steps: 2"
+        )
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

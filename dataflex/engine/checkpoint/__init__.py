@@ -9,7 +9,7 @@ checkpoint and is passed over with a warning.
 from __future__ import annotations
 
 from dataflex.engine.checkpoint.deepspeed_files import deepspeed_globals, load_plain
-from dataflex.engine.checkpoint.loading import load, load_weights
+from dataflex.engine.checkpoint.loading import check_start, load, load_weights
 from dataflex.engine.checkpoint.manifest import (
     MANIFEST,
     POINTER,
@@ -27,6 +27,7 @@ from dataflex.engine.checkpoint.manifest import (
     unfinished,
 )
 from dataflex.engine.checkpoint.saving import save
+from dataflex.engine.checkpoint.split import Split
 from dataflex.engine.checkpoint.state import decode, encode, identity
 
 __all__ = [
@@ -34,7 +35,9 @@ __all__ = [
     "POINTER",
     "STATE",
     "Manifest",
+    "Split",
     "broken",
+    "check_start",
     "decode",
     "deepspeed_globals",
     "encode",

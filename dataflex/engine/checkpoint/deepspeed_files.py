@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from dataflex.engine.checkpoint.manifest import POINTER
+from dataflex.engine.checkpoint.resharding import resharded
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
@@ -58,7 +60,7 @@ def load_deepspeed(engine: Any, folder: Path, strict: bool = True, **how: Any) -
                 f"that {pointer} names, which is {named}, not {folder.name}; load the optimizer states as well"
             )
     try:
-        with _no_code():
+        with _no_code(), _cut_for_the_processes(engine, folder):
             path, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name, **how)
     except pickle.UnpicklingError as exc:
         words = " ".join(str(exc).split())
@@ -79,6 +81,51 @@ def _layout_of(folder: Path) -> tuple[str, int | None]:
     whole = len(list(folder.glob("zero_pp_rank_*_model_states.pt")))
     parts = len(list(folder.glob("*zero_pp_rank_*_optim_states.pt")))
     return ("3", whole) if whole else ("1 or 2", parts) if parts else ("0", None)
+
+
+@contextmanager
+def _cut_for_the_processes(engine: Any, folder: Path) -> Iterator[None]:
+    """Inside, DeepSpeed finds a ZeRO checkpoint of any number of processes as one of as many as there are now."""
+    stage, saved = engine.zero_optimization_stage(), _layout_of(folder)[1]
+    if stage == 0 or dist.broadcast_object(saved) in (None, dist.world_size()):
+        yield
+        return
+    reads, models = engine.checkpoint_engine, sorted(folder.glob("*mp_rank_00_model_states.pt"))
+    engine.checkpoint_engine = _OtherProcesses(engine, folder)
+    engine._get_all_ckpt_names = lambda *_: [str(models[0])]
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = reads
+        del engine._get_all_ckpt_names
+
+
+class _OtherProcesses:
+    """Reads for DeepSpeed, in place of its checkpoint engine, a checkpoint of another number of processes."""
+
+    def __init__(self, engine: Any, folder: Path) -> None:
+        self.engine, self.folder = engine, folder
+
+    def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
+        """The model states of the first rank, or the optimizer state of this rank."""
+        if not path.endswith("optim_states.pt"):
+            return {**_mapped(Path(path)), "dp_world_size": dist.world_size()}
+        files = sorted(self.folder.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank_of)
+        optimizers = [_mapped(file)["optimizer_state_dict"] for file in files]
+        model = _mapped(next(self.folder.glob("*mp_rank_00_model_states.pt")))
+        return {"optimizer_state_dict": resharded(self.engine, model, optimizers, self.folder)}
+
+
+def _mapped(file: Path) -> dict[str, Any]:
+    """The content of a file of DeepSpeed's, read from the disk where it is used."""
+    content: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return content
+
+
+def _rank_of(file: Path) -> int:
+    found = re.search(r"zero_pp_rank_(\d+)_", file.name)
+    assert found is not None
+    return int(found.group(1))
 
 
 def deepspeed_globals() -> list[Any]:

@@ -7,12 +7,24 @@ from typing import Any
 
 import torch
 
+from dataflex.core.context import Run
+from dataflex.core.plan import generator
 from dataflex.engine.checkpoint.deepspeed_files import load_deepspeed
 from dataflex.engine.checkpoint.manifest import STATE, broken, random_state_file
-from dataflex.engine.checkpoint.state import SavedState, check_identity, decode, identity, restore, set_random_state
+from dataflex.engine.checkpoint.split import Split, check_split
+from dataflex.engine.checkpoint.state import (
+    SavedState,
+    check_identity,
+    decode,
+    identity,
+    restore,
+    set_random_state,
+    split_of,
+)
 from dataflex.engine.loop import Loop
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError, cut
+from dataflex.utils.logging import logger
 from dataflex.utils.records import DamagedError, fitted
 
 
@@ -20,7 +32,7 @@ def load(engine: Any, loop: Loop, folder: Path, **how: Any) -> tuple[str, dict[s
     """Restore everything `save` wrote; return the path of DeepSpeed's file and the client_state. A collective.
 
     how: of DeepSpeed's ``load_checkpoint``. With ``load_module_only`` nothing but the weights is restored.
-    UserError for a broken checkpoint, another world size, or a checkpoint of another configuration.
+    UserError for a broken checkpoint, another global batch, or a checkpoint of another configuration.
     """
     problem = dist.broadcast_object(broken(folder) if dist.is_main() else None)
     if problem:
@@ -28,23 +40,37 @@ def load(engine: Any, loop: Loop, folder: Path, **how: Any) -> tuple[str, dict[s
     state = read_state(folder)
     only_weights = how.get("load_module_only", False)
     check_identity(state["identity"], _layout(engine) if only_weights else identity(loop), folder)
+    if not only_weights:
+        check_split(state["identity"], split_of(loop), folder)
     path, _ = load_deepspeed(engine, folder, strict=not state["frozen"], **how)
     client_state: dict[str, Any] = state["client_state"]
     if only_weights:
         return path, client_state
     restore(loop, state)
-    file = folder / random_state_file(dist.rank())
+    _restore_random_state(loop.run, folder, state["identity"]["world_size"])
+    return path, client_state
+
+
+def _restore_random_state(run: Run, folder: Path, saved: int) -> None:
+    """The random state of this rank's; where the checkpoint's ``saved`` processes had no such rank, one of its own."""
+    file = folder / random_state_file(run.rank if run.rank < saved else 0)
     try:
         set_random_state(read_plain(file))
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{file}: holds no random state ({cut(str(error))})") from error
-    return path, client_state
+    if run.rank >= saved:  # Python's and numpy's are the same on every rank of a run, torch's are not
+        torch.manual_seed(int(generator(run.seed, "new rank", run.step, run.rank).integers(2**63)))
+    if saved != run.world_size:
+        logger.warning(
+            f"{folder}: was saved by {saved} processes, this run has {run.world_size}: samples, order and decisions "
+            "are the same; losses differ by the rounding of sums, and where the model has dropout by its masks"
+        )
 
 
 def load_weights(engine: Any, folder: Path) -> int:
     """Weights and optimizer state only, of whatever run's checkpoint, to score with; its step. A collective.
 
-    UserError for a broken checkpoint, another world size or another ZeRO stage.
+    UserError for a broken checkpoint or another ZeRO stage.
     """
     problem = dist.broadcast_object(broken(folder) if dist.is_main() else None)
     if problem:
@@ -55,9 +81,14 @@ def load_weights(engine: Any, folder: Path) -> int:
     return int(state["step"])
 
 
+def check_start(folder: Path, now: Split) -> None:
+    """UserError where a run that is split as ``now`` cannot go on with a whole checkpoint; on one rank."""
+    check_split(read_state(folder)["identity"], now, folder)
+
+
 def _layout(engine: Any) -> dict[str, Any]:
     """The part of `identity` that DeepSpeed's own files depend on."""
-    return {"world_size": dist.world_size(), "zero_stage": engine.zero_optimization_stage()}
+    return {"zero_stage": engine.zero_optimization_stage()}
 
 
 def read_plain(path: Path) -> Any:

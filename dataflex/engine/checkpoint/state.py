@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from dataflex.core.plan import Plan
+from dataflex.engine.checkpoint.split import Split, compared_by
 from dataflex.engine.loop import Loop
 from dataflex.utils.errors import UserError, cut, shown
 
@@ -37,9 +38,7 @@ def identity(loop: Loop) -> dict[str, Any]:
     """What must be the same for a resume to go on with the same run."""
     run = loop.run
     return {
-        "world_size": run.world_size,
-        "micro_batch": run.micro_batch,
-        "gradient_accumulation": run.accumulation,
+        **split_of(loop)._asdict(),
         "seed": run.seed,
         "pool": run.pool.fingerprint,
         "hooks": [hook.identity for hook in loop.hooks],
@@ -47,9 +46,15 @@ def identity(loop: Loop) -> dict[str, Any]:
     }
 
 
+def split_of(loop: Loop) -> Split:
+    run = loop.run
+    return Split(run.micro_batch, run.accumulation, run.world_size, compared_by(loop.hooks))
+
+
 def check_identity(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """UserError naming what of `identity` differs; how the global batch is split is `check_split`'s."""
     for key, value in now.items():
-        if saved.get(key) != value:
+        if key not in Split._fields and saved.get(key) != value:
             raise UserError(
                 f"{folder}: the checkpoint has {key} {_said(saved.get(key))}, this run has {_said(value)}; resume with "
                 "the configuration that it was made with, or start in another output_dir"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -74,6 +74,12 @@ class WeightHook(Weigher):
     @property
     def identity(self) -> str:
         return f"WeightHook {self.name}"
+
+    @property
+    def compared(self) -> Literal["", "micro-batch", "global micro-batch"]:
+        if self.weighter.relative:
+            return "global micro-batch"
+        return "" if isinstance(self.weighter, SampleWeighter) else "micro-batch"
 
     def state_dict(self) -> dict[str, Any]:
         return self.weighter.state_dict()
