@@ -230,8 +230,12 @@ def test_a_run_of_one_process_goes_on_on_two(keys: dict[str, Any], workspace: Pa
     )
     assert len(one["losses"]) == 6 and len(set(one["losses"])) == 6
     assert two["losses"][-4:] == pytest.approx(one["losses"][2:], abs=1e-5)
-    for step in range(3, 6):
-        first, second = (
-            json.loads((tmp_path / name / f"decisions/step_{step}.json").read_text()) for name in ("whole", "rest")
-        )
-        assert list(first["proportions"].values()) == pytest.approx(list(second["proportions"].values()), abs=1e-6)
+    first, second = (
+        [json.loads(line) for line in (tmp_path / name / "odm_weights.jsonl").read_text().splitlines()]
+        for name in ("whole", "rest")
+    )
+    assert [line["step"] for line in first] == [line["step"] for line in second]
+    shares = [list(line["weights"].values()) for line in first]
+    assert shares[-1] != shares[0]
+    for line, weights in zip(second, shares, strict=True):
+        assert list(line["weights"].values()) == pytest.approx(weights, abs=1e-5)
