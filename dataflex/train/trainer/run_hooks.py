@@ -71,10 +71,11 @@ class CheckpointHook(Hook):
         if self.only_model:
             export(run.engine, folder, self.handover)
         else:
+            if dist.is_main():  # before the manifest, which then holds for it too
+                folder.mkdir(exist_ok=True)
+                shutil.copyfile(run.output_dir / CONFIG, folder / CONFIG)
             run.engine.save_checkpoint()
             run.stop.last = folder
-            if dist.is_main():
-                shutil.copyfile(run.output_dir / CONFIG, folder / CONFIG)
         logger.info(f"step {run.step}: saved {folder}")
         if dist.is_main():
             finish_removals(run.output_dir)
