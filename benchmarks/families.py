@@ -168,7 +168,10 @@ def check(family: str, how: str) -> dict[str, Any]:
         return row | {"result": "refused", "detail": str(exc)}
     row["parameters"] = sum(p.numel() for p in module.parameters())
     pool = samples()
-    engine = engine_for(module, pool, None, micro_batch=len(pool), steps=1, lr=1e-3)
+    try:
+        engine = engine_for(module, pool, None, micro_batch=len(pool), steps=1, lr=1e-3)
+    except UserError as exc:
+        return row | {"result": "refused", "detail": str(exc)}
     try:
         truth = true_gradients(module, pool)
     except RuntimeError as exc:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dataflex.utils.errors import UserError
+
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
@@ -102,7 +104,8 @@ def leaf_embeddings(module: nn.Module, outputs: list[torch.Tensor] | None = None
         return output.clone()
 
     handles = [m.register_forward_hook(detach) for m in module.modules() if isinstance(m, nn.Embedding)]
-    assert handles, "the model has no nn.Embedding"
+    if not handles:
+        raise UserError("gradient features: the model has no nn.Embedding, above which they are made")
     try:
         yield
     finally:

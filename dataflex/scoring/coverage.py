@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dataflex.scoring.layers import LayerRule
+from dataflex.scoring.norms import is_norm
 from dataflex.utils.errors import UserError
 
 # Linear layers with a forward of their own that computes x W^T + b and nothing else.
@@ -63,11 +64,6 @@ def is_plain_linear(module: nn.Module) -> bool:
     return plain or type(module).__name__ in _PLAIN
 
 
-def is_layer_norm(module: nn.Module) -> bool:
-    """Whether the module normalises by mean and variance of its last dimension; else, being a norm, by the square."""
-    return isinstance(module, nn.LayerNorm) or re.fullmatch(r"Cohere\w*LayerNorm", type(module).__name__) is not None
-
-
 def reads_parameter(kind: type, child: str, names: str = "weight") -> bool:
     """Whether the source of a class uses a parameter of its layer ``self.<child>``, so that the layer is not called.
 
@@ -95,10 +91,8 @@ def kind_of(module: nn.Module) -> str | None:
         return "embedding" if plain else "looked_up"
     own = dict(module.named_parameters(recurse=False))
     sizes = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in own.items()}
-    if isinstance(module, nn.LayerNorm):
+    if own and is_norm(module):
         return "norm"
-    if type(module).__name__.endswith("RMSNorm") or is_layer_norm(module):
-        return "norm" if sizes in ({"weight": 1}, {"weight": 1, "bias": 1}) else None
     if all(hasattr(module, flag) for flag in _EXPERT_FLAGS):
         return None if getattr(module, "_is_expert_parallel", False) else "experts"
     if sizes.get("weight") == 2 and set(own) <= {"weight", "bias"} and _calls_linear(module):

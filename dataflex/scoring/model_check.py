@@ -1,12 +1,14 @@
 """Whether a model is what training and scoring are made for: a causal language model that returns its logits.
 
 Found by a forward and a backward of activations of one sample before training, in scoring mode, so that neither
-weights nor the random state change. Every rank looks at the same sample.
+weights nor the random state change; and, where samples share rows, of two in one row. Every rank looks at the same.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,10 +16,14 @@ from torch import Tensor, nn
 
 from dataflex.scoring.context import evaluating, frozen, leaf_embeddings, release_gathered
 from dataflex.scoring.split import WANTED, logits_of, split_batch
-from dataflex.utils.errors import UserError
+from dataflex.utils.errors import UserError, brief
 
 # A causal model's gradients are exact zeros there; of others they were never below a thousandth of the largest.
 _NOTHING = 1e-5
+# Of a packed sample's logits against those alone; bf16 and fp16 round, and an expert may change.
+_SAME, _SAME_HALF = 1e-2, 0.2
+# The probe takes so many tokens of what a sample has for each.
+_PROBED, _PER_TOKEN = 16, ("input_ids", "labels", "attention_mask", "token_weight")
 
 
 def check_model(engine: Any, batch: dict[str, Any]) -> None:
@@ -32,17 +38,24 @@ def check_model(engine: Any, batch: dict[str, Any]) -> None:
     inputs, labels, raw_labels, _ = split_batch(batch, torch.device(engine.device))
     _check_signature(module, name, inputs)
     leaves: list[Tensor] = []
-    embeds = any(isinstance(m, nn.Embedding) for m in module.modules())
-    with torch.random.fork_rng(), evaluating(module, gradients=embeds), frozen(module), torch.set_grad_enabled(embeds):
-        if embeds:
-            with leaf_embeddings(module, leaves):
-                logits = logits_of(module(**inputs))
-        else:
-            logits = logits_of(module(**inputs))
+    with _probing(module, leaves):
+        logits = logits_of(module(**inputs))
         _check_shape(logits, labels, raw_labels, name)
-        if embeds and logits.requires_grad:
+        if logits.requires_grad:
             _check_causal(logits, leaves, _real(inputs, raw_labels), name)
     release_gathered(engine)
+
+
+@contextmanager
+def _probing(module: nn.Module, leaves: list[Tensor]) -> Iterator[None]:
+    """Scoring mode; the random state stays as it is. ``leaves`` takes the embeddings, where the model has any."""
+    embeds = any(isinstance(m, nn.Embedding) for m in module.modules())
+    watched = leaf_embeddings(module, leaves) if embeds else nullcontext()
+    modes = (evaluating(module, gradients=embeds), frozen(module), torch.set_grad_enabled(embeds), watched)
+    with ExitStack() as stack:
+        for mode in (torch.random.fork_rng(), *modes):
+            stack.enter_context(mode)
+        yield
 
 
 def _name(module: nn.Module) -> str:
@@ -83,15 +96,63 @@ def _real(inputs: dict[str, Tensor], raw_labels: Tensor) -> Tensor:
 
 def _check_causal(logits: Tensor, leaves: list[Tensor], real: Tensor, name: str) -> None:
     """UserError where the first token's logits depend on the tokens after it."""
+    if len(real) > 1 and _depends(logits[0, real[0]], leaves, logits.shape[1], real[1:], name):
+        raise UserError(
+            f"model: {name} is no causal language model: what it says of a token depends on the tokens after it "
+            "(an encoder, or is_decoder: false)"
+        )
+
+
+def _depends(logits: Tensor, leaves: list[Tensor], width: int, tokens: Tensor, name: str) -> bool:
+    """Whether ``logits`` [..., V] depend on the embeddings of ``tokens``, places in rows of ``width`` tokens.
+
+    leaves: embeddings, [..., width, K], or [width, rows, K] of a model that has tokens first.
+    """
     made = torch.Generator().manual_seed(0)
-    direction = torch.randn(logits.shape[2], generator=made).to(logits.device)
-    (logits[0, real[0]].float() * direction).sum().backward()
+    direction = torch.randn(logits.shape[-1], generator=made).to(logits.device)
+    try:
+        (logits.float() * direction).sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError) as exc:  # reversible layers, operators without a derivative
+        raise UserError(
+            f"model: {name} has no gradient in evaluation mode, in which samples are scored: {brief(exc)}"
+        ) from exc
     for leaf in leaves:
-        if leaf.grad is None or leaf.dim() < 2 or leaf.shape[-2] != logits.shape[1]:
+        places = [place for place in range(leaf.dim() - 1) if leaf.shape[place] == width]
+        if leaf.grad is None or not places:
             continue
-        by_token = leaf.grad.reshape(-1, *leaf.shape[-2:])[0].float().abs().amax(-1)
-        if len(real) > 1 and by_token[real[1:]].max() > _NOTHING * by_token.max():
-            raise UserError(
-                f"model: {name} is no causal language model: what it says of a token depends on the tokens after it "
-                "(an encoder, or is_decoder: false)"
-            )
+        by_token = leaf.grad.float().abs().movedim(places[-1], 0).flatten(1).amax(1)
+        if by_token[tokens].max() > _NOTHING * by_token.max():
+            return True
+    return False
+
+
+def check_packing(engine: Any, collator: Callable[[list[Any]], dict[str, Any]], sample: dict[str, Any]) -> None:
+    """UserError of one line where the collator packs and samples of one row see each other; a collective.
+
+    sample: of at least two tokens, the same on every rank; a row is made of its beginning, twice.
+    """
+    sample = {key: value[:_PROBED] if key in _PER_TOKEN else value for key, value in sample.items()}
+    batch = collator([sample, sample])
+    if "cu_seqlens" not in batch or len(batch["labels"]) > 1:
+        return
+    module, device = engine.module, torch.device(engine.device)
+    name, size = _name(module), len(sample["input_ids"])
+    alone, packed = (split_batch(made, device).inputs for made in (collator([sample]), batch))
+    with _probing(module, []), torch.no_grad():
+        wanted = logits_of(module(**alone))[0, :size].float()
+    release_gathered(engine)
+    leaves: list[Tensor] = []
+    with _probing(module, leaves):
+        logits = logits_of(module(**packed))
+        found = logits[0, size : 2 * size]
+        first = torch.arange(size, device=device)
+        seen = found.requires_grad and _depends(found, leaves, logits.shape[1], first, name)
+    release_gathered(engine)
+    error = (found.detach().float() - wanted).norm() / wanted.norm()
+    if seen or error > (_SAME if found.dtype is torch.float32 else _SAME_HALF):
+        raise UserError(
+            f"packing: {name} does not keep samples of one row apart: what it says of the second depends on the first "
+            "(position_ids that begin again do not tell it where a sample begins); set packing: false"
+        )

@@ -28,6 +28,15 @@ class Places(NamedTuple):
     tokens: int
     cu_seqlens: Tensor
 
+    def refuse_other_orders(self, t: Tensor, name: str) -> None:
+        """UserError, about the parameter ``name``, where ``t`` is [T, B, ...]: tokens first, rows second."""
+        first = t.shape[:2]
+        if t.dim() > 2 and first[0] != self.rows > 1 and first == (self.tokens // self.rows, self.rows):
+            raise UserError(
+                f"gradient features: the layer of {name} sees {tuple(t.shape)}, tokens first, for {self.rows} rows of "
+                f"{first[0]} tokens; leave it out with `layers`"
+            )
+
     def mask(self, delta: Tensor, sample: int, name: str) -> Tensor:
         """``delta`` [B, ...] or [N, ...], zero outside the sample.
 
@@ -35,7 +44,8 @@ class Places(NamedTuple):
         """
         start, stop = self.cu_seqlens[sample : sample + 2].tolist()
         alone = len(self.cu_seqlens) - 1 == self.rows
-        out = torch.zeros_like(delta)
+        self.refuse_other_orders(delta, name)
+        out = torch.zeros_like(delta, memory_format=torch.contiguous_format)
         if len(delta) == self.rows and alone:
             out[sample] = delta[sample]
         elif len(delta) == self.tokens:

@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from dataflex.scoring.coverage import is_layer_norm
+from torch import Tensor
 
 
 class _Tap(torch.autograd.Function):
@@ -41,18 +39,6 @@ def tap(output: Tensor, deliver: Callable[..., None], *saved: Tensor) -> Tensor:
         return output
     tapped: Tensor = _Tap.apply(output, deliver, *(s.detach() for s in saved))
     return tapped
-
-
-def normalised(module: nn.Module, x: Tensor) -> Tensor:
-    """The input of a norm's elementwise scale, float32, of x's shape."""
-    x = x if x.dtype is torch.float64 else x.float()
-    if isinstance(module, nn.LayerNorm):
-        return F.layer_norm(x, module.normalized_shape, eps=module.eps)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    if is_layer_norm(module):
-        return F.layer_norm(x, x.shape[-1:], eps=eps)
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
 @contextmanager

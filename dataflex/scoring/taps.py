@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dataflex.scoring.coverage import Adapter, Target, parameter_names
 from dataflex.scoring.experts import Routing, run_experts
+from dataflex.scoring.norms import normalised
 from dataflex.scoring.rerun import Places, gradients, refuse_own_parameters, watch
-from dataflex.scoring.tap import calls_to, normalised, tap
+from dataflex.scoring.tap import calls_to, tap
 from dataflex.utils.errors import UserError
 
 
@@ -242,6 +243,7 @@ class Taps:
     def _flat(self, t: Tensor, name: str) -> Tensor:
         """[N, K] of a tensor that has one row for each token of the batch."""
         flat = t.reshape(-1, t.shape[-1])
+        self._places.refuse_other_orders(t, name)
         if len(flat) != self.tokens:
             raise UserError(
                 f"gradient features: the layer of {name} sees {tuple(t.shape)} where the batch has {self.tokens} "

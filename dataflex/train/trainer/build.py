@@ -29,7 +29,7 @@ from dataflex.engine.optimizer_state import read_moments
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.engine.reference import open_reference
 from dataflex.engine.skip import NonFinite
-from dataflex.scoring.model_check import check_model
+from dataflex.scoring.model_check import check_model, check_packing
 from dataflex.scoring.scorer import Scorer
 from dataflex.scoring.sharded import ScoringPasses
 from dataflex.train.trainer.component_hooks import HookBuilder
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 STREAM_PLAN = 65536
 _LOOKED_AT = 64
+# Of a stream, which is read only in its order.
+_ANY_SAMPLE = {"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}
 
 
 def attach(
@@ -61,8 +63,10 @@ def attach(
         engine.module.config.use_cache = False
     engine.train()
     _check_limits(engine.module, cfg, pool, eval_pool, mixer_eval_pool)
+    sample = _short_sample(pool) if isinstance(pool, Pool) else _ANY_SAMPLE
     if isinstance(pool, Pool):
-        check_model(engine, collator([_short_sample(pool)]))
+        check_model(engine, collator([sample]))
+    check_packing(engine, collator, sample)
     run = _make_run(engine, cfg, pool)
     budget = cfg.flex.scoring_batch_tokens or run.micro_batch * pool.longest
     scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names))
