@@ -40,17 +40,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe": ("PhimoeConfig", {"num_local_experts": 4}),
     "mamba": ("MambaConfig", {"state_size": 4, "time_step_rank": 2}),
 }
+# Families that are scored in part, or not at all.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_neox_japanese": ("GPTNeoXJapaneseConfig", {"hidden_dropout": 0.0}),
+    "xlnet": ("XLNetConfig", {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24, "attn_type": "uni"}),
+}
 _UNKNOWN = {
     "gpt2": (*_SIZES, "intermediate_size"),
     "opt": ("intermediate_size", "num_key_value_heads"),
     "falcon": ("intermediate_size", "num_key_value_heads"),
+    "gpt_neox_japanese": ("num_key_value_heads",),
+    "xlnet": (*_SIZES, "intermediate_size", "max_position_embeddings"),
     "mamba": ("intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
 }
 
 
 def model(family: str, **changes: Any) -> Any:
     """A random model in float32; biases and norms are random too."""
-    name, own = FAMILIES[family]
+    name, own = (FAMILIES | OTHERS)[family]
     own = own | changes
     unknown = _UNKNOWN.get(family, ())
     common = {k: v for k, v in _COMMON.items() if k not in unknown}

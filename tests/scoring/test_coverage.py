@@ -11,7 +11,7 @@ import torch
 
 from dataflex.data.collate import Collator
 from dataflex.ops import Transform, project_per_sample_grad_, tensor_id
-from dataflex.scoring.coverage import find_targets
+from dataflex.scoring.coverage import find_targets, kind_of
 from dataflex.scoring.exact import exact_dots, mean_directions
 from dataflex.scoring.layers import LayerRule
 from dataflex.scoring.scorer import Scorer
@@ -274,3 +274,45 @@ def test_a_layer_that_is_used_twice_is_named() -> None:
     net.model.layers[1].mlp = net.model.layers[0].mlp
     with pytest.raises(UserError, match=r"used several times in one forward: model\.layers\.0\.mlp"):
         scorer(net).gradient_features(pool(2), proj_dim=PROJ_DIM, seed=SEED)
+
+
+class GroupedRMSNorm(torch.nn.Module):
+    """Called like the others, but each half of the input is normalised by itself."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(torch.linspace(0.5, 1.5, size)), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        halves = x.unflatten(-1, (2, -1))
+        return self.weight * (halves * torch.rsqrt(halves.pow(2).mean(-1, keepdim=True) + self.eps)).flatten(-2)
+
+
+class GatedRMSNorm(torch.nn.RMSNorm):
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x * gate)
+
+
+def test_a_norm_is_what_differentiates_like_one() -> None:
+    for good in (torch.nn.LayerNorm(8), torch.nn.RMSNorm(8), families.model("gemma").model.norm):
+        assert kind_of(good) == kind_of(good.to(torch.bfloat16)) == "norm"
+    assert kind_of(GroupedRMSNorm(8)) is None and kind_of(GatedRMSNorm(8)) is None
+    net, samples = families.model("llama"), pool(3)
+    net.model.norm = GroupedRMSNorm(16)
+    truth = projected(gradients(net, samples))
+    assert error(scorer(net).gradient_features(samples, proj_dim=PROJ_DIM, seed=SEED), truth) < 1e-5
+
+
+def test_a_parameter_that_its_module_hands_out_is_named() -> None:
+    """Its sample's gradient is made outside the module, where it cannot be told from the others'."""
+    net = families.model("gpt_neox_japanese")
+    with pytest.raises(UserError, match=r"the module of .*\.attention\.dense_bias returns it, and another uses it"):
+        scorer(net).gradient_features(pool(2), proj_dim=PROJ_DIM, seed=SEED)
+    rest = LayerRule.of(["!dense_bias"], None)
+    assert len(scorer(net).gradient_features(pool(2), proj_dim=PROJ_DIM, seed=SEED, layers=rest)) == 2
+
+
+def test_layers_that_have_tokens_first_are_named() -> None:
+    net = families.model("xlnet")
+    with pytest.raises(UserError, match=r"sees \(\d+, 3, \d+\), tokens first, for 3 rows of \d+ tokens"):
+        scorer(net).gradient_features(pool(3), proj_dim=PROJ_DIM, seed=SEED)

@@ -10,9 +10,13 @@ import torch
 import transformers
 
 import dataflex
+from dataflex.data.collate import Collator
+from dataflex.scoring.model_check import check_model, check_packing
 from dataflex.utils.errors import UserError
+from tests import families
 from tests import tiny_engine as tiny
 from tests.distributed import run_ranks
+from tests.scoring.test_coverage import PlainEngine, pool
 from tests.test_initialize import Bigram, collate
 
 WHERE = [(0, 1), (3, 2)]  # ZeRO stage, ranks
@@ -56,6 +60,7 @@ class OwnLoss(Bigram):
 def models() -> dict[str, Any]:
     bert, llama = transformers.BertConfig(**SIZES), transformers.LlamaConfig(**SIZES, pad_token_id=0)
     t5 = transformers.T5Config(vocab_size=259, d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16)
+    mamba = transformers.MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, state_size=4)
     answers = ("tensor", "dict", "tuple", "odd dict", "loss", "last only")
     return {
         **{how: lambda how=how: Returns(how) for how in answers},
@@ -67,6 +72,8 @@ def models() -> dict[str, Any]:
         "token classifier": lambda: transformers.LlamaForTokenClassification(llama),
         "experts": lambda: tiny.model("moe"),
         "adapter": lambda: tiny.model("lora"),
+        "packed": lambda: tiny.model("lora"),
+        "packed states": lambda: transformers.MambaForCausalLM(mamba),
     }
 
 
@@ -84,7 +91,7 @@ def check(stage: int) -> dict[str, Any]:
                 config=tiny.ds_config(stage),
                 dataflex={"max_steps": 1},
                 train_dataset=tiny.samples(8, 1),
-                data_collator=collate,
+                data_collator=Collator(0, packing=True, cutoff_len=64) if name.startswith("packed") else collate,
             )
             assert torch.equal(state, torch.get_rng_state())
             found[name] = [engine.training_step(batch) for batch in engine.batches()]
@@ -113,6 +120,7 @@ def found() -> dict[tuple[int, int], list[dict[str, Any]]]:
         ("encoder", "model: BertLMHeadModel is no causal language model: what it says of a token depends on"),
         ("encoder-decoder", "model: T5ForConditionalGeneration is an encoder-decoder; dataflex trains causal"),
         ("classifier", r"model: LlamaForSequenceClassification returns \[1, 2\] for 1 x"),
+        ("packed states", "packing: MambaForCausalLM does not keep samples of one row apart: .*set packing: false"),
         ("token classifier", "model: LlamaForTokenClassification returns 2 logits a token, the data has label"),
     ],
 )
@@ -130,7 +138,54 @@ def test_logits_in_a_dict_or_a_tuple_train_like_a_tensor(where: Any, found: Any)
 
 
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("name", ["decoder", "experts", "adapter"])
+@pytest.mark.parametrize("name", ["decoder", "experts", "adapter", "packed"])
 def test_a_causal_language_model_trains(name: str, where: Any, found: Any) -> None:
     for rank in found[where]:
         assert 4 < rank[name][0] < 7
+
+
+@pytest.mark.parametrize(
+    ("family", "apart"),
+    [("llama", True), ("gemma3", True), ("mixtral", True), ("gpt_oss", False), ("mamba", False)],
+)
+def test_samples_of_one_row_must_not_see_each_other(family: str, apart: bool) -> None:
+    net, (first, second) = families.model(family).eval(), pool(2)
+    packs = Collator(0, packing=True, cutoff_len=64)
+    row, alone = packs([first, second]), packs([second])
+    start = len(first["input_ids"])
+    found, wanted = (net(**{k: v for k, v in b.items() if k.endswith("ids")}).logits[0] for b in (row, alone))
+    assert torch.allclose(found[start:], wanted, atol=1e-4) == apart
+    check_packing(PlainEngine(net), Collator(0), first)
+    if apart:
+        check_packing(PlainEngine(net), packs, first)
+        check_packing(PlainEngine(net.to(torch.bfloat16)), packs, first)
+        return
+    with pytest.raises(UserError, match=r"packing: \w+ does not keep samples of one row apart.*set packing: false"):
+        check_packing(PlainEngine(net), packs, first)
+
+
+def test_a_model_with_tokens_first_is_seen_through() -> None:
+    batch = Collator(0)(pool(1))
+    sizes = {"vocab_size": 97, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}
+    net = transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes))
+    with pytest.raises(UserError, match="XLNetLMHeadModel is no causal language model"):
+        check_model(PlainEngine(net), batch)
+    check_model(PlainEngine(transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes, attn_type="uni"))), batch)
+
+
+def test_a_model_without_gradients_in_evaluation_mode_is_refused() -> None:
+    class Reversible(Bigram):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:  # type: ignore[override]
+            return Backwards.apply(super().forward(input_ids))
+
+    class Backwards(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("use `model.train()`")
+
+    with pytest.raises(UserError, match=r"model: Reversible has no gradient in evaluation mode.*use `model.train"):
+        check_model(PlainEngine(Reversible()), collate(tiny.samples(1, 1)))

@@ -37,7 +37,7 @@ def test_a_good_model_passes_and_stays_as_it_was(family: str, spec: FeatureSpec)
 
 
 def test_a_wrong_tap_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taps, "_normalised", lambda module, x: x)
+    monkeypatch.setattr(taps, "normalised", lambda module, x: x)
     failed, scoring = checked()
     assert failed == ["single-sample autograd"]
     with pytest.raises(RuntimeError, match="self-check of the gradient features failed: 1 sample, largest relative"):
