@@ -182,6 +182,7 @@ def settings(folder: str) -> dict[str, Any]:
     out = home / "not" / "there" / "yet"
     engine = _start({**flex, "output_dir": str(out)}, stage=2)
     by_argument = [engine.training_step(batch) for batch in engine.batches()]
+    torch.distributed.barrier()  # rank 0 writes
     lines = (out / "weights.jsonl").read_text().splitlines()
 
     block = home / "ds.json"

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from dataflex import worker
-from dataflex.launcher import Request, command, free_port, gpu_count
+from dataflex.launcher import Request, command, free_port, gpu_count, processes
 from dataflex.launcher.outcome import outcome
 from dataflex.launcher.processes import Ended
 from dataflex.utils.errors import UserError
@@ -132,6 +132,23 @@ def test_a_signal_ends_every_rank_within_seconds(
     assert process.returncode == 128 + number
     assert out == f"dataflex: error: stopped by {number.name}\n"
     assert not any(runs(pid) for pid in workers)
+
+
+def test_what_follows_a_signal_at_once_is_the_same_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `timeout` sends it: to the command, and to the command's group."""
+    asked: list[int] = []
+    killed: list[tuple[int, int]] = []
+    received: list[int] = []
+    monkeypatch.setattr(processes, "_ask", lambda group, folder, number: asked.append(number))
+    monkeypatch.setattr(processes.os, "killpg", lambda *args: killed.append(args))
+    with processes._forwarding(4711, tmp_path, received):
+        for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert (asked, received, killed) == ([signal.SIGUSR1], [signal.SIGUSR1], [])
+        monkeypatch.setattr(processes, "SAME_SIGNAL_S", 0.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert (asked, received) == ([signal.SIGUSR1], [signal.SIGUSR1, signal.SIGTERM])
+    assert killed == [(4711, signal.SIGKILL)]
 
 
 @LINUX

@@ -85,6 +85,7 @@ def store(folder: Path, make: Make, fingerprint: str, made_from: dict[str, str] 
     Everything is written beside ``folder`` first; a process that is killed leaves nothing that counts.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    before = _inode(folder)
     for left in folder.parent.glob(f".{folder.name}-*"):  # by a process that was killed
         if time.time() - left.stat().st_mtime > DAY_S:
             shutil.rmtree(left, ignore_errors=True)
@@ -100,7 +101,7 @@ def store(folder: Path, make: Make, fingerprint: str, made_from: dict[str, str] 
             files[name] = FileRecord.of(partial / name)
         entry = Entry(fingerprint=fingerprint, made_from=made_from or {}, files=files)
         write_sealed(partial / MANIFEST, entry.model_dump())
-        if folder.exists():
+        if before is not None and _inode(folder) == before:
             shutil.rmtree(folder, ignore_errors=True)
         try:
             os.replace(partial, folder)
@@ -108,6 +109,11 @@ def store(folder: Path, make: Make, fingerprint: str, made_from: dict[str, str] 
             if not (folder / MANIFEST).exists():
                 raise
     return opened(folder, read_entry(folder))
+
+
+def _inode(folder: Path) -> int | None:
+    """What tells one folder of this name from another; None where there is none."""
+    return folder.stat().st_ino if folder.exists() else None
 
 
 @contextmanager

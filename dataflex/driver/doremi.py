@@ -21,6 +21,7 @@ from dataflex.utils import dist
 from dataflex.utils.errors import UserError, listed
 from dataflex.utils.logging import logger
 from dataflex.utils.records import DamagedError, read_record
+from dataflex.utils.stopping import Stopped
 
 RESULT = "doremi_average_weights.json"
 
@@ -117,7 +118,11 @@ def _stage(name: str, cfg: Config) -> None:
         logger.info(f"doremi: the {name} run in {folder} is complete, nothing to do")
         return
     logger.info(f"doremi: {name} run in {folder}")
-    train(cfg)
+    stop = train(cfg)
+    asked = dist.gather_objects(stop.reason if stop is not None and stop.asked else None)
+    reason = next(filter(None, asked), None)
+    if reason is not None and name != "final":
+        raise Stopped(f"stopped after the {name} run ({reason}); the same command goes on with the next one")
     gc.collect()  # an engine holds itself in cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

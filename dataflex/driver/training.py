@@ -24,21 +24,24 @@ from dataflex.train.trainer.run_hooks import CheckpointHook, EvalHook
 from dataflex.utils import dist
 from dataflex.utils.files import write_atomically
 from dataflex.utils.logging import logger
-from dataflex.utils.stopping import Stopped
+from dataflex.utils.stopping import Stop, Stopped
 
 
-def train(cfg: Config) -> None:
-    """Train as ``cfg`` says, under a started process group; a collective."""
+def train(cfg: Config) -> Stop | None:
+    """Train as ``cfg`` says, under a started process group; a collective.
+
+    Returns what may have asked this process for an end too late for the run, which is complete; None without steps.
+    """
     cfg = with_components(cfg)
     if cfg.score.dry_run:
         inputs = read_inputs(cfg)
         estimate(inputs, build_engine(inputs), training=True)
-        return
+        return None
     with held(Path(cfg.output.output_dir)):
-        _train(cfg)
+        return _train(cfg)
 
 
-def _train(cfg: Config) -> None:
+def _train(cfg: Config) -> Stop | None:
     start = run_folder.prepare(cfg)
     inputs = read_inputs(cfg)
     if start is not None:  # what the last screen is made from: better said now than after the training
@@ -48,7 +51,7 @@ def _train(cfg: Config) -> None:
     stop = engine.run.stop = stop_of(cfg)
     _resume(engine, cfg, start)
     if _complete(engine, cfg):
-        return
+        return None
     _say_run(cfg, engine)
     try:
         for batch in engine.batches():
@@ -59,6 +62,7 @@ def _train(cfg: Config) -> None:
     if stop.verdict:
         raise Stopped(said_stop(cfg, engine.run))
     _finish(inputs, engine, log)
+    return stop
 
 
 def _run_hooks(inputs: Inputs, log: LogHook) -> list[Hook]:

@@ -50,6 +50,14 @@ def claim(folder: Path, source: Path | None, overwrite: bool) -> None:
         _set_aside(path)
 
 
+def kept(path: Path) -> bool:
+    """Before ``path``, named as a file of ours, is removed: whether it is a user's text, which is renamed instead."""
+    if path.suffix not in _COMMENTS or _is_ours(path):
+        return False
+    _set_aside(path)
+    return True
+
+
 def _set_aside(path: Path) -> None:
     """Rename ``path`` to the first free of name.before, name.before2, ..."""
     number, kept = 1, path.with_name(f"{path.name}.before")

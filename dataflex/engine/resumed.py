@@ -17,7 +17,7 @@ from dataflex.config.score_section import ScoreSection
 from dataflex.engine import checkpoint
 from dataflex.engine.own_files import CONFIG
 from dataflex.engine.run_config import run_config
-from dataflex.utils.errors import UserError
+from dataflex.utils.errors import UserError, shown
 from dataflex.utils.logging import logger
 
 # Where and how it runs, and what is written: of no influence on what is trained, or found out otherwise (a checkpoint
@@ -66,13 +66,13 @@ def check_resume(cfg: Config, start: Path) -> None:
 
     UserError naming every changed key that a resume would not heed, and for a run that would end before ``start``.
     """
-    step = checkpoint.step_of(start)
+    step = checkpoint.saved_step(start)
     if cfg.fixed_steps is not None and step > cfg.fixed_steps:
         raise UserError(f"max_steps: the run would end after {cfg.fixed_steps} steps, {start} has done {step}")
     found = next((path for path in (start / CONFIG, start.parent / CONFIG) if path.is_file()), None)
     if found is None:
         return
-    changes = _changes(yaml.safe_load(found.read_text(encoding="utf-8")), cfg)
+    changes = _changes(_read(found), cfg)
     refused = [change for key, change in changes.items() if key.split(".")[0] not in SAID]
     if refused:
         raise UserError(
@@ -80,6 +80,19 @@ def check_resume(cfg: Config, start: Path) -> None:
         )
     for change in changes.values():
         logger.warning(f"{change}, heeded from this resume on")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The configuration that a run wrote. UserError where it is not one, or no longer one."""
+    try:
+        before = yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        problem = f"cannot be read ({type(error).__name__})"
+    else:
+        if isinstance(before, dict):
+            return before
+        problem = f"holds no configuration but {shown(before)}"
+    raise UserError(f"{path}: {problem}; what the run was made with is not known: remove the file to go on without it")
 
 
 def _changes(before: dict[str, Any], cfg: Config) -> dict[str, str]:

@@ -180,9 +180,10 @@ def _named(cfg: Config, start: Path, folder: Path) -> Path:
     if problem and not checkpoint.is_plain(start):
         raise UserError(f"resume_from_checkpoint: {start}: {problem}")
     same = start.resolve().parent == folder.resolve()
-    later = [p for p in folder.glob("checkpoint-*") if not same or checkpoint.step_of(p) > checkpoint.step_of(start)]
+    done = checkpoint.saved_step(start)
+    later = [p for p in folder.glob("checkpoint-*") if not same or checkpoint.saved_step(p) > done]
     if later and not cfg.output.overwrite_output_dir:
-        newest = max(later, key=checkpoint.step_of)
+        newest = max(later, key=checkpoint.saved_step)
         raise UserError(
             f"resume_from_checkpoint: {newest} would be written again; name another output_dir, or drop it with "
             "overwrite_output_dir: true"
@@ -208,4 +209,5 @@ def _clear(folder: Path) -> None:
         return
     for pattern in cleared():
         for old in folder.glob(pattern):
-            remove(old)
+            if not own_files.kept(old):
+                remove(old)

@@ -27,7 +27,7 @@ def held(folder: Path) -> Iterator[None]:
         tidy = True
         raise
     finally:
-        lock.release(folder, tidy and dist.is_main())
+        lock.release(folder, tidy)
 
 
 def _take(folder: Path) -> FolderLock:

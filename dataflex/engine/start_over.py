@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,14 @@ from dataflex.engine import checkpoint
 from dataflex.engine.own_files import CONFIG
 from dataflex.engine.run_config import run_config
 from dataflex.utils.errors import UserError, shown
+from dataflex.utils.files import remove
 from dataflex.utils.logging import logger
 
 if TYPE_CHECKING:
     from dataflex.config import Config
 
-LOGS = ("trainer_log.jsonl", "trainer_state.json", "*weights.jsonl", "*average_weights.json", "decisions")
+# Those that tell of a run come last: a start that ends between two renamings is followed by one that goes on with them.
+LOGS = ("trainer_state.json", "*weights.jsonl", "*average_weights.json", "decisions", "trainer_log.jsonl")
 _WEIGHTS = ("model*.safetensors*", "adapter_model.safetensors")
 # Say how a run is watched, stored and ended, not what it computes.
 _FREE = {
@@ -91,9 +93,18 @@ def make_room(folder: Path) -> None:
     logger.warning(f"{folder}: an earlier start of this run left no whole checkpoint; starting over{kept}")
     for broken in folder.glob("checkpoint-*"):
         if (broken / checkpoint.MANIFEST).exists():
-            broken.rename(folder / f"damaged-{broken.name}")
+            broken.rename(_free(folder / f"damaged-{broken.name}"))
         else:
-            shutil.rmtree(broken)
+            remove(broken)
+
+
+def _free(path: Path) -> Path:
+    """``path``, or where something has that name, the first free one of path.2, path.3, ..."""
+    numbers = itertools.count(2)
+    free = path
+    while free.exists():
+        free = path.with_name(f"{path.name}.{next(numbers)}")
+    return free
 
 
 def _numbered(path: Path, number: int) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataflex.utils.stopping import SIGNALS
+from dataflex.utils.stopping import SAME_SIGNAL_S, SIGNALS
 from dataflex.worker import prctl
 
 GRACE_S = 35.0
@@ -39,13 +39,21 @@ def run(words: list[str], env: Mapping[str, str], here: Path, folder: Path) -> E
 
 @contextlib.contextmanager
 def _forwarding(group: int, folder: Path, received: list[int]) -> Iterator[None]:
-    """Pass the first signal that we get on to the workers; the second one kills all there is."""
+    """Pass the first signal that we get on to the workers; the second one kills all there is.
+
+    What follows within `SAME_SIGNAL_S` is the first one again: ``timeout`` signals its child, and then its group.
+    """
+    first = 0.0
 
     def forward(number: int, _frame: object) -> None:
-        received.append(number)
-        if len(received) == 1:
+        nonlocal first
+        now = time.monotonic()
+        if not received:
+            first = now
+            received.append(number)
             _ask(group, folder, number)
-        else:
+        elif now - first >= SAME_SIGNAL_S:
+            received.append(number)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
 

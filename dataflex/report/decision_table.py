@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.data.pool import Pool
-from dataflex.utils.errors import UserError
+from dataflex.utils.errors import UserError, cut
+from dataflex.utils.records import fitted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -148,7 +149,11 @@ def read_facts(path: Path) -> Facts:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     if FACTS not in metadata:
         raise UserError(f"{path}: is not the table of a decision")
-    return Facts(**json.loads(metadata[FACTS]))
+    try:
+        facts: Facts = fitted(Facts, json.loads(metadata[FACTS]), FACTS.decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not the table of a decision ({cut(str(error), 200)})") from None
+    return facts
 
 
 def read_parts(path: Path) -> Iterator[pd.DataFrame]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from dataflex.data.convert import Converter
 from dataflex.data.info import read_dataset_infos
 from dataflex.data.rows import content_of, rows_in_files
 from dataflex.report.decision_table import Facts, read_facts, read_parts
+from dataflex.report.summary import Decision
 from dataflex.utils.errors import UserError
+from dataflex.utils.records import DamagedError, read_record
 
 LONGEST_TEXT = 400
 Sample = dict[str, Any]
@@ -118,7 +119,10 @@ def _mean(total: float, count: int) -> str:
 
 def _proportions(run: Path, path: Path) -> list[str]:
     """A mixer's decision; UserError where it is a selector's whose table is gone."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record: Decision = read_record(path, Decision)
+    except DamagedError as error:
+        raise UserError(f"{path}: not a record of a decision: {error}") from None
     if "proportions" not in record:
         raise UserError(f"{path.with_suffix('.parquet')}: there is no such table; the run is of an older version")
     shares = [f"  {name}  {share:.1%}" for name, share in record["proportions"].items()]

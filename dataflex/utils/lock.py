@@ -80,11 +80,11 @@ class FolderLock:
         return cls(_kept(file))
 
     def release(self, folder: Path, tidy: bool) -> None:
-        """Let go. tidy: remove the file too, which only the process that took the lock may ask for."""
+        """Let go. tidy: remove the file too, where no other process of the run holds the folder any more."""
         if self._beat is not None:
             self._beat.end()
         if self._file is not None:
-            if tidy:
+            if tidy and _alone(self._file):
                 (folder / LOCK).unlink(missing_ok=True)
             _HELD.discard(self._file)
             os.close(self._file)
@@ -112,6 +112,15 @@ def _locked(path: Path, record: str) -> int | None:
         raise
     os.close(file)
     return None
+
+
+def _alone(file: int) -> bool:
+    """Whether the lock, which is being let go of, was held by nobody else; only then is it ours alone now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _kept(file: int) -> int:
@@ -160,13 +169,19 @@ class _Heartbeat(threading.Thread):
         number = 0
         while not self.ended.wait(BEAT_S):
             number += 1
-            if _read(self.path).get("token") != self.record["token"]:
-                logger.error(f"{self.path}: another run has taken this folder over (was this one suspended?)")
-                os._exit(1)
-            with self.path.open("r+", encoding="utf-8") as handle:
-                handle.write(self._text(number))
-                handle.flush()
-                os.fsync(handle.fileno())
+            try:
+                self._beat(number)
+            except OSError as exc:  # a network file system that does not answer for a while
+                logger.warning(f"{self.path}: {exc.strerror or exc}; tried again in {BEAT_S:g} s")
+
+    def _beat(self, number: int) -> None:
+        if _parsed(_content(self.path) or b"").get("token") != self.record["token"]:
+            logger.error(f"{self.path}: another run has taken this folder over (was this one suspended?)")
+            os._exit(1)
+        with self.path.open("r+", encoding="utf-8") as handle:
+            handle.write(self._text(number))
+            handle.flush()
+            os.fsync(handle.fileno())
 
     def end(self) -> None:
         self.ended.set()
@@ -215,8 +230,15 @@ def _content(path: Path) -> bytes | None:
 def _read(path: Path) -> dict[str, Any]:
     """What the file says of its holder; empty where it is not there or not (yet) readable."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _parsed(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(content.decode())
+    except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

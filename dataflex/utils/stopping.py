@@ -46,6 +46,11 @@ class Stop:
         self._listener: _Listener | None = None
 
     @property
+    def asked(self) -> bool:
+        """Whether this process was asked for an end, by a signal or by its time."""
+        return self._first is not None or self._out_of_time()
+
+    @property
     def reason(self) -> str:
         """Who asked for the end, for the screen."""
         if self._first is not None:

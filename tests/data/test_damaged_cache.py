@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dataflex.config import Config
+from dataflex.data import cache
 from dataflex.data.cache import MANIFEST
 from dataflex.utils.errors import UserError
 from tests.data.helpers import load, numbered, prompts
@@ -103,3 +104,23 @@ def test_a_cache_that_cannot_be_written_is_one_line(
         UserError, match=r"file/cache/dataflex: the cache cannot be written: Not a dir.*set HF_DATASETS_CACHE"
     ):
         load(config("x"))
+
+
+def test_what_another_process_has_made_meanwhile_stays(
+    add: Add, config: MakeConfig, private_cache: Path, tmp_path: Path
+) -> None:
+    """Two runs that start at once make the same entry: the second one does not take it from under the first."""
+    add("x", numbered(3))
+    load(config("x"))
+    entry = next(p for p in (private_cache / "dataflex").iterdir())
+    fingerprint, others = cache.read_entry(entry).fingerprint, tmp_path / "others"
+    entry.rename(others)
+    seen = others.stat().st_ino
+
+    def make(work: Path) -> Any:
+        dataset = cache.opened(shutil.copytree(others, work / "mine"), cache.read_entry(others))
+        others.rename(entry)
+        return dataset
+
+    assert len(cache.store(entry, make, fingerprint)) == 3
+    assert entry.stat().st_ino == seen

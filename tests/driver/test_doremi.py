@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import traceback
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dataflex.driver import training
 from dataflex.driver.doremi import three_runs
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
+from dataflex.utils.stopping import Stop, Stopped
 from tests.distributed import run_ranks
 from tests.driver.workspace import settings
 
@@ -99,3 +101,13 @@ def test_it_goes_on_at_the_unfinished_run(workspace: Path) -> None:
 def test_what_is_no_doremi_run_is_refused(workspace: Path, changes: dict[str, Any], text: str) -> None:
     with pytest.raises(UserError, match=text):
         three_runs(load_config(settings(workspace, **{**RUN, **changes}), quiet=True))
+
+
+def test_a_signal_too_late_for_one_run_ends_before_the_next(monkeypatch: pytest.MonkeyPatch, workspace: Path) -> None:
+    stop = Stop(heeds=True)
+    stop._note(signal.SIGTERM)
+    cfg = load_config(settings(workspace), quiet=True)
+    monkeypatch.setattr(command, "train", lambda _: stop)
+    with pytest.raises(Stopped, match=r"^stopped after the proxy run \(SIGTERM\); the same command goes on with the"):
+        command._stage("proxy", cfg)
+    command._stage("final", cfg)

@@ -239,3 +239,16 @@ def test_a_run_of_one_process_goes_on_on_two(keys: dict[str, Any], workspace: Pa
     assert shares[-1] != shares[0]
     for line, weights in zip(second, shares, strict=True):
         assert list(line["weights"].values()) == pytest.approx(weights, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"a: [", b"\xff\xfe\xff", b"- a", b"!!python/object:os.system {}", b"[" * 3000]
+)
+def test_a_damaged_config_of_a_checkpoint_is_one_line(workspace: Path, tmp_path: Path, content: bytes) -> None:
+    from dataflex.engine.resumed import check_resume
+
+    start = tmp_path / "checkpoint-2"
+    start.mkdir()
+    (start / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{start}/config.yaml: .*; what the run was made with is not known"):
+        check_resume(load_config(settings(workspace), quiet=True), start)

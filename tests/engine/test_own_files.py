@@ -98,8 +98,7 @@ def test_the_same_command_starts_over_and_numbers_the_logs(out: Path, capfd: pyt
     assert (out / "decisions.1/step_1.json").read_text() == "1"
     said = capfd.readouterr().err
     assert (
-        "an earlier start of this run left no whole checkpoint; starting over; its logs are kept as trainer_log.1"
-        in said
+        "an earlier start of this run left no whole checkpoint; starting over; its logs are kept as decisions.1" in said
     )
 
 
@@ -139,3 +138,42 @@ def test_true_wants_a_checkpoint_and_auto_does_not(out: Path) -> None:
         prepared(out, resume_from_checkpoint=True)
     assert prepared(out, resume_from_checkpoint="auto") is None
     assert start_over.obstacle(load_config(out.parent / "run.yaml", quiet=True), out) is None
+
+
+def test_as_many_damaged_checkpoints_of_one_step_are_kept_as_there_are(out: Path) -> None:
+    for number in range(3):
+        prepared(out)
+        (out / "checkpoint-4").mkdir()
+        (out / "checkpoint-4/dataflex_manifest.json").write_text(str(number))
+    prepared(out)
+    names = ("damaged-checkpoint-4", "damaged-checkpoint-4.2", "damaged-checkpoint-4.3")
+    assert [(out / name / "dataflex_manifest.json").read_text() for name in names] == ["0", "1", "2"]
+
+
+def test_a_start_that_ended_while_it_renamed_logs_is_started_over(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared(out)
+    for name in ("trainer_log.jsonl", "trainer_state.json", "odm_weights.jsonl"):
+        (out / name).write_text("1")
+    rename, left = Path.rename, iter((True, True, False))
+
+    def until_killed(path: Path, target: Path) -> Path:
+        if not next(left):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", until_killed)
+        prepared(out)
+    assert prepared(out) is None
+    logs = {"trainer_log.1.jsonl", "trainer_state.1.json", "odm_weights.1.jsonl"}
+    assert {path.name for path in out.iterdir()} == {"config.yaml", *logs}
+
+
+def test_a_readme_that_was_changed_is_kept_when_the_run_is_started_over(out: Path) -> None:
+    prepared(out)
+    (out / "all_results.json").write_text("{}")
+    own_files.write(out / "README.md", "# card\n")
+    (out / "README.md").write_text("# my own words\n")
+    prepared(out, overwrite_output_dir=True)
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "README.md.before"}
+    assert (out / "README.md.before").read_text() == "# my own words\n"

@@ -17,6 +17,7 @@ from dataflex.data.pool import Pool
 from dataflex.data.rows import content_of
 from dataflex.report import decision_table as tables
 from dataflex.report.show import show
+from dataflex.utils.errors import UserError
 
 NAN = float("nan")
 LONG = "long " * 200
@@ -130,6 +131,15 @@ def test_changed_or_missing_data_is_said(made: Path, tmp_path: Path) -> None:
     assert "there is no such file" in show(run, step=10, top=1)[-1]
     (run / "config.yaml").unlink()
     assert show(run, step=10, top=1)[-1] == f"no texts: {run} has no config.yaml, which would name the data"
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"step": 40, "proportions": [1]}', b"[" * 99999])
+def test_a_damaged_record_is_one_line(made: Path, tmp_path: Path, content: bytes) -> None:
+    run = shutil.copytree(made / "run", tmp_path / "run")
+    path = run / "decisions/step_40.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{path}: not a record of a decision: "):
+        show(run)
 
 
 @pytest.mark.parametrize(

@@ -135,3 +135,31 @@ def test_who_was_suspended_ends_when_another_has_taken_over(tmp_path: Path) -> N
         _, errors = process.communicate(timeout=10)
     assert process.returncode == 1 and "another run has taken this folder over" in errors
     assert json.loads((tmp_path / HEARTBEAT).read_text()) == {"token": "another"}
+
+
+def test_the_lock_file_stays_until_the_last_of_the_run_lets_go(tmp_path: Path) -> None:
+    """Else another run could make a new one while this one's other processes still write."""
+    mine = FolderLock.take(tmp_path, 1)
+    with hold(tmp_path, JOIN) as other:
+        mine.release(tmp_path, tidy=True)
+        assert "in use by another run (process 1 on" in refused(tmp_path)
+        other.kill()
+
+
+def test_a_heartbeat_outlives_a_file_system_that_does_not_answer(
+    tmp_path: Path, no_flock: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, ended = lock._content, []
+    monkeypatch.setattr("os._exit", ended.append)
+    mine = FolderLock.take(tmp_path, 1)
+
+    def fail(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(lock, "_content", fail)
+    time.sleep(0.2)
+    monkeypatch.setattr(lock, "_content", read)
+    before = (tmp_path / HEARTBEAT).read_text()
+    time.sleep(0.3)
+    assert (tmp_path / HEARTBEAT).read_text() > before and not ended, "it beats again"
+    mine.release(tmp_path, tidy=True)

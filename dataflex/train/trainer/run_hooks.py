@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from dataflex.engine.handover import Handover
 from dataflex.engine.own_files import CONFIG
 from dataflex.report.trainer_log import LogHook
 from dataflex.utils import dist
-from dataflex.utils.files import finish_removals, remove
+from dataflex.utils.files import finish_removals, remove, write_atomically
 from dataflex.utils.logging import logger
 
 
@@ -72,8 +71,7 @@ class CheckpointHook(Hook):
             export(run.engine, folder, self.handover)
         else:
             if dist.is_main():  # before the manifest, which then holds for it too
-                folder.mkdir(exist_ok=True)
-                shutil.copyfile(run.output_dir / CONFIG, folder / CONFIG)
+                write_atomically(folder / CONFIG, (run.output_dir / CONFIG).read_text(encoding="utf-8"))
             run.engine.save_checkpoint()
             run.stop.last = folder
         logger.info(f"step {run.step}: saved {folder}")
