@@ -43,14 +43,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 # Families that are scored in part, or not at all.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox_japanese": ("GPTNeoXJapaneseConfig", {"hidden_dropout": 0.0}),
-    "xlnet": ("XLNetConfig", {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24, "attn_type": "uni"}),
 }
 _UNKNOWN = {
     "gpt2": (*_SIZES, "intermediate_size"),
     "opt": ("intermediate_size", "num_key_value_heads"),
     "falcon": ("intermediate_size", "num_key_value_heads"),
     "gpt_neox_japanese": ("num_key_value_heads",),
-    "xlnet": (*_SIZES, "intermediate_size", "max_position_embeddings"),
     "mamba": ("intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
 }
 

@@ -313,6 +313,10 @@ def test_a_parameter_that_its_module_hands_out_is_named() -> None:
 
 
 def test_layers_that_have_tokens_first_are_named() -> None:
-    net = families.model("xlnet")
-    with pytest.raises(UserError, match=r"sees \(\d+, 3, \d+\), tokens first, for 3 rows of \d+ tokens"):
-        scorer(net).gradient_features(pool(3), proj_dim=PROJ_DIM, seed=SEED)
+    from dataflex.scoring.rerun import Places
+
+    places = Places(3, 42, torch.arange(4) * 14)
+    with pytest.raises(UserError, match=r"layer of w sees \(14, 3, 8\), tokens first, for 3 rows of 14 tokens"):
+        places.mask(torch.zeros(14, 3, 8), 0, "w")
+    kept = places.mask(torch.ones(3, 14, 8), 1, "w")
+    assert kept[1].all() and not kept[0].any() and not kept[2].any()
