@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,7 +36,8 @@ class Weights(SampleWeighter):
 
 def weigh(weighter: Weighter, step: int = 5) -> Any:
     segments = torch.tensor([0, 3, 6])
-    micro = SimpleNamespace(inputs={}, raw_labels=torch.zeros(2, 3, dtype=torch.int64), cu_seqlens=segments)
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    micro = SimpleNamespace(inputs={}, raw_labels=labels, cu_seqlens=segments, sample_ids=np.arange(2))
     given = SimpleNamespace(loss=torch.tensor([1.0, 3.0], requires_grad=True))
     return WeightHook(weighter, "mine", warmup_step=5).weigh(make_run(step=step), micro, given, None)
 
