@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from dataflex.engine.finite import check_finite
 from dataflex.engine.handover import Handover
 from dataflex.utils import dist
-from dataflex.utils.files import give_usual_mode
+from dataflex.utils.files import give_usual_mode, write_atomically
 from dataflex.utils.room import check_room, said_when_full
 
 
@@ -57,11 +58,20 @@ def _save(module: Any, folder: Path, weights: dict[str, torch.Tensor], handover:
         warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")
         module.save_pretrained(folder, state_dict=weights)
     if hasattr(module, "peft_config"):
+        _order_targets(folder / "adapter_config.json")
         card.unlink(missing_ok=True)
         if kept is not None:
             card.write_text(kept, encoding="utf-8")
     for path in folder.glob("*.safetensors"):
         give_usual_mode(path)
+
+
+def _order_targets(file: Path) -> None:
+    """Sort the targets in an adapter's config: peft keeps a set of names, in another order in every process."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"].sort()
+        write_atomically(file, json.dumps(config, indent=2, sort_keys=True))
 
 
 def _saved_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
