@@ -118,8 +118,8 @@ class Subject:
             inputs, labels, _, cu_seqlens = split_batch(dict(batch), self.device)
             logits = self.engine.engine(**inputs).logits
             loss = per_sample_loss(logits.flatten(0, 1), labels, cu_seqlens).loss.mean()
-            self.engine.backward(loss)
-            self.engine.step()
+            self.engine.engine.backward(loss)
+            self.engine.engine.step()
 
     def score(self, ids: Any = None) -> np.ndarray:
         """Features of the samples, [n, proj_dim]."""
