@@ -13,6 +13,7 @@ from dataflex.core.clock import Clock
 from dataflex.engine import checkpoint
 from dataflex.train.trainer.run_hooks import CheckpointHook
 from dataflex.utils.files import finish_removals, remove
+from dataflex.utils.stopping import Stop
 
 
 class Killed(BaseException):
@@ -87,8 +88,10 @@ def test_a_save_removes_what_it_makes_useless(keep: int | None, tmp_path: Path) 
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "checkpoint-1" / "model.safetensors").write_text("an export")
     (tmp_path / ".removing-checkpoint-0").mkdir()
-    run: Any = SimpleNamespace(output_dir=tmp_path, step=8, total_steps=20, clock=Clock())
+    (tmp_path / "config.yaml").write_text("seed: 3")
+    run: Any = SimpleNamespace(output_dir=tmp_path, step=8, total_steps=20, clock=Clock(), stop=Stop())
     run.engine = SimpleNamespace(save_checkpoint=lambda: make(tmp_path, 8))
     CheckpointHook(4, keep, False, None).on_step_end(run, None)
     kept = {2, 4, 6, 8} if keep is None else {6, 8}
-    assert names(tmp_path) == {f"checkpoint-{step}" for step in kept | {1, 9}}
+    assert names(tmp_path) == {"config.yaml", *(f"checkpoint-{step}" for step in kept | {1, 9})}
+    assert (tmp_path / "checkpoint-8/config.yaml").read_text() == "seed: 3"
