@@ -45,11 +45,11 @@ CASES: dict[str, dict[str, Any]] = {
 # Patterns of RUN_FILES: of every case, of some, and of runs that are compared elsewhere.
 PATTERNS = (
     *("config.yaml", "all_results.json", "trainer_log.jsonl", "trainer_state.json", "training_loss.png", "README.md"),
-    *("tokenizer*", "chat_template*", "checkpoint-*", "latest"),
+    *("generation_config.json", "tokenizer*", "chat_template*", "checkpoint-*", "zero_to_*.py", "latest"),
 )
 DECISIONS, WEIGHTS, MIXED = ("decisions/*.json", "decisions/*.parquet"), "weights.jsonl", "*_weights.jsonl"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-FULL = ("config.json", "generation_config.json", "model*.safetensors*")
+FULL = ("config.json", "model*.safetensors*")
 ALSO: dict[str, tuple[str, ...]] = {
     "select": (*ADAPTER, *DECISIONS),
     "mix": (*ADAPTER, MIXED),
