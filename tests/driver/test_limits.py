@@ -11,9 +11,9 @@ from tests.driver.workspace import TEMPLATE, settings
 from tests.tiny import byte_tokenizer
 
 
-def test_samples_of_weight_0_and_a_short_table_of_positions(workspace: Path) -> None:
+def test_samples_of_weight_0_and_a_short_table_of_positions(workspace: Path, tmp_path: Path) -> None:
     """5 of the 40 rows of dataset a have size 0; GPT-2 here has 32 positions."""
-    short = workspace / "short"
+    short = tmp_path / "short"
     sizes = {"vocab_size": 259, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
     config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(short)
@@ -29,7 +29,8 @@ def test_samples_of_weight_0_and_a_short_table_of_positions(workspace: Path) -> 
         },
         "positions": {**base, "model_name_or_path": str(short)},
     }
-    (found,) = run_ranks("tests.driver.ranks:sweep", 1, folder=str(workspace), cases=cases)
+    (found,) = run_ranks("tests.driver.ranks:sweep", 1, folder=str(tmp_path), cases=cases)
+    assert "losses" in found["weights"], found["weights"]
     losses = found["weights"]["losses"]
     assert (len(losses), losses.count(0.0)) == (40, 5)
     assert found["positions"]["error"].startswith("dataset: sample ") and "(a.json:" in found["positions"]["error"]
