@@ -3,6 +3,7 @@
     python benchmarks/downstream.py demo --csv FILE [--seeds 3] [--processes 2]
     python benchmarks/downstream.py real --data FOLDER --csv FILE
     python benchmarks/downstream.py shares --data FOLDER --csv FILE
+    python benchmarks/downstream.py smollm2 --data FOLDER --model FOLDER --csv FILE
 
 demo: the four domains of the demo, target date arithmetic. real: FOLDER's alpaca_en_demo and gsm8k_train (400 rows of
 each), target gsm8k_val. A small Llama from random weights trains under ZeRO-3 through `dataflex-cli train`; the
@@ -13,6 +14,9 @@ the end has means and standard deviations over seeds.
 
 shares: how much of what is picked, 10% of the whole pool, is gsm8k, against its share of the pool: less and random
 after a warm-up, ZeRO-3, two ranks.
+
+smollm2: less and random with the pretrained model that `real_model.py fetch` makes, LoRA, ZeRO-3, 200 rows each of
+alpaca_en_demo and gsm8k_train: the picks are 30% of the pool, and the target is in two halves as above.
 """
 
 from __future__ import annotations
@@ -86,6 +90,22 @@ SUITES: dict[str, dict[str, Any]] = {
         "max_samples": None,
         "schedule": {"warmup_step": 60, "update_step": 25, "update_times": 1},
         "global_batch": 8,
+        "methods": ("less", "random"),
+    },
+    "smollm2": {
+        "dataset": ["alpaca_en_demo", "gsm8k_train"],
+        "target": "gsm8k_val",
+        "cutoff_len": 256,
+        "max_samples": 200,
+        "schedule": {"warmup_step": 10, "update_step": 30, "update_times": 1},
+        "global_batch": 4,
+        "methods": ("less", "random"),
+        "settings": {
+            "train_from_scratch": False,
+            "finetuning_type": "lora",
+            "lora_rank": 16,
+            "learning_rate": 2e-4,
+        },
     },
 }
 
@@ -94,6 +114,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=tuple(SUITES))
     parser.add_argument("--data", type=Path, help="a dataset_dir with alpaca_en_demo, gsm8k_train and gsm8k_val")
+    parser.add_argument("--model", type=Path, help="smollm2: the folder of the model")
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/downstream"), help="where runs and data go")
     parser.add_argument("--seeds", type=int, default=3)
@@ -131,6 +152,7 @@ def settings(asked: argparse.Namespace, suite: dict[str, Any], data: Path) -> di
     steps = schedule["warmup_step"] + schedule["update_step"] * schedule["update_times"]
     shared = {
         **BASE,
+        **suite.get("settings", {}),
         **schedule,
         "dataset": suite["dataset"],
         "dataset_dir": str(data.resolve()),
@@ -138,6 +160,8 @@ def settings(asked: argparse.Namespace, suite: dict[str, Any], data: Path) -> di
         "per_device_train_batch_size": batch // asked.processes,
         "eval_steps": steps,
     }
+    if asked.model is not None:
+        shared["model_name_or_path"] = str(asked.model.resolve())
     samples = 24 if asked.smoke else suite["max_samples"]
     return shared if samples is None else shared | {"max_samples": samples}
 
@@ -205,7 +229,7 @@ def token_loss(folder: Path, pool: Any) -> float:
     from dataflex.data.collate import Collator
 
     transformers.utils.logging.disable_progress_bar()
-    net = AutoModelForCausalLM.from_pretrained(folder).eval()
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     total, counted, collate = 0.0, 0, Collator(0)
     for start in range(0, len(pool), 16):
         batch = collate([pool[i] for i in range(start, min(start + 16, len(pool)))])
@@ -296,13 +320,16 @@ def main() -> None:
     elif reason := no_data(asked.data):
         print(f"skipped: {reason}")
         return
+    if asked.suite == "smollm2" and asked.model is None:
+        print("skipped: no --model FOLDER given (python benchmarks/real_model.py fetch FOLDER)")
+        return
     folder = asked.work / asked.suite / "data"
     prepare(suite, source, folder)
     shared = settings(asked, suite, folder)
     pool = pools(shared)[0]
     held_out = None if asked.suite == "shares" else pools(shared, "held_out")[0]
     data = {"pool": pool, "held_out": held_out, "domain": suite["dataset"][-1]}
-    methods = asked.methods or (("less", "random") if asked.suite == "shares" else tuple(METHODS))
+    methods = asked.methods or suite.get("methods", tuple(METHODS))
     for seed in range(1, asked.seeds + 1):
         for method in methods:
             known = [(row["suite"], row["method"], row["seed"], row["steps"]) for row in finished(asked.csv)]

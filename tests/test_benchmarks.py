@@ -73,7 +73,7 @@ def test_a_dense_projection_keeps_inner_products() -> None:
     assert ((sketch @ sketch.T - rows @ rows.T).abs() / 3000).max() < 0.1
 
 
-@pytest.mark.parametrize("suite", ["demo", "real", "shares"])
+@pytest.mark.parametrize("suite", ["demo", "real", "shares", "smollm2"])
 def test_the_downstream_runs_are_valid(suite: str, tmp_path: Path) -> None:
     downstream = module("downstream")
     sys.argv = ["downstream", suite, "--csv", "x.csv"]
