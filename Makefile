@@ -1,8 +1,10 @@
 # Every target sets up .venv by itself (constraints.txt, once) and then runs.
 #   make demo    train a small model that chooses its own data, two CPU processes, no download
 #   make test    lint, types, tests: what CI runs
-#   make check   the same with the slow tests (sanitizers, nvcc for every architecture), and the GPU tests where
-#                there is a GPU
+#   make check   the same with the slow tests (sanitizers, nvcc for every architecture), the GPU tests where there is
+#                a GPU, and a dozen faults of tests/mutants that the tests must see
+#   make mutants all of those faults, one at a time; MUTANTS="--only scoring --jobs 4" and the like; it goes on where
+#                it was stopped
 #   make bench   the benchmarks
 PYTHON ?= python3
 VENV := .venv
@@ -10,9 +12,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # A module's tests share its process groups and files, so they stay on one worker.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope
+CAMPAIGN := $(BIN)/python -m tests.mutants.run --jobs 2
 EVERYTHING := $(if $(shell command -v nvidia-smi),gpu or not gpu,not gpu)
 
-.PHONY: demo test check bench lint
+.PHONY: demo test check bench lint mutants
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -23,6 +26,10 @@ test: lint
 
 check: lint
 	@$(PYTEST) -m "$(EVERYTHING)"
+	@$(CAMPAIGN) --random 12 --anew --trusted
+
+mutants: lint
+	@$(CAMPAIGN) $(MUTANTS)
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/bench_step.py

@@ -19,9 +19,11 @@ from dataflex.engine.ds_config import check_possible
 from dataflex.report.plot import check_plotting
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
+from dataflex.utils.launch_folder import mark, marked
 from dataflex.utils.logging import logger
 from dataflex.utils.stopping import EXIT_CODE, Stopped
 
+FAILS_WITHIN_S, ENDS_WITHIN_S = 3.0, 60.0
 COMMANDS = {"check": check, "doremi": three_runs, "score": score, "train": train}
 
 
@@ -43,12 +45,25 @@ def run(cfg: Config, command: str = "train") -> int:
         logger.info(str(stopped))
         return EXIT_CODE
     except BaseException:
-        # Where rank 0 failed too, the launcher ends this process meanwhile, and the screen shows one traceback.
-        time.sleep(3 if dist.rank() else 0)
+        _let_rank_0_speak()
         raise
     finally:
         dist.shut_down()
     return 0
+
+
+def _let_rank_0_speak() -> None:
+    """Where rank 0 failed too, the launcher ends this process meanwhile, and the screen shows one traceback.
+
+    Rank 0 says at once that it failed; until the launcher has seen its end a busy machine may need long.
+    """
+    if dist.is_main():
+        mark("failed", "")
+        return
+    deadline = time.monotonic() + FAILS_WITHIN_S
+    while not marked("failed", 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(ENDS_WITHIN_S if marked("failed", 0) else 0)
 
 
 def _be_quiet() -> None:

@@ -66,7 +66,8 @@ class Bench:
 
     def pytest(self, tests: Sequence[str]) -> tuple[int | None, str]:
         """Exit code (None: the time was over) and the first line that says what failed."""
-        words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=line", *tests]
+        how = ("-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=line")
+        words = [sys.executable, "-m", "pytest", *how, *tests]
         env = {**os.environ, "PYTHONPATH": str(self.folder), "HF_HUB_OFFLINE": "1"}
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
             run = subprocess.Popen(words, cwd=self.folder, env=env, stdout=said, stderr=said, start_new_session=True)

@@ -1,4 +1,4 @@
-"""The table of small faults: one YAML file for each room, `{file: [fault, ...]}`; see `Mutant` for what a fault says."""
+"""The table of small faults: a YAML file for each room, `{file: [fault, ...]}`; see `Mutant` for what a fault says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of faults fits the code as it is: a fault whose text is gone would be planted nowhere and missed by nobody."""
+"""The table of faults fits the code as it is: one whose text is gone would be planted nowhere and missed by nobody."""
 
 from __future__ import annotations
 

@@ -91,9 +91,10 @@ def engine_of(
     folder.mkdir(parents=True, exist_ok=True)
     watch = Watch()
     if weighter is not None:
-        (folder / "components.yaml").write_text(yaml.safe_dump({"weighters": WEIGHTERS}))
+        components = folder / f"components_{dist.rank()}.yaml"  # a file of its own: the other rank may be reading
+        components.write_text(yaml.safe_dump({"weighters": WEIGHTERS}))
         chosen = {"train_type": "dynamic_weight", "component_name": weighter, "warmup_step": WARMUP}
-        keys = {**chosen, "components_cfg_file": str(folder / "components.yaml"), **keys}
+        keys = {**chosen, "components_cfg_file": str(components), **keys}
     engine = dataflex.initialize(
         model=tiny.model("full"),
         config=tiny.ds_config(
