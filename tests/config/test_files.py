@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dataflex.config import Config, load_config
+from dataflex.config import Config, deepspeed_json, load_config
 from dataflex.config.components import component_params, read_components
 from dataflex.config.paths import packaged, packaged_folder, resolve, settle
 from dataflex.utils.errors import UserError
@@ -28,6 +28,11 @@ def test_component_params_come_from_the_packaged_file_as_a_copy() -> None:
     assert params == {"strategy": "linupper", "delta": 1.0, "r_start": 2.0, "r_end": 0.5}
     params["delta"] = 3.0
     assert component_params(flex, "weight")[1]["delta"] == 1.0
+
+
+def test_component_params_win_over_the_file_and_leave_its_others() -> None:
+    flex = weight_run(component_params={"weight": {"delta": 7.0}}).flex
+    assert component_params(flex, "weight")[1] == {"strategy": "linupper", "delta": 7.0, "r_start": 2.0, "r_end": 0.5}
 
 
 def test_packaged_components_are_complete() -> None:
@@ -191,6 +196,39 @@ def test_refused_deepspeed_config(tmp_path: Path, config: dict[str, Any], line: 
     with pytest.raises(UserError) as caught:
         load_config({**RUN, "deepspeed": str(tmp_path / "ds.json")})
     assert str(caught.value) == f"config:deepspeed: {tmp_path}/ds.json: {line}"
+
+
+# Of a DeepSpeed config: a value that is not the YAML's, whose own is the default.
+CONTRADICTIONS: dict[str, tuple[Any, str]] = {
+    "train_micro_batch_size_per_gpu": (3, "per_device_train_batch_size"),
+    "gradient_accumulation_steps": (3, "gradient_accumulation_steps"),
+    "gradient_clipping": (0.5, "max_grad_norm"),
+    "bf16.enabled": (True, "bf16"),
+    "fp16.enabled": (True, "fp16"),
+    "optimizer.params.lr": (0.1, "learning_rate"),
+    "optimizer.params.weight_decay": (0.1, "weight_decay"),
+}
+
+
+def test_a_deepspeed_config_contradicts_the_yaml_in_no_key() -> None:
+    for dotted, (value, key) in CONTRADICTIONS.items():
+        config: Any = value
+        for part in reversed(dotted.split(".")):
+            config = {part: config}
+        with pytest.raises(UserError, match=f"'{dotted}' is .*, but {key} is .*: use \"auto\""):
+            load_config({**RUN, "deepspeed": config})
+    assert set(CONTRADICTIONS) == set(deepspeed_json.SAME_AS_YAML), "a key needs a row"
+
+
+@pytest.mark.parametrize("block", ["zero_optimization", "monitor.inner"])
+def test_two_is_in_use_and_a_secret_is_found_at_any_depth(block: str) -> None:
+    config: Any = {"wandb_api_key": "x"}
+    for part in reversed(block.split(".")):
+        config = {part: config}
+    with pytest.raises(UserError, match=f"'{block}.wandb_api_key' is a secret"):
+        load_config({**RUN, "deepspeed": config})
+    with pytest.raises(UserError, match="'sequence_parallel_size' is not supported"):
+        load_config({**RUN, "deepspeed": {"sequence_parallel_size": 2}})
 
 
 @pytest.mark.parametrize(

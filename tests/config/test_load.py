@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dataflex.config import Config, load_config
+from dataflex.config.foreign import ALIASES
 from dataflex.utils.errors import UserError
 from tests.config.wrong_configs import FOREIGN, MIX, RULES, SELECT, STREAM, STREAMING, TYPES, WEIGHT
 
@@ -67,6 +68,14 @@ def test_overrides_replace_yaml_values_and_the_last_one_wins(tmp_path: Path) -> 
     assert cfg.train.learning_rate == 1e-4
     assert (cfg.output.eval_strategy, cfg.data.dataset, cfg.train.seed) == ("no", ("x", "y"), 2)
     assert cfg.data.template is None
+
+
+def test_other_spellings_set_the_keys_that_they_mean(tmp_path: Path) -> None:
+    text = "evaluation_strategy: epoch\nval_size: 0.1\nper_gpu_train_batch_size: 3\nper_gpu_eval_batch_size: 5"
+    cfg = load(tmp_path, text)
+    assert cfg.output.eval_strategy == "epoch"
+    assert (cfg.train.per_device_train_batch_size, cfg.train.per_device_eval_batch_size) == (3, 5)
+    assert set(ALIASES) == {line.partition(":")[0] for line in text.splitlines()} - {"val_size"}
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,12 @@ TYPES = [
 ]  # fmt: skip
 
 RULES = [
+    # A wrong key keeps its default, which must not lead to a second line.
+    (SELECT.replace("update_step: 2", "update_step: x"), "update_step: expected a whole number >= 0, got 'x'"),
+    (
+        "layer_lr_multipliers: {layers.0: 2}\ndeepspeed: {optimizer: {type: AdamW}}",
+        "layer_lr_multipliers: has no effect where the DeepSpeed config has an optimizer of its own; drop one of them",
+    ),
     ("output_dir: null", "output_dir: missing, this key is required"),
     ("do_train: false", "do_train: false is not supported: dataflex-cli train only trains"),
     (

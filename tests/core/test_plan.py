@@ -104,6 +104,8 @@ def test_a_plan_gives_its_global_batches_in_order() -> None:
     assert np.array_equal(probabilities, np.linspace(0, 1, 12)[8:])
     with pytest.raises(AssertionError, match="shorter than its phase"):
         plan.step(3, 4)
+    with pytest.raises(AssertionError, match="shorter than its phase"):
+        plan.step(2, 5)  # of which two are there
 
 
 def test_a_plan_refuses_what_is_not_ids() -> None:

@@ -8,13 +8,14 @@ without the fault. Exit code: 0, or 1 where a fault survived or a row is wrong.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import json
 import os
 import queue
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,10 @@ class Bench:
     def __init__(self, folder: Path, limit_s: float) -> None:
         self.folder, self.limit_s = folder, limit_s
         copy_tree(folder)
+        env = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+        words = [sys.executable, "-m", "tests.mutants.warm"]
+        pipe = subprocess.PIPE
+        self.warm = subprocess.Popen(words, cwd=folder, env=env, stdin=pipe, stdout=pipe, text=True)
 
     def plant(self, mutant: Mutant) -> str:
         """Put the fault in; the text of the file before."""
@@ -66,21 +71,19 @@ class Bench:
 
     def pytest(self, tests: Sequence[str]) -> tuple[int | None, str]:
         """Exit code (None: the time was over) and the first line that says what failed."""
-        how = ("-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=line")
-        words = [sys.executable, "-m", "pytest", *how, *tests]
-        env = {**os.environ, "PYTHONPATH": str(self.folder), "HF_HUB_OFFLINE": "1"}
-        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
-            run = subprocess.Popen(words, cwd=self.folder, env=env, stdout=said, stderr=said, start_new_session=True)
-            try:
-                code: int | None = run.wait(self.limit_s)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                if run.poll() is None:
-                    os.killpg(run.pid, signal.SIGKILL)
-                    run.wait()
-            said.seek(0)
-            return code, next((line[:200].strip() for line in said if re.match(r"FAILED|ERROR", line)), "")
+        said = self.folder / ".said.txt"
+        how = ["-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=line"]
+        assert self.warm.stdin is not None and self.warm.stdout is not None
+        print(json.dumps({"args": [*how, *tests], "said": str(said), "limit_s": self.limit_s}), file=self.warm.stdin)
+        self.warm.stdin.flush()
+        code: int | None = json.loads(self.warm.stdout.readline())
+        with said.open(encoding="utf-8", errors="replace") as lines:
+            return code, next((line[:200].strip() for line in lines if re.match(r"FAILED|ERROR", line)), "")
+
+    def close(self) -> None:
+        assert self.warm.stdin is not None
+        self.warm.stdin.close()
+        self.warm.wait()
 
 
 class Campaign:
@@ -102,13 +105,13 @@ class Campaign:
             worker.join()
 
     def _work(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="dataflex-mutants-") as folder:
-            bench = Bench(Path(folder), self.limit_s)
+        with (
+            tempfile.TemporaryDirectory(prefix="dataflex-mutants-") as folder,
+            contextlib.closing(Bench(Path(folder), self.limit_s)) as bench,
+            contextlib.suppress(queue.Empty),
+        ):
             while time.monotonic() < self.until:
-                try:
-                    mutant = self.waiting.get_nowait()
-                except queue.Empty:
-                    return
+                mutant = self.waiting.get_nowait()
                 started = time.monotonic()
                 outcome, by = self._try(bench, mutant)
                 self._note(mutant, outcome, time.monotonic() - started, by)
