@@ -110,8 +110,8 @@ class Subject:
         return Adam(first, second, how.beta1, how.beta2, how.eps)
 
     def train(self, batches: Sequence[Any] | None = None) -> None:
+        from dataflex.forward.split import split_batch
         from dataflex.ops import per_sample_loss
-        from dataflex.scoring.split import split_batch
 
         self.net.train()
         for batch in self.batches if batches is None else batches:

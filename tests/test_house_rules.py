@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LONGEST_FILE, LONGEST_FUNCTION = 300, 50
 
 BASE = {"utils", "core"}
-SCORING = BASE | {"ops", "scoring"}
+FORWARD = BASE | {"ops", "forward"}
+SCORING = FORWARD | {"scoring"}
 MIDDLE = SCORING | {"config", "data"}
 COMPONENTS = {"train.selector", "train.mixer", "train.weighter"}
 # What each room may import; itself always, and the package's own __init__ (its version).
@@ -28,6 +29,7 @@ MAY_IMPORT = {
     "core": BASE,
     "config": {"config", "utils"},
     "ops": {"ops", "utils"},
+    "forward": FORWARD,
     "scoring": SCORING,
     "data": MIDDLE,
     "report": MIDDLE,
@@ -48,6 +50,8 @@ HEAVY = {"torch", "transformers", "deepspeed", "datasets", "peft", "pandas", "py
 NUMPY_TOO = ("cli", "launcher", "worker", "config")
 MAY_COMMUNICATE = ("utils.dist", "scoring.gather", "engine")
 COMMUNICATION = ("torch.distributed", "deepspeed.comm")
+MAKES_LOSSES = ("forward", "ops")
+LOSSES = ("dataflex.ops.per_sample_loss", "dataflex.ops.linear_per_sample_loss", "dataflex.ops.loss")
 UNSAFE_CALLS = {"yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "pickle.load", "pickle.loads"}
 
 
@@ -147,6 +151,14 @@ def stray_communication(source: Source) -> list[str]:
     return [f"{source.module}:{line} calls {name}" for line, name in found]
 
 
+def stray_losses(source: Source) -> list[str]:
+    """Losses that are made past the one way from a batch to them."""
+    if source.within(*MAKES_LOSSES):
+        return []
+    found = [(line, name) for line, name in imported(ast.walk(source.tree)) if name.startswith(LOSSES)]
+    return [f"{source.module}:{line} imports {name}" for line, name in found]
+
+
 def last_name(node: ast.expr) -> str:
     return ast.unparse(node).split(".")[-1]
 
@@ -203,6 +215,8 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (stray_communication, "data.pool", "import torch.distributed as dist\ndist.all_reduce(x)\n"),
     (stray_communication, "driver", "def f():\n    from deepspeed.comm import barrier\n    barrier()\n"),
     (stray_communication, "scoring.taps", "import torch\ntorch.distributed.barrier()\n"),
+    (stray_losses, "scoring.scorer", "from dataflex.ops import SampleLoss, per_sample_loss\n"),
+    (stray_losses, "engine.reference", "def f():\n    from dataflex.ops.loss_linear import linear_loss\n"),
     (unsafe_loading, "engine.checkpoint", "import torch\ntorch.load(path)\n"),
     (unsafe_loading, "engine.checkpoint", "from torch import load\nload(path, weights_only=False)\n"),
     (unsafe_loading, "config.load", "import yaml\nyaml.load(text, Loader=yaml.Loader)\n"),
@@ -218,6 +232,7 @@ ALLOWED: list[tuple[Rule, str, str]] = [
     (wrong_way_imports, "engine.plugin", VERSION),
     (heavy_imports, "core.hook", LAZY),
     (stray_communication, "utils.dist", "import torch.distributed as dist\ndist.all_reduce(x)\n"),
+    (stray_losses, "engine.loop", "from dataflex.ops import SampleLoss, shift_labels\n"),
     (unsafe_loading, "config.load", OWN_LOADER),
     (unsafe_loading, "engine.checkpoint", "import torch\ntorch.load(path, weights_only=True)\n"),
     (swallowed_errors, "cli", "try:\n    f()\nexcept Exception as e:\n    raise UserError('x') from e\n"),

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from dataflex.core.context import Run
 from dataflex.core.plan import Numbers, Plan, rank_slices
 from dataflex.core.weights import NO_WEIGHTS, StaticWeights
+from dataflex.forward.split import split_batch
 from dataflex.ops import shift_labels
-from dataflex.scoring.split import split_batch
 from dataflex.utils.errors import UserError
 from dataflex.utils.stopping import leave_signals_to_parent
 

@@ -15,8 +15,8 @@ from dataflex.core.hook import Hook, Planner, Weigher
 from dataflex.core.plan import Plan, group_by_length
 from dataflex.engine.batches import BatchSource, MicroBatch, StepBatch
 from dataflex.engine.skip import NonFinite, advance_schedule, dropped_by_deepspeed, step_without_update
-from dataflex.ops import SampleLoss, per_sample_loss
-from dataflex.scoring.split import logits_of
+from dataflex.forward.losses import Counted, forward
+from dataflex.ops import SampleLoss
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
@@ -164,14 +164,10 @@ class Stepper:
 
         And whether anything in it counts, bool scalar.
         """
-        outputs = self.engine(**micro.inputs)
-        losses = per_sample_loss(
-            logits_of(outputs).flatten(0, 1),
-            micro.labels,
-            micro.cu_seqlens,
-            token_weight=micro.token_weights,
-            class_weight=self.class_weight,
+        counted = Counted(
+            micro.labels, micro.cu_seqlens, token_weight=micro.token_weights, class_weight=self.class_weight
         )
+        losses, outputs = forward(self.engine, micro.inputs, counted)
         for hook in self.watchers:
             hook.on_losses(self.run, micro, losses, outputs)
         answers = [hook.weigh(self.run, micro, losses, outputs) for hook in self.weighers]

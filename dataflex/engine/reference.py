@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dataflex.engine.ds_config import given_config
-from dataflex.ops import per_sample_loss
-from dataflex.scoring.split import logits_of
+from dataflex.forward.losses import Counted, forward
 from dataflex.scoring.token_losses import TokenLossStore
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -78,15 +77,14 @@ class FrozenReference:
             )
         model.requires_grad_(False)
         model.config.use_cache = False
-        self.forward: nn.Module = _engine(model, engine) if stage3 else model.to(engine.device)
-        self.forward.eval()
+        self.model: nn.Module = _engine(model, engine) if stage3 else model.to(engine.device)
+        self.model.eval()
         logger.info(f"reference model: {folder}, frozen{', partitioned' if stage3 else ''}")
 
     @torch.no_grad()
     def __call__(self, micro: Any) -> Tensor:
         """float32 [N]."""
-        logits = logits_of(self.forward(**micro.inputs)).flatten(0, 1)
-        return per_sample_loss(logits, micro.labels, micro.cu_seqlens).token_loss
+        return forward(self.model, micro.inputs, Counted(micro.labels, micro.cu_seqlens)).losses.token_loss
 
 
 def _load(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:

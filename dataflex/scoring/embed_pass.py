@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dataflex.forward.split import split_batch
 from dataflex.scoring.batches import Ids, bucket, deal
 from dataflex.scoring.context import scoring_mode
 from dataflex.scoring.gather import merge
 from dataflex.scoring.scorer import Scorer, sample_lengths
-from dataflex.scoring.split import split_batch
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger

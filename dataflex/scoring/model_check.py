@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dataflex.forward.split import WANTED, logits_of, split_batch
 from dataflex.scoring.context import evaluating, frozen, leaf_embeddings, release_gathered
-from dataflex.scoring.split import WANTED, logits_of, split_batch
 from dataflex.utils.errors import UserError, brief
 
 # A causal model's gradients are exact zeros there; of others they were never below a thousandth of the largest.

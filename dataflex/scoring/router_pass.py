@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dataflex.forward.split import split_batch
 from dataflex.scoring.batches import Ids, bucket, deal
 from dataflex.scoring.context import scoring_mode
-from dataflex.scoring.scorer import Scorer, sample_lengths, split_batch
+from dataflex.scoring.scorer import Scorer, sample_lengths
 from dataflex.utils import dist
 
 

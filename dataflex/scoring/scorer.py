@@ -17,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataflex.ops import SampleLoss, Transform, per_sample_loss
+from dataflex.forward.losses import Counted, forward
+from dataflex.forward.split import split_batch
+from dataflex.ops import SampleLoss, Transform
 from dataflex.scoring.batches import MOST_SAMPLES, Ids, bucket, deal, sample_lengths
 from dataflex.scoring.context import release_gathered, scoring_mode
 from dataflex.scoring.coverage import Target, find_targets, parameter_names, trained_names
@@ -25,7 +27,6 @@ from dataflex.scoring.gather import merge
 from dataflex.scoring.layers import LayerRule
 from dataflex.scoring.progress import counted
 from dataflex.scoring.sinks import DirectionSink, Moments, ProjectingSink, Totals
-from dataflex.scoring.split import logits_of, split_batch
 from dataflex.scoring.taps import Taps
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -209,8 +210,7 @@ class Scorer:
         sink.scale = 1.0 / _HALF_SCALE if half else 1.0
         sink.start(cu_seqlens)
         taps.start(len(raw_labels), raw_labels.numel(), cu_seqlens)
-        logits = logits_of(self.engine.module(**inputs))
-        losses = per_sample_loss(logits.flatten(0, 1), labels, cu_seqlens).loss
+        losses = forward(self.engine.module, inputs, Counted(labels, cu_seqlens)).losses.loss
         loss = losses.sum() if weights is None else (losses * weights.to(losses)).sum()
         (loss / sink.scale).backward()
         taps.check_fired()
@@ -229,8 +229,7 @@ class Scorer:
 
     def _forward(self, batch: dict[str, Any], reduction: str) -> tuple[SampleLoss, Tensor]:
         inputs, labels, _, cu_seqlens = split_batch(batch, self.device)
-        logits = logits_of(self.engine.module(**inputs))
-        return per_sample_loss(logits.flatten(0, 1), labels, cu_seqlens, reduction=reduction), cu_seqlens
+        return forward(self.engine.module, inputs, Counted(labels, cu_seqlens, reduction)).losses, cu_seqlens
 
     def moments(self, names: list[str], adam: str | None) -> tuple[Moments, Transform]:
         """({name: (exp_avg, exp_avg_sq)}, transform); no moments for the plain gradient. A collective under ZeRO."""

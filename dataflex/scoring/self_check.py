@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataflex.ops import Transform, per_sample_loss, project_rows_, tensor_id
+from dataflex.forward.losses import Counted, forward
+from dataflex.forward.split import split_batch
+from dataflex.ops import Transform, project_rows_, tensor_id
 from dataflex.scoring.batches import Ids
 from dataflex.scoring.context import evaluating, frozen, leaf_embeddings
 from dataflex.scoring.coverage import Target, find_targets, parameter_names
@@ -22,7 +24,6 @@ from dataflex.scoring.layers import LayerRule
 from dataflex.scoring.scorer import Floats, Scorer
 from dataflex.scoring.sinks import as_matrix
 from dataflex.scoring.spec import FeatureSpec
-from dataflex.scoring.split import logits_of, split_batch
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
@@ -164,8 +165,7 @@ def _sample_gradient(scorer: Scorer, sample: Any, names: list[str]) -> dict[str,
         leaf_embeddings(module, ends),
         torch.enable_grad(),
     ):
-        logits = logits_of(module(**inputs))
-        loss = per_sample_loss(logits.flatten(0, 1), labels, cu_seqlens).loss.sum()
+        loss = forward(module, inputs, Counted(labels, cu_seqlens)).losses.loss.sum()
         grads = torch.autograd.grad(loss, [*chosen.values(), *ends], allow_unused=True)[: len(chosen)]
     scorer.release()
     shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in chosen.items()}

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dataflex.ops import per_sample_loss, shift_labels
+from dataflex.forward.losses import Counted, losses_of
+from dataflex.ops import shift_labels
 from dataflex.utils.errors import UserError, nearest
 
 
@@ -72,8 +73,8 @@ class Weighter(ABC):
         """Mean loss of each row's counted tokens, float32 [B]; logits [B, T, V], labels [B, T] unshifted."""
         rows, tokens = labels.shape
         cu_seqlens = torch.arange(rows + 1, device=labels.device) * tokens
-        shifted = shift_labels(labels, ignore_index)
-        return per_sample_loss(logits.flatten(0, 1), shifted, cu_seqlens, ignore_index=ignore_index).loss
+        shifted = shift_labels(labels.masked_fill(labels == ignore_index, -100))
+        return losses_of(logits, Counted(shifted, cu_seqlens)).loss
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs, the same on every rank."""
