@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dataflex.ops.linear_sweep import Products, Sweep, Weights
 from dataflex.ops.loss_dispatch import Fold, SketchedLoss, sketched_loss_of_logits
-from dataflex.ops.loss_linear import check_linear, linear_loss
+from dataflex.ops.loss_linear import check_linear, linear_losses
 from dataflex.ops.loss_options import LossOptions, check_loss
 
 
@@ -45,7 +46,9 @@ def loss_and_head_sketch(
     tensors = labels, cu_seqlens, token_weight, class_weight
     if weight is not None:
         check_linear(logits, weight, bias, *tensors, chunk_tokens, options)
-        loss, sketch = linear_loss((logits, weight, bias), *tensors, options, chunk_tokens, fold)
+        how = Sweep(options, chunk_tokens, fold=fold)
+        weights = Weights(token_weight, class_weight)
+        loss, _, sketch = linear_losses(Products(((logits, weight),), bias), labels, cu_seqlens, weights, how)
         assert sketch is not None
         return SketchedLoss(*loss, sketch)
     if bias is not None:
