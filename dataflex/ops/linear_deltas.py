@@ -12,7 +12,7 @@ from torch import Tensor
 from dataflex.ops.linear_sweep import Products
 
 _BLOCK_BYTES = 32 << 20
-# So many columns of a block at least, and a multiple of it: the products are large enough, the projections' tiles whole.
+# A block has so many columns or a multiple of it: then the products are large and the projections' tiles whole.
 _COLUMNS = 1024
 
 
