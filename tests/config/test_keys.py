@@ -184,6 +184,50 @@ def test_null_means_the_default(tmp_path: Path, text: str) -> None:
         assert load(tmp_path, f"{key}: null").dump_flat() == load(tmp_path, "").dump_flat()
 
 
+def test_defaults_are_those_of_transformers_and_llama_factory(tmp_path: Path) -> None:
+    """Of `transformers.TrainingArguments` and LLaMA-Factory's arguments where they have the key."""
+    cfg = load(tmp_path, "")
+    assert cfg.train.model_dump() == {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "per_device_eval_batch_size": 8,
+        "learning_rate": 5e-5,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.0,
+        "warmup_steps": 0,
+        "num_train_epochs": 3.0,
+        "max_steps": -1,
+        "bf16": False,
+        "fp16": False,
+        "seed": 42,
+        "optim": "adamw_torch",
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "deepspeed": None,
+        "ddp_timeout": 1800,
+        "group_by_length": False,
+        "layer_lr_multipliers": None,
+        "nonfinite": "stop",
+        "nonfinite_limit": 10,
+    }
+    method = cfg.method
+    assert (method.lora_rank, method.lora_scale_alpha, method.lora_dropout, method.lora_target) == (
+        8,
+        16,
+        0.0,
+        ("all",),
+    )
+    assert (cfg.data.cutoff_len, cfg.data.val_size, cfg.output.save_steps, cfg.output.logging_steps) == (
+        2048,
+        0,
+        500,
+        10,
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [

@@ -104,6 +104,32 @@ def test_val_size_is_stratified_and_disjoint(
     assert out.report.held_out == sum(sizes)
 
 
+def test_held_out_samples_take_their_weights_rows_and_files_along(add: Add, config: MakeConfig) -> None:
+    for name in ("a", "b"):
+        add(name, [row | {"w": float(row["output"]) + 1} for row in numbered(20)])
+    out = load(config("a", "b", val_size=8, sample_weight="w"))
+    assert out.eval is not None
+    for pool in (out.train, out.eval):
+        numbers = [int(prompt) for prompt in prompts(pool)]
+        assert pool.sample_weights is not None and pool.sample_weights.tolist() == [n + 1.0 for n in numbers]
+        named = [pool.domain_names[d] for d in pool.domain_ids]
+        assert [pool.whence(i) for i in range(len(pool))] == [
+            f"{name}.json:{n + 1}" for name, n in zip(named, numbers, strict=True)
+        ]
+    assert out.train.fingerprint != out.eval.fingerprint
+
+
+def test_weights_and_rows_stay_with_their_samples_where_masked_ones_go(add: Add, config: MakeConfig) -> None:
+    rows = numbered(6)
+    for masked in (1, 4):
+        rows[masked] = {"instruction": "q" * 90, "output": "a" * 9}
+    add("a", [row | {"w": i + 1.0} for i, row in enumerate(rows)])
+    pool = load(config("a", sample_weight="w", cutoff_len=8, template="empty")).train
+    kept = [i for i in range(6) if i not in (1, 4)]
+    assert pool.sample_weights is not None and pool.sample_weights.tolist() == [i + 1.0 for i in kept]
+    assert [pool.whence(i) for i in range(len(pool))] == [f"a.json:{i + 1}" for i in kept]
+
+
 def test_val_size_that_cannot_be(add: Add, config: MakeConfig) -> None:
     add("a", numbered(3))
     add("b", numbered(1))

@@ -105,6 +105,16 @@ def test_the_closing_screen_sets_choices_against_the_pool(tmp_path: Path) -> Non
     ]
 
 
+def test_the_last_six_decisions_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "decisions").mkdir()
+    for step in range(1, 9):
+        record = {"step": step, "component": "less", "indices": [step % 2 * 3]}
+        (tmp_path / f"decisions/step_{step}.json").write_text(json.dumps(record))
+    lines = closing_lines(tmp_path, POOL, [])
+    assert lines[1].split() == ["domain", "pool", *(word for step in range(3, 9) for word in ("step", str(step)))]
+    assert lines[2].split() == ["maths", "75.0%", *["0.0%", "100.0%"] * 3]
+
+
 def test_many_files_of_a_kind_are_one_line(tmp_path: Path) -> None:
     for step in range(2, 14, 2):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -121,7 +131,8 @@ def test_the_closing_screen_of_a_run_without_decisions_or_logs_is_short(tmp_path
     [
         ('{"step": 10, "component": "less", "indices": [0, 1', "cannot be read as JSON"),
         ('{"step": "10", "component": "less", "indices": [{}]}', "step_10.json: "),
-        ('{"step": 10, "component": "less", "indices": [0, 99]}', "sample 99 is not in the pool"),
+        ('{"step": 10, "component": "less", "indices": [0, 4]}', "sample 4 is not in the pool"),
+        ('{"step": 10, "component": "less", "indices": [0, -1]}', "sample -1 is not in the pool"),
         ('{"step": 10, "component": "odm", "proportions": {"maths": 1.0}}', "it has no proportion of 'poems'"),
         ('{"step": 10, "component": "odm"}', "it has no proportion of 'maths'"),
     ],

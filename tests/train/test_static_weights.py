@@ -160,6 +160,9 @@ def test_a_collapse_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         log.on_step_end(run, None)
     assert caplog.text.count("the weights have collapsed: 6 samples count like 1.0") == 1
     assert log.state_dict() == {"warned": True}
+    resumed = WeightLog(1, StaticWeights())
+    resumed.load_state_dict(log.state_dict())
+    assert resumed.warned
     line = json.loads((tmp_path / "weights.jsonl").read_text().splitlines()[0])
     assert line["step"] == 1 and line["domains"]["prose"]["samples"] == 2
     assert run.figures == {"weight_mean": line["mean"]} == {"weight_mean": pytest.approx(9.05 / 6)}
