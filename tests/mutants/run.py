@@ -28,7 +28,7 @@ from tests.mutants.table import ROOT, Mutant, read
 
 COLUMNS = ("name", "room", "kind", "file", "outcome", "seconds", "by")
 SEEN, SURVIVED, TIMED_OUT, WRONG = "seen", "survived", "timed out", "wrong row"
-NOTHING_RAN = (4, 5)  # of pytest: unknown tests, none selected
+NOTHING_RAN = (3, 4, 5)  # of pytest: an error of its own, unknown tests, none selected
 
 
 def copy_tree(folder: Path) -> None:
@@ -72,7 +72,7 @@ class Bench:
     def pytest(self, tests: Sequence[str]) -> tuple[int | None, str]:
         """Exit code (None: the time was over) and the first line that says what failed."""
         said = self.folder / ".said.txt"
-        how = ["-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=line"]
+        how = ["-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=line", "--assert=plain"]
         assert self.warm.stdin is not None and self.warm.stdout is not None
         print(json.dumps({"args": [*how, *tests], "said": str(said), "limit_s": self.limit_s}), file=self.warm.stdin)
         self.warm.stdin.flush()

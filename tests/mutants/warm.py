@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from typing import Any
 
@@ -29,6 +30,8 @@ LIBRARIES = (
     "pydantic",
     "yaml",
 )
+
+NO_PYTEST = 3  # as pytest calls an error of its own
 
 
 def main() -> None:
@@ -48,9 +51,12 @@ def in_a_fork(args: list[str], said: str, limit_s: float) -> int | None:
     """The exit code of pytest with ``args``, in a process group that is killed when the time is over."""
     pid = os.fork()
     if pid == 0:
-        code = 3
+        code = NO_PYTEST
         try:
             code = pytest_in_this_process(args, said)
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
             os._exit(code)
     deadline = time.monotonic() + limit_s
