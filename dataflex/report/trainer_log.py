@@ -32,7 +32,8 @@ class LogHook(Hook):
         self.logging_steps = logging_steps
         self.history: list[dict[str, Any]] = []
         self.clock = Clock()
-        self._losses: list[float] = []
+        self._losses: list[float] = []  # of the steps since the last line
+        self._sum, self._steps = 0.0, 0  # of the losses of all steps that had one
         self._bar: tqdm[Any] | None = None
 
     def on_train_start(self, run: Run) -> None:
@@ -45,6 +46,7 @@ class LogHook(Hook):
     def on_step_end(self, run: Run, batch: Any) -> None:
         if math.isfinite(run.loss):
             self._losses.append(run.loss)
+            self._sum, self._steps = self._sum + run.loss, self._steps + 1
         if self._bar is not None:
             self._bar.update(1)
         if run.step % self.logging_steps and run.step != run.total_steps:
@@ -87,13 +89,12 @@ class LogHook(Hook):
         """The figures of all_results.json: loss, and where the time of all starts of the run went, in seconds."""
         seconds, scored = run.clock.seconds, run.clock.scored
         total = sum(seconds.values())
-        losses = [e["loss"] for e in self.history if "loss" in e]
         scoring = {}
         if scored:
             scoring = {"samples_scored": scored, "samples_scored_per_second": round(scored / seconds[SCORE], 3)}
         return {
             **self._epoch(run),
-            "train_loss": sum(losses) / max(1, len(losses)),
+            "train_loss": self._sum / max(1, self._steps),
             "train_runtime": round(total, 2),
             "train_samples_per_second": round(run.step * run.global_batch / total, 3),
             "train_steps_per_second": round(run.step / total, 3),
@@ -102,10 +103,16 @@ class LogHook(Hook):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "losses": self._losses, "clock": self.clock.state_dict()}
+        return {
+            "history": self.history,
+            "losses": self._losses,
+            "all": [self._sum, self._steps],
+            "clock": self.clock.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self._losses = state["history"], state["losses"]
+        self._sum, self._steps = state["all"]
         self.clock.load_state_dict(state["clock"])
 
     def _entry(self, run: Run) -> dict[str, Any]:
