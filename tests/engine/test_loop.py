@@ -1,0 +1,118 @@
+"""The loop and its step on tensors of the test's own, without an engine: what is multiplied, divided and begun anew."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dataflex.core.clock import Clock
+from dataflex.core.hook import Planner, Weigher
+from dataflex.core.plan import Phase, Plan, epoch_schedule, group_by_length
+from dataflex.engine.loop import Loop, Stepper
+
+VOCABULARY, ROWS, TOKENS = 5, 2, 3
+LABELS = torch.tensor([1, 4, -100, -100, 2, -100])  # two tokens count, then one
+
+
+def micro(weights: torch.Tensor | None = None) -> Any:
+    return SimpleNamespace(
+        inputs={},
+        labels=LABELS,
+        cu_seqlens=torch.tensor([0, 3, 6]),
+        counts=torch.tensor([2, 1]),
+        sample_ids=np.arange(ROWS),
+        weights=weights,
+        token_weights=None,
+    )
+
+
+class Answers(Weigher):
+    def __init__(self, answer: torch.Tensor | None) -> None:
+        self.answer = answer
+
+    def weigh(self, run: Any, micro: Any, losses: Any, outputs: Any) -> Any:
+        return self.answer
+
+
+class Logits:
+    """Stands in for an engine: a step changes nothing."""
+
+    def __init__(self) -> None:
+        self.logits = torch.randn(ROWS, TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(1))
+
+    def __call__(self) -> torch.Tensor:
+        return self.logits.clone().requires_grad_()
+
+    def train(self) -> None:
+        pass
+
+    def losses(self) -> list[float]:
+        each = F.cross_entropy(self.logits.double().flatten(0, 1), LABELS, reduction="none").view(ROWS, TOKENS)
+        return [float(each[0].sum() / 2), float(each[1].sum())]
+
+
+def loss_of(
+    own: torch.Tensor | None, *answers: torch.Tensor | None, normalization: str = "mean", world_size: int = 1
+) -> tuple[float, Any]:
+    """The loss for the backward of the first of three micro-batches, and the stand-in that made its logits."""
+    engine = Logits()
+    run: Any = SimpleNamespace(world_size=world_size, accumulation=3, step=0, total_steps=1)
+    stepper = Stepper(engine, run, [Answers(answer) for answer in answers], normalization)
+    batch: Any = SimpleNamespace(micro_batches=[micro(own) for _ in range(3)])
+    stepper.start(batch)
+    return stepper.forward(batch.micro_batches[0]).item(), engine
+
+
+def test_all_weights_are_multiplied() -> None:
+    own, first, second = torch.tensor([0.5, 3.0]), torch.tensor([2.0, 0.25]), torch.tensor([1.0, 4.0])
+    loss, engine = loss_of(own, first, None, second)
+    a, b = engine.losses()
+    # Six samples in the window of three micro-batches, whose mean is the loss.
+    assert loss == pytest.approx(3 * (0.5 * 2 * 1 * a + 3 * 0.25 * 4 * b) / 6, rel=1e-5)
+
+
+@pytest.mark.parametrize(("normalization", "divisor"), [("mean", 6.0), ("tokens", 9.0), ("sum_weights", 3 * 3.5)])
+def test_one_denominator_of_the_whole_window(normalization: str, divisor: float) -> None:
+    loss, engine = loss_of(torch.tensor([0.5, 3.0]), normalization=normalization)
+    a, b = engine.losses()
+    numerator = 0.5 * 2 * a + 3 * b if normalization == "tokens" else 0.5 * a + 3 * b
+    assert loss == pytest.approx(3 * numerator / divisor, rel=1e-5)
+
+
+def test_a_weighters_own_loss_goes_back_as_it_is() -> None:
+    """Its mean over micro-batches and ranks is the step's loss, whatever the accumulation."""
+    own = torch.tensor(7.5, requires_grad=True)
+    for world_size in (1, 2):
+        assert loss_of(None, own, world_size=world_size)[0] == pytest.approx(7.5)
+
+
+class SamePlan(Planner):
+    def plan(self, run: Any, phase: Phase) -> Plan:
+        return Plan(np.arange(phase.steps * run.global_batch), np.ones(phase.steps * run.global_batch))
+
+
+def test_every_phase_is_grouped_by_a_draw_of_its_own_and_figures_begin_anew() -> None:
+    lengths = np.random.default_rng(0).integers(1, 50, 24)
+    schedule = epoch_schedule(12, 6)
+    pool = SimpleNamespace(lengths=lengths)
+    run: Any = SimpleNamespace(
+        schedule=schedule, seed=3, global_batch=4, pool=pool, clock=Clock(), step=0, figures={"old": 1.0}
+    )
+    stepper: Any = SimpleNamespace(start=lambda batch: None)
+    loop = Loop(run, [SamePlan()], None, stepper, grouped=True)  # type: ignore[arg-type]
+    made = []
+    for phase in schedule.phases:
+        run.step = phase.start
+        loop._make_plan()
+        assert loop.plan is not None
+        made.append(loop.plan.sample_ids.tolist())
+        plain = SamePlan().plan(run, phase)
+        assert made[-1] == group_by_length(plain, lengths, 4, 3, phase.index).sample_ids.tolist()
+    assert made[0] != made[1]
+    loop.begin(SimpleNamespace())  # type: ignore[arg-type]
+    assert run.figures == {}
