@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,9 @@ from dataflex.core.clock import Clock
 from dataflex.core.hook import Planner, Weigher
 from dataflex.core.plan import Phase, Plan, epoch_schedule, group_by_length
 from dataflex.engine.loop import Loop, Stepper
+from dataflex.engine.skip import NonFinite
+from dataflex.utils.errors import UserError
+from dataflex.utils.stopping import Stop
 
 VOCABULARY, ROWS, TOKENS = 5, 2, 3
 LABELS = torch.tensor([1, 4, -100, -100, 2, -100])  # two tokens count, then one
@@ -89,6 +93,47 @@ def test_a_weighters_own_loss_goes_back_as_it_is() -> None:
     own = torch.tensor(7.5, requires_grad=True)
     for world_size in (1, 2):
         assert loss_of(None, own, world_size=world_size)[0] == pytest.approx(7.5)
+
+
+class Stepping(Logits):
+    """Counts its steps and those of its schedule; ``overflows``: DeepSpeed leaves the update out."""
+
+    def __init__(self, overflows: bool) -> None:
+        super().__init__()
+        self.optimizer = SimpleNamespace(overflow=overflows)
+        self.lr_scheduler = SimpleNamespace(step=lambda: self.moved.append("schedule"))
+        self.moved: list[str] = []
+
+    def fp16_enabled(self) -> bool:
+        return False
+
+    def step(self) -> None:
+        self.moved.append("step")
+
+
+def stepped(overflows: bool, in_a_row: int) -> tuple[Stepping, Stepper]:
+    """After one micro-batch, whose step is the third in a row that is not finite, where it is not."""
+    engine = Stepping(overflows)
+    run: Any = SimpleNamespace(world_size=1, accumulation=1, step=0, total_steps=9, stop=Stop())
+    stepper = Stepper(engine, run, [], "mean", nonfinite=NonFinite("skip", 2, in_a_row))
+    batch: Any = SimpleNamespace(micro_batches=[micro()])
+    stepper.start(batch)
+    stepper.forward(batch.micro_batches[0])
+    stepper.take_step(batch)
+    return engine, stepper
+
+
+def test_an_update_that_deepspeed_left_out_moves_the_schedule_and_counts() -> None:
+    engine, stepper = stepped(overflows=True, in_a_row=1)
+    assert engine.moved == ["step", "schedule"] and math.isnan(stepper.loss) and stepper.nonfinite.in_a_row == 2
+    with pytest.raises(UserError, match="step 1: .* not finite, and 2 steps before it were skipped"):
+        stepped(overflows=True, in_a_row=2)
+
+
+def test_a_good_step_ends_the_row_of_bad_ones() -> None:
+    engine, stepper = stepped(overflows=False, in_a_row=2)
+    assert engine.moved == ["step"] and stepper.nonfinite.in_a_row == 0
+    assert stepper.loss == pytest.approx(sum(engine.losses()) / 2, rel=1e-5)
 
 
 class SamePlan(Planner):

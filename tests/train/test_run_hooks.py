@@ -11,7 +11,7 @@ import pytest
 
 from dataflex.core.clock import Clock
 from dataflex.engine import checkpoint
-from dataflex.train.trainer.run_hooks import CheckpointHook
+from dataflex.train.trainer.run_hooks import CheckpointHook, EvalHook
 from dataflex.utils.files import finish_removals, remove
 from dataflex.utils.stopping import Stop
 
@@ -95,3 +95,20 @@ def test_a_save_removes_what_it_makes_useless(keep: int | None, tmp_path: Path) 
     kept = {2, 4, 6, 8} if keep is None else {6, 8}
     assert names(tmp_path) == {"config.yaml", *(f"checkpoint-{step}" for step in kept | {1, 9})}
     assert (tmp_path / "checkpoint-8/config.yaml").read_text() == "seed: 3"
+
+
+@pytest.mark.parametrize(("start", "evaluated"), [(0, [0, 3, 6, 7]), (3, [6, 7]), (4, [6, 7])])
+def test_evaluations_fall_before_the_first_step_every_so_often_and_after_the_last(
+    start: int, evaluated: list[int]
+) -> None:
+    """A run that goes on does not evaluate again what it had evaluated when it was saved."""
+    engine = SimpleNamespace(evaluate=lambda: {"eval_loss": 2.0})
+    run: Any = SimpleNamespace(step=start, total_steps=7, engine=engine, clock=Clock())
+    lines: list[dict[str, Any]] = []
+    hook = EvalHook(3, SimpleNamespace(add=lambda run, entry: lines.append(entry)))  # type: ignore[arg-type]
+    hook.on_train_start(run)
+    while run.step < run.total_steps:
+        run.step += 1
+        hook.on_step_end(run, None)
+    assert [line["current_steps"] for line in lines] == evaluated
+    assert all(line == {"current_steps": line["current_steps"], "total_steps": 7, "eval_loss": 2.0} for line in lines)

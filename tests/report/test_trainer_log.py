@@ -1,0 +1,93 @@
+"""The lines of the log and the results by hand: means, rates, epochs, the time that is left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dataflex.core.clock import PARTS
+from dataflex.report.trainer_log import LogHook, read_log
+
+LOSSES = [1.0, 2.0, 6.0, float("nan"), 4.0, 5.0, 7.0, 8.0]
+STEP_S, POOL = 2.0, 60
+MICRO, ACCUMULATION, WORLD = 2, 3, 4
+
+
+class Clock:
+    """A step takes two seconds, of which a quarter is scoring of ten samples."""
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    @property
+    def total(self) -> float:
+        return STEP_S * self.run.step
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return dict.fromkeys(PARTS, 0.0) | {"train": 1.5 * self.run.step, "score": 0.5 * self.run.step}
+
+    @property
+    def scored(self) -> int:
+        return 10 * self.run.step
+
+
+def logged(folder: Path) -> tuple[LogHook, Any]:
+    """A run of eight steps, logged at 3, 6 and 8."""
+    engine = SimpleNamespace(
+        get_lr=lambda: [0.1 / run.step],
+        get_global_grad_norm=lambda: run.step / 2,
+        skipped_steps=0,
+        monitor=SimpleNamespace(enabled=False),
+    )
+    run: Any = SimpleNamespace(
+        step=0, total_steps=8, loss=0.0, figures={}, output_dir=folder, is_main=True, engine=engine,
+        pool=SimpleNamespace(size=POOL), micro_batch=MICRO, accumulation=ACCUMULATION, world_size=WORLD,
+        global_batch=MICRO * ACCUMULATION * WORLD,
+    )  # fmt: skip
+    log = LogHook(3)
+    log.on_train_start(run)
+    run.clock = Clock(run)
+    for loss in LOSSES:
+        run.step, run.loss, run.figures = run.step + 1, loss, {"weight_mean": 0.25}
+        log.on_step_end(run, None)
+    log.on_train_end(run)
+    return log, run
+
+
+def test_the_lines_by_hand(tmp_path: Path) -> None:
+    log, _ = logged(tmp_path)
+    lines = read_log(tmp_path)
+    assert lines == log.history == json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [line["current_steps"] for line in lines] == [3, 6, 8]
+    assert [line["loss"] for line in lines] == [3.0, 4.5, 7.5], "a loss that is not finite is left out of its mean"
+    assert [line["lr"] for line in lines] == pytest.approx([0.1 / 3, 0.1 / 6, 0.1 / 8])
+    assert [line["epoch"] for line in lines] == pytest.approx([72 / 60, 144 / 60, 192 / 60])
+    assert [line["percentage"] for line in lines] == [37.5, 75.0, 100.0]
+    assert [line["elapsed_time"] for line in lines] == ["0:00:06", "0:00:12", "0:00:16"]
+    assert [line["remaining_time"] for line in lines] == ["0:00:10", "0:00:04", "0:00:00"]
+    assert [line["grad_norm"] for line in lines] == [1.5, 3.0, 4.0]
+    assert {line["weight_mean"] for line in lines} == {0.25}
+
+
+def test_the_results_by_hand(tmp_path: Path) -> None:
+    log, run = logged(tmp_path)
+    found = log.summary(run)
+    expected = {
+        "train_loss": (3.0 + 4.5 + 7.5) / 3,
+        "epoch": 3.2,
+        "train_runtime": 16.0,
+        "train_samples_per_second": 8 * 24 / 16,
+        "train_steps_per_second": 0.5,
+        "train_seconds": 12.0,
+        "score_seconds": 4.0,
+        "samples_scored": 80,
+        "samples_scored_per_second": 20.0,
+    }
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert (state["global_step"], state["max_steps"], state["epoch"]) == (8, 8, 3.2)
