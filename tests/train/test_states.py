@@ -77,7 +77,7 @@ def anchored(made: AdaptWeighter) -> AdaptWeighter:
 
 def logged(made: LogHook) -> LogHook:
     made.history, made._losses = [{"current_steps": 3, "loss": 2.0}], [1.5, 2.5]
-    made.clock.scored = 11
+    made._sum, made._steps, made.clock.scored = 9.0, 4, 11
     made.clock._seconds["score"] = 2.0
     return made
 
