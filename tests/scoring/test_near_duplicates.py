@@ -1,0 +1,80 @@
+"""Near-duplicates over more candidates than are looked at in one block, against a loop over all pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataflex.scoring import choose as choosing
+from dataflex.scoring.choose import BLOCK, choose
+
+ALIKE = 0.9
+
+
+def families(count: int, kinds: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Noisy copies of ``kinds`` random rows: fp16 rows [count, 64], whose copy each is, and scores."""
+    draw = np.random.default_rng(seed)
+    family = draw.integers(0, kinds, count)
+    rows = draw.standard_normal((kinds, 64))[family] + 0.05 * draw.standard_normal((count, 64))
+    return rows.astype(np.float16), family, draw.permutation(count).astype(np.float64)
+
+
+def by_pairs(
+    rows: np.ndarray, scores: np.ndarray, domains: np.ndarray, count: int, quotas: Any, alike: float = ALIKE
+) -> list[int]:
+    """One candidate after the other, compared with each that was taken before."""
+    unit = rows.astype(np.float64) / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    left = [count] * (int(domains.max()) + 1) if quotas is None else list(quotas)
+    picks: list[int] = []
+    for place in sorted(range(len(scores)), key=lambda i: (-scores[i], i)):
+        if len(picks) < count and left[domains[place]] and all(unit[place] @ unit[p] < alike for p in picks):
+            picks.append(place)
+            left[domains[place]] -= 1
+    return picks
+
+
+@pytest.mark.parametrize("count", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 7])
+@pytest.mark.parametrize("wanted", [1, 30, 100, 2000])
+def test_a_duplicate_in_a_later_block_is_passed_over(count: int, wanted: int) -> None:
+    rows, family, scores = families(count, 60, count)
+    domains = family % 3
+    asked: list[int] = []
+    picks = choose(scores, domains, wanted, None, lambda ids: (asked.append(len(ids)), rows[ids])[1], ALIKE)
+    assert picks.tolist() == by_pairs(rows, scores, domains, wanted, None)
+    assert len(picks) == min(wanted, 60) and len(set(family[picks])) == len(picks)
+    assert max(asked) <= BLOCK and sum(asked) == (BLOCK if wanted < 60 and count > BLOCK else count)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    count=st.integers(1, 60),
+    kinds=st.integers(1, 40),
+    block=st.sampled_from([1, 2, 5, 16]),
+    wanted=st.integers(1, 60),
+    quotas=st.none() | st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    seed=st.integers(0, 9),
+)
+def test_blocks_of_any_size_choose_the_same(
+    count: int, kinds: int, block: int, wanted: int, quotas: tuple[int, int] | None, seed: int
+) -> None:
+    rows, family, scores = families(count, kinds, seed)
+    domains = np.append(family[1:] % 2, 1)
+    if quotas is not None:
+        wanted = max(1, sum(quotas))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choosing, "BLOCK", block)
+        got = choose(scores, domains, wanted, None if quotas is None else np.array(quotas), lambda i: rows[i], ALIKE)
+    assert got.tolist() == by_pairs(rows, scores, domains, wanted, quotas)
+
+
+def test_a_cosine_of_exactly_the_bound_is_alike_and_zeros_are_not() -> None:
+    rows = np.array([[3, 4], [4, 3], [3, 4], [0, 0], [0, 0]], dtype=np.float16)
+    scores, domains = np.arange(5.0)[::-1].copy(), np.zeros(5, dtype=np.int64)
+    assert choose(scores, domains, 5, None, lambda i: rows[i], 0.97).tolist() == [0, 1, 3, 4]
+    assert choose(scores, domains, 5, None, lambda i: rows[i], 0.5).tolist() == [0, 3, 4]
+    one = np.array([[1, 0], [2, 0], [0, 1]], dtype=np.float16)
+    assert choose(scores[:3], domains[:3], 3, None, lambda i: one[i], 1.0).tolist() == [0, 2]
