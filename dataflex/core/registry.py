@@ -7,9 +7,11 @@ an error with the nearest match; nothing is dropped.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dataflex.utils.errors import UserError, nearest
@@ -53,6 +55,12 @@ class Registry:
             valid = self.names(kind)
             raise UserError(f"component_name: no {kind} '{name}'{nearest(name, valid)}; registered: {', '.join(valid)}")
         return self._classes[kind][name]
+
+    def code_of(self, kind: str, name: str) -> str:
+        """A digest of the file of a component that is the user's own; "" for those that the version tells of."""
+        cls = self.get(kind, name)
+        file = None if _is_packaged(cls) else inspect.getsourcefile(cls)
+        return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
     def effective(self, kind: str, name: str, params: Mapping[str, Any], runtime: Collection[str]) -> dict[str, Any]:
         """``params`` and the defaults of ``__init__`` for what they leave out, as JSON has them.

@@ -71,8 +71,16 @@ def digest_of(input_ids: Sequence[int] | np.ndarray, labels: Sequence[int] | np.
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
+# White space, case, accents, digits and other scripts: what tokenizers treat otherwise than letters.
+_PROBE = " The  caf\u00e9\n\t\u4e2d\u6587 0123 x_y"
+
+
 def tokenizer_identity(tokenizer: Any) -> str:
-    """A hash of everything that decides how text becomes ids; the same in every process."""
+    """A hash of everything that decides how text becomes ids; the same in every process.
+
+    What a tokenizer keeps beside its vocabulary and rules (as ``split_special_tokens``) is known by what it makes of a
+    short text with its special tokens in it.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         state = json.loads(backend.to_str())
@@ -81,5 +89,8 @@ def tokenizer_identity(tokenizer: Any) -> str:
     else:
         state = sorted(tokenizer.get_vocab().items())
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-    text = json.dumps([type(tokenizer).__name__, state, special], sort_keys=True, default=str)
+    texts = [_PROBE, _PROBE.join(["", *sorted(map(str, tokenizer.all_special_tokens)), ""])]
+    made = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    made.append(tokenizer("")["input_ids"])
+    text = json.dumps([type(tokenizer).__name__, state, special, made], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

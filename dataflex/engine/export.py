@@ -11,6 +11,7 @@ import torch
 
 from dataflex.engine.finite import check_finite
 from dataflex.engine.handover import Handover
+from dataflex.engine.identity import saved_buffers
 from dataflex.utils import dist
 from dataflex.utils.files import give_usual_mode, write_atomically
 from dataflex.utils.room import check_room, said_when_full
@@ -38,7 +39,7 @@ def export(engine: Any, folder: Path, handover: Handover) -> None:
             if dist.is_main():
                 weights[name] = parameter.detach().cpu().clone()
     if dist.is_main():
-        weights |= {} if is_adapter else {name: b.detach().cpu() for name, b in _saved_buffers(module)}
+        weights |= {} if is_adapter else {name: b.detach().cpu() for name, b in saved_buffers(module)}
         with said_when_full(folder, "the trained model"):
             _save(module, folder, weights, handover)
         handover.tokenizer.save_pretrained(folder)
@@ -72,13 +73,3 @@ def _order_targets(file: Path) -> None:
     if isinstance(config.get("target_modules"), list):
         config["target_modules"].sort()
         write_atomically(file, json.dumps(config, indent=2, sort_keys=True))
-
-
-def _saved_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Buffers that belong to the state dict."""
-    found = []
-    for prefix, m in module.named_modules():
-        for name, buffer in m.named_buffers(recurse=False):
-            if name not in m._non_persistent_buffers_set:
-                found.append((f"{prefix}.{name}" if prefix else name, buffer))
-    return found

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dataflex import __version__
 from dataflex.ops import SampleLoss
 from dataflex.scoring.batches import Ids, sample_lengths
 from dataflex.scoring.gather import merge
@@ -33,12 +34,14 @@ def write_token_losses(
 ) -> None:
     """Score every sample of ``pool`` and keep its tokens' losses in ``folder``, shard by shard; a collective.
 
-    fingerprint: what they are made from, besides the pool. Whole shards of an interrupted call are taken up; those
-    of another fingerprint are written anew. A shard holds ``values`` float32 [tokens] and ``offsets`` int64
-    [samples + 1].
+    fingerprint: what they are made from, besides the pool and the version of dataflex. Whole shards of an interrupted
+    call are taken up; those of another fingerprint are written anew. A shard holds ``values`` float32 [tokens] and
+    ``offsets`` int64 [samples + 1].
     """
     ids = np.arange(len(pool), dtype=np.int64)
-    store = ShardStore(Path(folder), {**fingerprint, POOL: pool.fingerprint}, ids, shard_samples)
+    store = ShardStore(
+        Path(folder), {**fingerprint, POOL: pool.fingerprint, "dataflex": __version__}, ids, shard_samples
+    )
     if dist.is_main():
         store.resume("values", "offsets")
     done = dist.broadcast_object(set(store.shards))

@@ -15,12 +15,8 @@ from dataflex.config import Config
 from dataflex.config.components import component_params
 from dataflex.core.context import Run
 from dataflex.core.hook import Hook, Weigher
-from dataflex.core.plan import (
-    Schedule,
-    decision_schedule,
-    epoch_schedule,
-    steps_of_epochs,
-)
+from dataflex.core.plan import Schedule, decision_schedule, epoch_schedule, steps_of_epochs
+from dataflex.core.registry import REGISTRY
 from dataflex.data.pool import Pool, TrainingPool
 from dataflex.engine.identity import weights_identity
 from dataflex.engine.limits import check_limits
@@ -112,11 +108,15 @@ def _check_limits(module: Any, cfg: Config, train: Any, target: Any, mixers: Any
 def _passes(run: Run, cfg: Config, engine: Any) -> ScoringPasses:
     """How the selector's passes over the pool are cut into shards, and where they are kept."""
     base = f"{cfg.model.model_name_or_path} {cfg.model.adapter_name_or_path or ''}".strip()
-    component = component_params(cfg.flex, "select") if "select" in cfg.flex.kinds else ("", {})
+    component = ""
+    if "select" in cfg.flex.kinds:
+        name, params = component_params(cfg.flex, "select")
+        code = REGISTRY.code_of("selector", name)
+        component = f"{name} {json.dumps(params, sort_keys=True, default=str)} {code}".rstrip()
     features_dir = cfg.score.features_dir
     return ScoringPasses(
         folder=run.output_dir,
-        component=f"{component[0]} {json.dumps(component[1], sort_keys=True, default=str)}",
+        component=component,
         weights=lambda moments: weights_identity(engine, base, moments),
         shard_samples=cfg.score.score_shard_samples,
         keep_features=cfg.score.keep_features,
