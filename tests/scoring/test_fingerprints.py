@@ -57,7 +57,7 @@ class World:
     change: Callable[[torch.nn.Module], None] = lambda net: None
     pool: tuple[int, int] = (POOL, 1)
     target: Any = (TARGET, 2)
-    moments: float = 1.0
+    moments: tuple[float, float] = (1.0, 1.0)
     constants: Transform = field(default_factory=lambda: Transform("adam_less", 0.9, 0.99, 1e-6, 3))
     shard: int = 4
     keep_features: bool = False
@@ -70,7 +70,7 @@ def passed(folder: Path, world: World) -> int:
     net = copy.deepcopy(the_model())
     world.change(net)
     data, pool = scorer(net), Pool.from_datasets(samples(*world.pool))
-    moments = {n: tuple(world.moments * m for m in pair) for n, pair in random_moments(net).items()}
+    moments = {n: (m * world.moments[0], v * world.moments[1]) for n, (m, v) in random_moments(net).items()}
     data._read_moments = lambda names: ({n: moments[n] for n in names}, world.constants)
     engine: Any = PlainEngine(net)
     engine.global_steps, engine.skipped_steps = 3, 0
@@ -149,7 +149,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "the last trained weight": ({"change": tensor("layers.1.mlp.down_proj.lora_B")}, "trained weights"),
     "LoRA's alpha": ({"change": alpha}, "model settings"),
     "a number of the model's config": ({"change": epsilon}, "model settings"),
-    "Adam's moments": ({"moments": 1.01}, "Adam's moments"),
+    "Adam's first moments": ({"moments": (1.01, 1.0)}, "Adam's moments"),
+    "Adam's second moments": ({"moments": (1.0, 1.01)}, "Adam's moments"),
     "Adam's betas": ({"constants": Transform("adam_less", 0.8, 0.99, 1e-6, 3)}, "Adam's moments"),
     "Adam's second beta": ({"constants": Transform("adam_less", 0.9, 0.98, 1e-6, 3)}, "Adam's moments"),
     "Adam's eps": ({"constants": Transform("adam_less", 0.9, 0.99, 1e-5, 3)}, "Adam's moments"),
