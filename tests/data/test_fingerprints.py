@@ -69,6 +69,12 @@ def with_token() -> Any:
     return tokenizer
 
 
+def with_other_roles() -> Any:
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token, tokenizer.eos_token = tokenizer.eos_token, tokenizer.bos_token
+    return tokenizer
+
+
 # What changes of `Given`, and what that makes of the usual pool.
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, SAME),
@@ -80,6 +86,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "the seed": ({"seed": 2}, SAME),
     "the seed of a draw": ({"seed": 2, "entry": {"num_samples": 4}}, TOKENS),
     "special tokens that are split": ({"tokenizer": splitting}, TOKENS),
+    "special tokens in each other's place": ({"tokenizer": with_other_roles}, TOKENS),
     "another special token": ({"tokenizer": with_token}, TOKENS),
     "a kept column": ({"kept": "task", "data": {"val_size": 0.5}}, TOKENS),
 }
@@ -268,7 +275,8 @@ def test_every_field_of_the_settings_counts(cls: Any) -> None:
 def test_a_tokenizer_is_known_by_what_it_makes_of_text() -> None:
     usual = tokenizer_identity(byte_tokenizer())
     assert usual == tokenizer_identity(byte_tokenizer())
-    assert len({usual, *(tokenizer_identity(make()) for make in (splitting, with_token))}) == 3
+    others = {tokenizer_identity(make()) for make in (splitting, with_token, with_other_roles)}
+    assert len({usual, *others}) == 4
 
 
 def test_a_pool_of_objects_is_known_by_its_samples() -> None:
