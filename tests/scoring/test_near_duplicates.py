@@ -78,3 +78,13 @@ def test_a_cosine_of_exactly_the_bound_is_alike_and_zeros_are_not() -> None:
     assert choose(scores, domains, 5, None, lambda i: rows[i], 0.5).tolist() == [0, 3, 4]
     one = np.array([[1, 0], [2, 0], [0, 1]], dtype=np.float16)
     assert choose(scores[:3], domains[:3], 3, None, lambda i: one[i], 1.0).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("block", [1, 2, 5, 16])
+def test_no_more_are_taken_than_wanted_wherever_a_block_ends(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, family, scores = families(60, 40, 0)
+    domains = np.append(family[1:] % 2, 1)
+    monkeypatch.setattr(choosing, "BLOCK", block)
+    for wanted in (1, 2, 5, 6, 7, 16, 20, 24):
+        got = choose(scores, domains, wanted, None, lambda i: rows[i], ALIKE)
+        assert got.tolist() == by_pairs(rows, scores, domains, wanted, None) and len(got) == wanted
