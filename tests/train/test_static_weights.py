@@ -74,6 +74,11 @@ def test_a_pass_is_that_of_the_pool_unless_draws_are_weighted() -> None:
     assert WeightingSection(sampling="inverse_class").epoch(9) == 9
 
 
+def test_draws_are_with_replacement_unless_it_is_refused() -> None:
+    for given, expected in ((None, True), (True, True), (False, False)):
+        assert WeightingSection(sampling_replacement=given).with_replacement is expected
+
+
 def test_presets() -> None:
     def draw(**keys: Any) -> list[float]:
         return draw_probabilities(WeightingSection(**keys), pool(WEIGHTS)).tolist()
