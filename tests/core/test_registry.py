@@ -49,6 +49,12 @@ def test_params_reach_init_by_name_with_the_runtime_objects_it_names(registry: R
     }
 
 
+def test_the_effective_params_are_the_given_ones_and_the_defaults_of_the_rest(registry: Registry) -> None:
+    assert registry.effective("selector", "plain", {"depth": 3}, RUNTIME) == {"depth": 3, "focus": "high"}
+    assert registry.effective("selector", "plain", {"focus": None}, ()) == {"focus": None, "cache_dir": ""}
+    assert registry.effective("selector", "greedy", {"more": [1]}, RUNTIME) == {"depth": 1, "more": [1]}
+
+
 def test_runtime_objects_that_init_does_not_name_are_not_passed(registry: Registry) -> None:
     assert build(registry, "greedy", depth=2) == {"depth": 2}
 
