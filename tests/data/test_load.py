@@ -169,6 +169,14 @@ def test_sample_weights(add: Add, config: MakeConfig) -> None:
         load(config("t", stage="pt", sample_weight="w"))
 
 
+def test_weights_are_of_training_and_not_of_the_evaluation(add: Add, config: MakeConfig) -> None:
+    add("x", [row | {"w": 2.0} for row in numbered(3)])
+    add("plain", numbered(2))
+    out = load(config("x", eval_dataset=("plain",), sample_weight="w"))
+    assert out.train.sample_weights is not None and out.eval is not None
+    assert out.eval.sample_weights is None
+
+
 def test_the_evaluation_samples_keep_a_column(add: Add, config: MakeConfig) -> None:
     add("x", numbered(3))
     add("target", [row | {"task": i % 2} for i, row in enumerate(numbered(4))])
