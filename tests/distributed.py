@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,10 @@ def run_ranks(target: str, world_size: int, timeout_s: int = 240, **arguments: A
 
     Arguments and results are JSON. Fails with the ranks' output if one of them fails or hangs.
     """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(_IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
-        ranks = [
-            server.Process(target=_rank, args=(target, rank, world_size, port, folder, json.dumps(arguments)))
-            for rank in range(world_size)
-        ]
+        ranks: list[BaseProcess] = []
         try:
-            with _environment():
-                for process in ranks:
-                    process.start()
+            ranks += forked_ranks(_rank, world_size, folder, target, json.dumps(arguments))
             hung = not _joined(ranks, timeout_s)
         finally:
             for process in ranks:
@@ -54,6 +46,24 @@ def run_ranks(target: str, world_size: int, timeout_s: int = 240, **arguments: A
         failed = [outputs[rank] for rank, process in enumerate(ranks) if process.exitcode != 0]
         assert not failed, f"{target} failed\n" + "\n".join(failed)
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def forked_ranks(body: Callable[..., None], world_size: int, folder: str, *arguments: str) -> list[BaseProcess]:
+    """Start ``body(*arguments)`` on each rank, with the variables that a launcher sets; all imports are done.
+
+    What rank r prints goes to ``folder``/r.txt.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(_IMPORTED)
+    port = free_port()
+    ranks = [
+        server.Process(target=_forked, args=(body, rank, world_size, port, folder, arguments))
+        for rank in range(world_size)
+    ]
+    with _environment():
+        for process in ranks:
+            process.start()
+    return ranks
 
 
 @contextlib.contextmanager
@@ -80,7 +90,9 @@ def _output(folder: str, rank: int) -> Path:
     return Path(folder, f"{rank}.txt")
 
 
-def _rank(target: str, rank: int, world_size: int, port: int, folder: str, arguments: str) -> None:
+def _forked(
+    body: Callable[..., None], rank: int, world_size: int, port: int, folder: str, arguments: tuple[str, ...]
+) -> None:
     """One rank. DeepSpeed collects garbage at every start of ZeRO-3: what is imported is left out of that."""
     output = os.open(_output(folder, rank), os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
@@ -93,15 +105,22 @@ def _rank(target: str, rank: int, world_size: int, port: int, folder: str, argum
         "MASTER_PORT": port,
     }
     os.environ.update({name: str(value) for name, value in place.items()})
+    import torch
+
     from dataflex.worker import leave
 
+    torch.set_num_threads(1)
+    gc.freeze()
     try:
-        result = _call(target, json.loads(arguments))
-        Path(folder, f"{rank}.json").write_text(json.dumps(result))
+        body(folder, rank, *arguments)
     except BaseException:
         traceback.print_exc()
         leave(1)
     leave(0)
+
+
+def _rank(folder: str, rank: int, target: str, arguments: str) -> None:
+    Path(folder, f"{rank}.json").write_text(json.dumps(_call(target, json.loads(arguments))))
 
 
 def _call(target: str, arguments: dict[str, Any]) -> Any:
@@ -109,12 +128,9 @@ def _call(target: str, arguments: dict[str, Any]) -> Any:
     import deepspeed.ops
     import torch
 
-    torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     module, function = target.split(":")
-    call = getattr(importlib.import_module(module), function)
-    gc.freeze()
-    result = call(**arguments)
+    result = getattr(importlib.import_module(module), function)(**arguments)
     torch.distributed.destroy_process_group()
     return result
