@@ -20,14 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.launcher import free_port
+from tests.processes import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of the server, before it imports anything.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-_IMPORTED = ["deepspeed.ops", "datasets", "peft", "pytest", "tests.families", "tests.tiny_engine", "dataflex.ops"]
+_IMPORTED = [
+    *("deepspeed.ops", "deepspeed.module_inject", "deepspeed.moe.layer", "datasets", "peft", "pytest"),
+    "deepspeed.runtime.zero.muon.original_muon",  # torch.compile's modules: seconds, at the first engine
+    *("dataflex.ops", "dataflex.driver.training", "dataflex.driver.scoring", "dataflex.train.trainer.initialize"),
+    *("tests.families", "tests.tiny_engine"),
+]
 
 
-def run_ranks(target: str, world_size: int, timeout_s: int = 240, **arguments: Any) -> list[Any]:
+def run_ranks(target: str, world_size: int, timeout_s: int = PATIENCE_S, **arguments: Any) -> list[Any]:
     """Call ``module:function(**arguments)`` on each rank of a process group; return the ranks' results.
 
     Arguments and results are JSON. Fails with the ranks' output if one of them fails or hangs.

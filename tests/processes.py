@@ -6,6 +6,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+# What hangs for ever is found then; what is slow beside other work is not taken for that.
+PATIENCE_S = 900
+
 
 def runs(pid: int) -> bool:
     """Whether the process is there and no zombie."""

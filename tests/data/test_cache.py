@@ -18,6 +18,7 @@ from dataflex.data import source as source_module
 from dataflex.data.tokenize import Encoder
 from dataflex.utils.errors import UserError
 from tests.data.helpers import load, numbered, prompts
+from tests.processes import PATIENCE_S
 
 Add = Callable[..., Path]
 MakeConfig = Callable[..., Config]
@@ -134,7 +135,7 @@ def test_rank_0_tokenises_and_the_others_hit_its_cache(add: Add, data_dir: Path,
         )
         for rank in range(2)
     ]  # fmt: skip
-    outs = [rank.communicate(timeout=120) for rank in ranks]
+    outs = [rank.communicate(timeout=PATIENCE_S) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outs
     (first, print_0), (second, print_1) = (out.split() for out, _ in outs)
     assert (first, second) == ("40", "0")

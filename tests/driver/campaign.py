@@ -15,7 +15,7 @@ from typing import Any
 from dataflex.report.trainer_log import read_log
 from tests.distributed import ROOT
 from tests.driver.workspace import write_yaml
-from tests.processes import all_end, descendants
+from tests.processes import PATIENCE_S, all_end, descendants
 
 COMMON: dict[str, Any] = {"max_steps": None, "save_steps": 7, "lora_dropout": 0.1, "deepspeed": "ds_zero2.json"}
 KINDS: dict[str, dict[str, Any]] = {
@@ -71,7 +71,7 @@ class Campaign:
 
     def reach(self, process: subprocess.Popen[str], step: int) -> bool:
         """Wait until the run has logged ``step``; False where it ended before."""
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + PATIENCE_S
         while self.step() < step:
             if process.poll() is not None:
                 return False
@@ -89,8 +89,8 @@ class Campaign:
             places = dict(zip(WHO, everyone, strict=False))
             if who in places:
                 os.kill(places[who], number)
-            text = process.communicate(timeout=120)[0]
-            assert all_end(everyone, 10), f"{self.name}: {number.name} to {who} left processes behind\n{text}"
+            text = process.communicate(timeout=PATIENCE_S)[0]
+            assert all_end(everyone, 60), f"{self.name}: {number.name} to {who} left processes behind\n{text}"
         finally:
             process.kill()
         self.ended.append((f"{number.name} to {who} after step {step}", process.returncode))
@@ -99,7 +99,7 @@ class Campaign:
     def finish(self) -> str:
         """Give the command until the run is complete; what the last start printed."""
         process = self.start()
-        text = process.communicate(timeout=240)[0]
+        text = process.communicate(timeout=PATIENCE_S)[0]
         assert process.returncode == 0, f"{self.name}: {self.ended}\n{text}"
         return text
 

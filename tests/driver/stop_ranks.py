@@ -20,6 +20,7 @@ from dataflex.train.trainer.run_hooks import CheckpointHook
 from dataflex.utils import dist, stopping
 from dataflex.utils.errors import UserError
 from dataflex.utils.stopping import Stop, Stopped
+from tests.processes import PATIENCE_S
 
 
 class Signals(Hook):
@@ -39,7 +40,7 @@ class Signals(Hook):
 def send(stop: Stop, number: int) -> None:
     assert stop._listener is not None, "signals would end the process here"
     os.kill(os.getpid(), number)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while stop._first is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -17,7 +17,7 @@ import pytest
 from tests.distributed import ROOT
 from tests.driver.campaign import KINDS, SIGNALS, WHO, Campaign
 from tests.driver.workspace import write_yaml
-from tests.processes import all_end, descendants
+from tests.processes import PATIENCE_S, all_end, descendants
 
 STRIKES = int(os.environ.get("DATAFLEX_STRIKES", "25"))  # of each kind
 
@@ -33,7 +33,7 @@ def test_one_command_through_a_second_run_a_signal_and_a_kill(workspace: Path) -
             os.kill(pid, signal.SIGSTOP)
         saved, log = sorted(run.out.glob("checkpoint-*")), (run.out / "trainer_log.jsonl").read_text()
         second = run.start()
-        text = second.communicate(timeout=120)[0]
+        text = second.communicate(timeout=PATIENCE_S)[0]
         assert second.returncode == 2
         line = rf"dataflex: error: output_dir: {run.out} is in use by another run \(process {first.pid} on "
         assert re.search(line + rf"{socket.gethostname()}, started 20[-\d]+ [:\d]+\+\d\d:\d\d\); wait for", text), text
@@ -41,8 +41,8 @@ def test_one_command_through_a_second_run_a_signal_and_a_kill(workspace: Path) -
         for pid in (*everyone[1:], first.pid):
             os.kill(pid, signal.SIGCONT)
         first.send_signal(signal.SIGUSR1)
-        text = first.communicate(timeout=120)[0]
-        assert first.returncode == 75 and all_end(everyone, 5)
+        text = first.communicate(timeout=PATIENCE_S)[0]
+        assert first.returncode == 75 and all_end(everyone, 60)
         last = text.splitlines()[-1]
         expected = r"stopped after step \d+ of 30 \(SIGUSR1\): saved .*; the same command goes on from there"
         assert re.fullmatch(expected, last), text
@@ -99,7 +99,7 @@ def test_started_by_hand_under_deepspeed(workspace: Path) -> None:
         assert run.reach(process, 2)
         everyone = descendants(process.pid)
         os.killpg(process.pid, signal.SIGINT)
-        text = process.communicate(timeout=120)[0]
+        text = process.communicate(timeout=PATIENCE_S)[0]
         assert all_end(everyone, 40), text
     finally:
         process.kill()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -120,12 +119,14 @@ def test_decisions_name_distinct_samples_and_their_scores(whole: CompletedProces
         assert np.isfinite(list(record["metric"].values())[0]).all() or record["metric"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_says_so(killed: list[CompletedProcess[str]]) -> None:
     for start in killed[:2]:
         assert start.returncode not in (0, 2)
         assert "dataflex: error: a worker was killed by SIGKILL" in start.stdout
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_very_same_files(
     whole: CompletedProcess[str], killed: list[CompletedProcess[str]], workspace: Path
 ) -> None:
@@ -143,13 +144,9 @@ def test_a_resumed_run_ends_with_the_very_same_files(
 PARTS = ("train", "score", "decide", "save", "evaluate")
 
 
-@pytest.mark.parametrize("name", ["whole", "killed"])
-def test_the_results_say_where_the_time_went(
-    whole: CompletedProcess[str],
-    killed: list[CompletedProcess[str]],
-    workspace: Path,
-    name: str,
-) -> None:
+@pytest.mark.parametrize("name", ["whole", pytest.param("killed", marks=pytest.mark.slow)])
+def test_the_results_say_where_the_time_went(request: pytest.FixtureRequest, workspace: Path, name: str) -> None:
+    request.getfixturevalue(name)
     results = json.loads((workspace / name / "all_results.json").read_text())
     parts = [results[f"{part}_seconds"] for part in PARTS]
     assert min(parts) > 0
@@ -176,13 +173,11 @@ def test_the_config_of_a_run_starts_the_same_run(whole: CompletedProcess[str], w
 
 def test_a_bug_in_own_code_shows_its_traceback_once_and_ends_the_run(workspace: Path) -> None:
     keys = {"component_modules": [OWN], "train_type": "dynamic_select", "component_name": "bug", "update_step": 2}
-    start = time.monotonic()
     result = train(write_yaml(workspace, "bug.yaml", **keys, output_dir=str(workspace / "bug")))
     assert result.returncode == 1, result.stdout
     assert result.stdout.count("ZeroDivisionError: division by zero") == 1
     assert "own_parts.py" in result.stdout
     assert "destroy_process_group" not in result.stdout
-    assert time.monotonic() - start < 120
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from tests.driver.campaign import COMMON, KINDS, SIGNALS
 from tests.driver.forked_runs import ForkedRun
 from tests.driver.run_files import contents
 from tests.driver.workspace import write_yaml
+from tests.processes import PATIENCE_S
 
 STRIKES = int(os.environ.get("DATAFLEX_STRIKES", "14"))  # of each kind
 A_RUN = 7  # strikes at most, before it may end
@@ -70,20 +71,20 @@ class Struck:
     def strike(self, number: signal.Signals, who: str, step: int, wait_s: float, ranks: int) -> None:
         """Start, signal ``who`` some time after ``step``, and see every rank end."""
         run = self.start(ranks)
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + PATIENCE_S
         while self.step() < step and run.poll() is None:
             assert time.monotonic() < deadline, f"{self.name}: step {step} was not reached\n{run.output()}"
             time.sleep(0.005)
         time.sleep(wait_s)
         run.signal(who, number)
-        text = run.end(180)
+        text = run.end(PATIENCE_S)
         self.ended.append((f"{number.name} to {who} of {ranks} after {step}", run.returncode))
         allowed = (0, 75, -number, 128 + number)
         assert run.returncode in allowed, f"{self.kind}: {self.ended}\n{text}"
 
     def finish(self, ranks: int) -> None:
         run = self.start(ranks)
-        text = run.end(240)
+        text = run.end(PATIENCE_S)
         assert run.returncode == 0, f"{self.kind}: {self.ended}\n{text}"
 
 

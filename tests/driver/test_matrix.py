@@ -110,9 +110,7 @@ def _runs(workspace: Path, cases: dict[str, dict[str, Any]], ranks: int = 2) -> 
     for name, keys in cases.items():
         model = workspace / keys.get("model_name_or_path", "model")
         made[name] = settings(workspace, **{**keys, "model_name_or_path": str(model), "output_dir": None})
-    results: dict[str, Any] = run_ranks(
-        "tests.driver.ranks:sweep", ranks, timeout_s=500, folder=str(workspace), cases=made
-    )[0]
+    results: dict[str, Any] = run_ranks("tests.driver.ranks:sweep", ranks, folder=str(workspace), cases=made)[0]
     return results
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed import ROOT
-from tests.driver.workspace import train, write_yaml
-from tests.processes import descendants
+from tests.distributed import PATIENCE_S
+from tests.driver.forked_runs import ForkedRun
+from tests.driver.workspace import write_yaml
 
 KEYS: dict[str, Any] = {
     "eval_dataset": ["target"],
@@ -33,24 +28,23 @@ KEYS: dict[str, Any] = {
 
 
 def kill_in_mid_pass(config: Path, folder: Path, shards: int = 2) -> dict[str, Any]:
-    """Start a run, SIGKILL its whole process group when ``shards`` shards are done; what the shards on disk are."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    env.pop("PYTHONWARNINGS", None)
-    command = [sys.executable, "-m", "dataflex.cli", "train", str(config), "--num_processes=2"]
-    process = subprocess.Popen(
-        command, env=env, cwd=config.parent, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
-    )
-    deadline = time.monotonic() + 120
+    """Start a run, SIGKILL its ranks when ``shards`` shards are done; what the shards on disk are."""
+    run = ForkedRun(["train", str(config)], 2)
+    deadline = time.monotonic() + PATIENCE_S
     try:
         while len(_finished(folder)) < shards:
-            assert process.poll() is None and time.monotonic() < deadline, "the run never reached its second shard"
+            assert run.poll() is None and time.monotonic() < deadline, f"no second shard\n{run.output()}"
             time.sleep(0.01)
     finally:
-        for pid in descendants(process.pid):  # itself first, so that nothing of it can clean up
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
+        run.kill()
     return _finished(folder)
+
+
+def _train(config: Path) -> str:
+    run = ForkedRun(["train", str(config)], 2)
+    text = run.end(PATIENCE_S)
+    assert run.returncode == 0, text
+    return text
 
 
 def _finished(folder: Path) -> dict[str, Any]:
@@ -64,19 +58,17 @@ def _finished(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kept", ["scores", pytest.param("features", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kept", ["scores", "features"])
 def test_a_pass_goes_on_after_its_last_whole_shard(workspace: Path, kept: str) -> None:
     keys = KEYS | {"keep_features": kept == "features"}
     out = {name: workspace / f"{name}_{kept}" for name in ("whole", "killed")}
     config = {name: write_yaml(workspace, f"{name}_{kept}.yaml", **keys, output_dir=str(out[name])) for name in out}
     before = kill_in_mid_pass(config["killed"], out["killed"] / kept)
     assert 2 <= len(before) < 8
-    again = train(config["killed"])
-    assert again.returncode == 0, again.stdout
-    assert f"in 8 shards, {len(before)} of them taken up from" in again.stdout
+    assert f"in 8 shards, {len(before)} of them taken up from" in _train(config["killed"])
     after = _finished(out["killed"] / kept)
     assert len(after) == 8 and {name: after[name] for name in before} == before
-    assert train(config["whole"]).returncode == 0
+    _train(config["whole"])
     choices = [(folder / "decisions/step_2.json").read_text() for folder in out.values()]
     assert choices[0] == choices[1]
     assert not list(out["killed"].glob(f"{kept}/*/.*"))

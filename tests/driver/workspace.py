@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tests.distributed import ROOT
+from tests.distributed import PATIENCE_S, ROOT
 from tests.tiny import byte_tokenizer, tiny_llama, tiny_mixtral
 
 TEMPLATE = (
@@ -101,6 +101,6 @@ def launched(
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=240,
+        timeout=PATIENCE_S,
         check=False,
     )

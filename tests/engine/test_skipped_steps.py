@@ -212,7 +212,7 @@ def check(want: dict[str, Any], got: dict[str, Any], case: str, loss: float = 0.
     assert got["applied"] == [step != LEFT_OUT for step in range(STEPS)], case
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_masked_batch_moves_nothing_but_the_schedule(tmp_path: Path, world_size: int) -> None:
     for rank in run_ranks("tests.engine.test_skipped_steps:masked_runs", world_size, folder=str(tmp_path)):
         for case, found in rank.items():

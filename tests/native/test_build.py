@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dataflex.ops._build import BuildError, Library, Unit, obtain
+from tests.processes import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 # A compiler that logs what it compiles and can be told to wait or to fail on a source.
@@ -105,7 +106,7 @@ def test_processes_that_start_at_once_build_once(folder: Path) -> None:
     until(lambda: "a.cpp" in compiled(folder))
     time.sleep(1.0)
     (folder / "wait-a.cpp").unlink()
-    paths = {process.communicate(timeout=60)[0] for process in processes}
+    paths = {process.communicate(timeout=PATIENCE_S)[0] for process in processes}
     assert len(paths) == 1 and "libtiny.so" in paths.pop()
     assert compiled(folder) == ["a.cpp", "b.cpp"]
 
@@ -121,7 +122,7 @@ def test_a_killed_build_is_taken_up_by_the_next_start(folder: Path) -> None:
     survivor = start(folder)  # the victim's compiler is still there, waiting
     until(lambda: compiled(folder).count("b.cpp") == 2)
     (folder / "wait-b.cpp").unlink()
-    assert "libtiny.so" in survivor.communicate(timeout=60)[0]
+    assert "libtiny.so" in survivor.communicate(timeout=PATIENCE_S)[0]
     assert time.monotonic() - begin < 30
     assert compiled(folder) == ["a.cpp", "b.cpp", "b.cpp"], "the whole object of the killed build is kept"
     assert not list((folder / "cache").glob(".building-*"))
@@ -134,7 +135,7 @@ def test_a_failed_build_says_the_compilers_error_once_for_all_who_waited(folder:
     until(lambda: "a.cpp" in compiled(folder))
     time.sleep(1.0)
     (folder / "wait-a.cpp").unlink()
-    texts = {process.communicate(timeout=60)[0] for process in processes}
+    texts = {process.communicate(timeout=PATIENCE_S)[0] for process in processes}
     (text,) = texts
     assert text.count("\n") == 1 and "a.cpp:3: error: no such thing (log: " in text
     assert compiled(folder).count("a.cpp") == 1
@@ -148,7 +149,7 @@ def test_sources_that_change_while_they_are_built_are_not_kept(folder: Path) -> 
     until(lambda: "a.cpp" in compiled(folder))
     (folder / "src" / "include" / "answer.h").write_text("#define ANSWER 44\n")
     (folder / "wait-a.cpp").unlink()
-    assert process.communicate(timeout=60)[0] == "the sources changed while they were built: start again\n"
+    assert process.communicate(timeout=PATIENCE_S)[0] == "the sources changed while they were built: start again\n"
     (folder / "src" / "include" / "answer.h").write_text("#define ANSWER 42\n")
     built = built_in(folder)
     assert isinstance(built, Path) and ctypes.CDLL(str(built)).answer() == 42

@@ -16,6 +16,7 @@ import torch
 
 from dataflex.ops.toolchain import compiler, csrc
 from tests.native.emulation import BIG_POISON, NAN_POISON, ORDERS, emulated
+from tests.processes import PATIENCE_S
 
 PLANTED = Path(__file__).parent / "planted"
 FLAGS = [
@@ -61,7 +62,7 @@ def run(harness: Path, kernel: str, order: str, seed: int, poison: int) -> tuple
     number = ("forward", "reverse", "random").index(order)
     env = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=0"}
     command = [str(harness), kernel, str(number), str(seed), str(poison)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=PATIENCE_S)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -17,6 +17,7 @@ import torch
 
 from dataflex.ops import _ext, builder, implementations, toolchain
 from dataflex.utils.errors import UserError
+from tests.processes import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = (
@@ -56,7 +57,7 @@ def python(program: str, package: Path, **env: str) -> subprocess.CompletedProce
     kept = {name: value for name, value in os.environ.items() if not name.startswith("DATAFLEX_") and name != "CXX"}
     whole = kept | {"PYTHONPATH": str(package)} | env
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, env=whole, cwd=package, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=whole, cwd=package, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_the_first_use_builds_and_the_second_finds(checkout: Path, cache: Path) -> None:
@@ -125,7 +126,7 @@ def test_the_native_ops_run_on_torchs_own_threads() -> None:
         "x = torch.rand(1 << 21); (x + 1).sum(); before = len(os.listdir('/proc/self/task'))\n"
         "torch.ops.dataflex.probe(x); print(len(os.listdir('/proc/self/task')) - before)"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.stdout == "0\n", done.stderr
     torch.testing.assert_close(torch.ops.dataflex.probe(x), x + 1, rtol=0, atol=0)
 

@@ -17,6 +17,7 @@ from dataflex.ops import loss_native as native
 from dataflex.ops.loss_options import LossOptions
 from tests.native.emulation import ORDERS, emulated
 from tests.ops.loss_cases import DTYPES, Case, by_hand, cases, within_budget
+from tests.processes import PATIENCE_S
 
 
 def needs_native() -> Any:
@@ -116,7 +117,7 @@ def sweep() -> None:
 def test_every_instruction_set(isa: str) -> None:
     needs_native()
     env = os.environ | {"DATAFLEX_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", SUITE], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", SUITE], env=env, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
 
 

@@ -25,6 +25,11 @@ CASES = [
     for ckpt in (None, "reentrant", "non-reentrant")
     if ckpt is None or stage in (0, 3)
 ]
+FEW = [
+    *(("lora", 0, None), ("full", 1, None), ("lora", 2, None)),
+    *(("full", 3, "reentrant"), ("lora", 3, "non-reentrant"), ("full", 0, "non-reentrant")),
+]
+TRAINED = [(stage, *how) for stage in (0, 1, 2, 3) for how in (("lora", "reentrant"), ("full", None))]
 
 
 def autograd_features(net: torch.nn.Module, pool: list[Any], adam: Any = None) -> torch.Tensor:
@@ -119,10 +124,13 @@ def all_cases(cases: list[Any]) -> dict[str, list[float]]:
     return {f"{c[:3]} {c[3:]}": ranks_features(*c[:3], 2, *c[3:]) for c in cases}
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_features_equal_float64_autograd(world_size: int) -> None:
-    for errors in run_ranks("tests.scoring.test_features:all_cases", world_size, cases=CASES):
-        assert len(errors) == len(CASES)
+@pytest.mark.parametrize(
+    ("world_size", "cases"),
+    [(2, FEW), (1, FEW[-3:]), *(pytest.param(world, CASES, marks=pytest.mark.slow) for world in (1, 2))],
+)
+def test_features_equal_float64_autograd(world_size: int, cases: list[Any]) -> None:
+    for errors in run_ranks("tests.scoring.test_features:all_cases", world_size, cases=cases):
+        assert len(errors) == len(cases)
         for case, (plain, adam) in errors.items():
             assert plain < 1e-5, (case, plain)
             assert adam < 1e-5, (case, adam)
@@ -136,7 +144,7 @@ OFFLOADED = [
 ]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_features_are_exact_where_optimizer_and_parameters_are_offloaded(world_size: int) -> None:
     for errors in run_ranks("tests.scoring.test_features:all_cases", world_size, cases=OFFLOADED):
         assert len(errors) == len(OFFLOADED)
@@ -167,14 +175,17 @@ def train_with_and_without(stage: int, kind: str, ckpt: str | None) -> list[Any]
     return results
 
 
-def both_ways() -> list[Any]:
-    cases = [(s, k, c) for s in (0, 1, 2, 3) for k, c in (("lora", "reentrant"), ("full", None))]
+def both_ways(cases: list[Any]) -> list[Any]:
     return [[*case, *train_with_and_without(*case)] for case in cases]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_scoring_leaves_training_bit_identical(world_size: int) -> None:
-    for rank in run_ranks("tests.scoring.test_features:both_ways", world_size):
+@pytest.mark.parametrize(
+    ("world_size", "cases"),
+    [(2, TRAINED[-3:]), *(pytest.param(w, TRAINED, marks=pytest.mark.slow) for w in (1, 2))],
+)
+def test_scoring_leaves_training_bit_identical(world_size: int, cases: list[Any]) -> None:
+    for rank in run_ranks("tests.scoring.test_features:both_ways", world_size, cases=cases):
+        assert len(rank) == len(cases)
         for stage, kind, ckpt, without, with_scoring in rank:
             assert without == with_scoring, (stage, kind, ckpt)
 

@@ -53,7 +53,10 @@ def build(case: Case, folder: Path, world: int) -> tuple[Any, Recorder]:
 
 
 def run(case: Case, folder: Path, world: int) -> dict[str, Any]:
-    """The uninterrupted run, and the tail of one that a fresh engine resumed from its checkpoint."""
+    """The uninterrupted run, and the tail of one that a fresh engine resumed from its checkpoint.
+
+    Every second case is resumed on one rank, the others on two.
+    """
     engine, recorder = build(case, folder, world)
     losses = []
     for batch in engine.batches():
@@ -63,6 +66,8 @@ def run(case: Case, folder: Path, world: int) -> dict[str, Any]:
     files = sorted((folder / "decisions").glob("*.json"), key=lambda p: int(p.stem.split("_")[1]))
     decisions = [json.loads(f.read_text()) for f in files]
     whole = [losses, recorder.phases, decisions, tiny.parameter_hash(engine)]
+    if CASES.index(case) % 2 + 1 != world:
+        return {"whole": whole}
     engine, recorder = build(case, folder, world)
     assert engine.load_checkpoint(folder)[1] == {}
     tail = [engine.training_step(batch) for batch in engine.batches()]
@@ -106,9 +111,12 @@ def test_component(case: Case, results: dict[int, list[dict[str, Any]]]) -> None
     found = [rank[case.id] for world in (1, 2) for rank in results[world]]
     failed = [text for text in found if isinstance(text, str)]
     assert not failed, failed[0]
+    assert any("tail" in result for result in found)
     for result in found:
         got = outcome(result)
         check_run(case, got)
+        if "tail" not in result:
+            continue
         tail_losses, tail_phases, tail_hash = result["tail"]
         assert tail_losses == got.losses[SAVE_AT:], "the resumed run's losses differ"
         assert tail_hash == got.hash, "the resumed run's parameters differ"

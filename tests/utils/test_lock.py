@@ -132,7 +132,7 @@ def test_who_was_suspended_ends_when_another_has_taken_over(tmp_path: Path) -> N
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         (tmp_path / HEARTBEAT).write_text(json.dumps({"token": "another"}))
-        _, errors = process.communicate(timeout=10)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "another run has taken this folder over" in errors
     assert json.loads((tmp_path / HEARTBEAT).read_text()) == {"token": "another"}
 

@@ -13,6 +13,7 @@ import pytest
 from dataflex.utils import stopping
 from dataflex.utils.stopping import Stop
 from tests.distributed import ROOT
+from tests.processes import PATIENCE_S
 
 BODY = """
 import ctypes, os, sys
@@ -39,7 +40,7 @@ def waiting(*signals: tuple[float, signal.Signals], grace_s: float = 60) -> tupl
         for wait_s, number in signals:
             time.sleep(wait_s)
             process.send_signal(number)
-        text = process.communicate(timeout=30)[0]
+        text = process.communicate(timeout=PATIENCE_S)[0]
     return process.returncode, text
 
 
@@ -48,7 +49,7 @@ def voted(stop: Stop, number: signal.Signals | None = None, world: int = 4) -> i
     with stop.heeding():
         if number is not None:
             os.kill(os.getpid(), number)
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 60
             while stop._first is None:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
