@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dataflex import __version__
-from dataflex.config import Config, load_config
+from dataflex.config import Config, foreign, load_config
 from dataflex.config.schema import SECTION_OF
 from dataflex.launcher import Request, launch
 from dataflex.utils.errors import UserError, nearest
@@ -148,20 +148,37 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if argv and not argv[0].startswith("-") and argv[0] not in of_command:
         names = ", ".join(of_command)
         parser.error(f"unknown command '{argv[0]}'{nearest(argv[0], of_command)}; the commands are {names}")
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(_without_dashes(argv, of_command))
     actions = of_command[args.command]._actions
     for word in rest:
         if hasattr(args, "overrides") and not word.startswith("-"):
             args.overrides = [*args.overrides, word]
             continue
-        name = word.lstrip("-").partition("=")[0]
         flags = [option for action in actions for option in action.option_strings]
-        if name in SECTION_OF and hasattr(args, "overrides"):
-            parser.error(f"{word}: config keys are written without dashes: {name}=VALUE")
         parser.error(f"unknown argument '{word}'{nearest(word.partition('=')[0], flags)}")
     if getattr(args, "dry_run", False):
         args.overrides = [*args.overrides, "dry_run=true"]  # so it reaches the workers as any other key
     return args
+
+
+def _without_dashes(argv: Sequence[str], of_command: Mapping[str, argparse.ArgumentParser]) -> list[str]:
+    """The arguments with every ``--key value`` (or ``--key=value``, ``--key`` for true) of a config as key=value."""
+    words, done = list(argv), []
+    command = of_command.get(words[0]) if words else None
+    flags = {option for action in command._actions for option in action.option_strings} if command else set()
+    takes_keys = command is not None and any(action.dest == "overrides" for action in command._actions)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        key = name[2:].replace("-", "_")
+        known = key in SECTION_OF or foreign.table().treatment(key) is not None
+        if not (takes_keys and name.startswith("--") and name not in flags and known):
+            done.append(word)
+        elif equals:
+            done.append(f"{key}={value}")
+        else:
+            done.append(f"{key}={words.pop(0) if words and not words[0].startswith('--') else 'true'}")
+    return done
 
 
 def _request(args: argparse.Namespace) -> Request:

@@ -36,16 +36,48 @@ class _Flat:
         """Take the keys of one source; they replace those of an earlier source."""
         spelled: dict[str, str] = {}
         for word, value in given.items():
-            key, place = foreign.ALIASES.get(word, word), f"{source}:{cut(str(word))}"
-            if key in spelled:
-                self.errors.append(f"{place}: another spelling of '{spelled[key]}', which is set too; keep one")
-                self.wrong.add(key)
-            elif key not in SECTION_OF:
-                self._foreign(word, value, place)
-            else:
-                spelled[key] = word
-                self.where[key] = place
-                self._own(key, value, place)
+            place = f"{source}:{cut(str(word))}"
+            for key, mine in self._ours(word, value, place).items():
+                if key in spelled:
+                    self.errors.append(f"{place}: another spelling of '{spelled[key]}', which is set too; keep one")
+                    self.wrong.add(key)
+                else:
+                    spelled[key] = word
+                    self.where[key] = place
+                    self._own(key, mine, place)
+
+    def _ours(self, word: str, value: Any, place: str) -> dict[str, Any]:
+        """What a key is in our keys; {} where that is nothing, with a note or an error."""
+        if word in SECTION_OF:
+            return {word: value}
+        if foreign.spelling(word) in SECTION_OF:
+            return {foreign.spelling(word): value}
+        ignored, refused = foreign.ignored(word), foreign.refused(word)
+        shown = json.dumps(value, default=str).strip('"')
+        if foreign.asks_nothing(word, value) and ignored is None:
+            known = foreign.table().treatment(word) is not None
+            what = "the key is not supported" if known else f"unknown key{nearest(word, SECTION_OF)}"
+            self.notes.append(f"{place}: ignored: {what}, and {shown} asks for nothing")
+        elif refused is not None:
+            self.errors.append(f"{place}: not supported: {refused}")
+        elif ignored is not None:
+            self.notes.append(f"{place}: ignored: {ignored}")
+        else:
+            return self._translated(word, value, place)
+        return {}
+
+    def _translated(self, word: str, value: Any, place: str) -> dict[str, Any]:
+        try:
+            found = foreign.translated(word, value)
+        except ValueError as e:
+            self.errors.append(f"{place}: {e}")
+            return {}
+        if found is None:
+            self.errors.append(f"{place}: unknown key{nearest(word, SECTION_OF)}")
+            return {}
+        if found[1]:
+            self.notes.append(f"{place}: {found[1]}")
+        return found[0]
 
     def _own(self, key: str, value: Any, place: str) -> None:
         self.values.pop(key, None)
@@ -53,20 +85,19 @@ class _Flat:
         if reason is not None:
             self.errors.append(f"{place}: {reason}")
             self.wrong.add(key)
+        elif value is False and not _takes_false(key):
+            self.notes.append(f"{place}: false asks for nothing, so the key is left out")
         elif value is not None:
             self.values[key] = value
 
-    def _foreign(self, key: str, value: Any, place: str) -> None:
-        ignored, refused, hint = foreign.ignored(key), foreign.refused(key), nearest(key, SECTION_OF)
-        if ignored is not None:
-            self.notes.append(f"{place}: ignored: {ignored}")
-        elif foreign.asks_nothing(key, value) and (refused is not None or not hint):
-            shown = json.dumps(value).strip('"')
-            self.notes.append(f"{place}: ignored: the key is not supported, and {shown} asks for nothing")
-        elif refused is not None:
-            self.errors.append(f"{place}: not supported: {refused}")
-        else:
-            self.errors.append(f"{place}: unknown key{hint}")
+
+def _takes_false(key: str) -> bool:
+    """Whether false is a value of one of our keys."""
+    try:
+        SECTIONS[SECTION_OF[key]].model_validate({key: False})
+    except ValidationError:
+        return False
+    return True
 
 
 def load_config(

@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dataflex.data.read import too_much
 from dataflex.utils.errors import UserError, cut, listed, nearest, shown
 from dataflex.utils.files import unusable_path
+from dataflex.utils.logging import logger
 
 INFO_FILE = "dataset_info.json"
 FORMATTINGS = ("alpaca", "sharegpt", "openai")
@@ -156,7 +158,10 @@ def _parse_entry(name: str, entry: Any, info_file: Path) -> DatasetInfo:
         if key in _REFUSED and not (key in _OTHER_HUBS and has_source):
             raise UserError(f"{where}.{key}: not supported: {_REFUSED[key]}")
         if key not in _KEYS and key not in _OTHER_HUBS:
-            raise UserError(f"{where}: unknown key '{cut(key)}'{nearest(key, _KEYS)}; valid: {', '.join(_KEYS)}")
+            hint = f"{nearest(key, _KEYS)}; valid: {', '.join(_KEYS)}"
+            if not has_source:
+                raise UserError(f"{where}: unknown key '{cut(key)}'{hint}")
+            _say_unknown(f"{where}: key '{cut(key)}' is not read{hint}")
     if entry.get("ranking"):
         raise UserError(f"{where}.ranking: not supported: preference data needs the stages rm, dpo or kto")
     if not has_source:
@@ -181,6 +186,12 @@ def _parse_entry(name: str, entry: Any, info_file: Path) -> DatasetInfo:
         columns=_parse_columns(entry.get("columns") or {}, formatting, f"{where}.columns"),
         tags=_parse_tags(entry.get("tags") or {}, formatting, f"{where}.tags"),
     )
+
+
+@cache
+def _say_unknown(text: str) -> None:
+    """Once, although a run reads the file for each kind of its data."""
+    logger.warning(text)
 
 
 def _local_path(entry: Mapping[str, Any], dataset_dir: Path, where: str) -> Path:
@@ -208,14 +219,17 @@ def _parse_columns(given: Any, formatting: str, where: str) -> Columns:
     valid = [f.name for f in fields(Columns) if f.name != "given"]
     _check_mapping(given, valid, _REFUSED_COLUMNS, where)
     defaults = Columns(messages="messages") if formatting == "openai" else Columns()
-    named = frozenset(key for key in given if key in valid and given[key] is not None)
-    return replace(defaults, **{key: given[key] for key in given if key in valid}, given=named)
+    named = {key: given[key] for key in given if key in valid and given[key]}
+    if given:  # where columns are named, one that is not named is not read; those that a stage needs keep their names
+        defaults = replace(defaults, query=None)
+    absent = {key: None for key in given if key in valid and not given[key]}
+    return replace(defaults, **absent, **named, given=frozenset(named))
 
 
 def _parse_tags(given: Any, formatting: str, where: str) -> Tags:
     _check_mapping(given, [f.name for f in fields(Tags)], {}, where)
     defaults = _OPENAI_TAGS if formatting == "openai" else Tags()
-    tags = replace(defaults, **{key: value for key, value in given.items() if value is not None})
+    tags = replace(defaults, **{key: value for key, value in given.items() if value})
     roles = [tags.user_tag, tags.assistant_tag, tags.observation_tag, tags.function_tag, tags.system_tag]
     if len(set(roles)) != len(roles):
         raise UserError(f"{where}: two roles have the same tag: {', '.join(roles)}")
@@ -227,11 +241,11 @@ def _check_mapping(given: Any, valid: list[str], refused: Mapping[str, str], whe
         raise UserError(f"{where}: expected an object, got {shown(given)}")
     for key, value in given.items():
         if key in refused:
-            if value is not None:
+            if value:
                 raise UserError(f"{where}.{key}: not supported: {refused[key]}")
         elif key not in valid:
             raise UserError(f"{where}: unknown key '{cut(key)}'{nearest(key, valid)}; valid: {', '.join(valid)}")
-        elif value is not None and not (isinstance(value, str) and value):
+        elif value not in (None, "") and not isinstance(value, str):
             raise UserError(f"{where}.{key}: expected a name, got {shown(value)}")
 
 

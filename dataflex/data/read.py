@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Row = dict[str, Any]
-FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
+FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
 _BROKEN_TABLE = (OSError, ValueError, OverflowError, MemoryError, TypeError, KeyError)
 _SAVED_DATASET_FILES = {"state.json", "dataset_info.json"}
 
@@ -49,6 +49,8 @@ def list_files(path: Path, say: bool = True) -> tuple[Path, ...]:
     if {file.name for file in found} >= _SAVED_DATASET_FILES:
         found = [file for file in found if file.suffix == ".arrow"]
     files = tuple(file for file in found if file.suffix in FILE_TYPES)
+    if any(file.suffix != ".txt" for file in files):  # beside data it says something about it
+        files = tuple(file for file in files if file.suffix != ".txt")
     if not files:
         raise UserError(f"{path}: the folder holds no {', '.join(FILE_TYPES)} file")
     types = sorted({file.suffix for file in files})
@@ -61,12 +63,12 @@ def list_files(path: Path, say: bool = True) -> tuple[Path, ...]:
 
 
 def column_names(path: Path) -> list[str] | None:
-    """The columns of a table, None for JSON, whose rows name their own."""
+    """The columns of a table, ``text`` of a .txt file, None for JSON, whose rows name their own."""
     if path.suffix == ".csv":
         return _csv_header(_csv_records(path, Cursor()), path)
     if path.suffix in (".parquet", ".arrow"):
         return _table_columns(path)
-    return None
+    return ["text"] if path.suffix == ".txt" else None
 
 
 def read_rows(path: Path, wanted: Collection[str], cursor: Cursor | None = None) -> Iterator[tuple[int, Row]]:
@@ -82,6 +84,8 @@ def read_rows(path: Path, wanted: Collection[str], cursor: Cursor | None = None)
         return _read_batches(_parquet_batches(path, wanted, cursor.row), path, cursor)
     if path.suffix == ".arrow":
         return _read_batches(_arrow_batches(path), path, cursor, wanted)
+    if path.suffix == ".txt":
+        return _read_text(path, cursor)
     if path.suffix == ".json" and _first_byte(path) == b"[":
         return _read_json_list(path, cursor)
     return _read_json_lines(path, cursor)
@@ -105,6 +109,13 @@ def _decode(data: bytes, path: Path, first_line: int, offset: int) -> str:
         bad = f"0x{data[error.start]:02x}"
         raise UserError(f"{path}:{line}: not UTF-8: byte {bad} at offset {offset + error.start}{hint}") from None
     return text.removeprefix("\ufeff") if offset == 0 else text
+
+
+def _read_text(path: Path, cursor: Cursor) -> Iterator[tuple[int, Row]]:
+    """Every line is a row, its ``text``."""
+    for number, line in _lines(path, cursor):
+        cursor.row += 1
+        yield number, {"text": line.rstrip("\r\n")}
 
 
 def _first_byte(path: Path) -> bytes:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dataflex.config import Config, load_config
-from dataflex.config.foreign import ALIASES
+from dataflex.config.foreign import table
+from dataflex.config.schema import SECTION_OF
 from dataflex.utils.errors import UserError
 from tests.config.wrong_configs import FOREIGN, MIX, RULES, SELECT, STREAM, STREAMING, TYPES, WEIGHT
 
@@ -71,11 +72,32 @@ def test_overrides_replace_yaml_values_and_the_last_one_wins(tmp_path: Path) -> 
 
 
 def test_other_spellings_set_the_keys_that_they_mean(tmp_path: Path) -> None:
-    text = "evaluation_strategy: epoch\nval_size: 0.1\nper_gpu_train_batch_size: 3\nper_gpu_eval_batch_size: 5"
+    text = "evaluation_strategy: epoch\nval_size: 0.1\nper_gpu_train_batch_size: 3\nper_gpu_eval_batch_size: 5\n"
+    text += "add_special_tokens: <a>,<b>\nactivation_checkpointing: false"
     cfg = load(tmp_path, text)
     assert cfg.output.eval_strategy == "epoch"
     assert (cfg.train.per_device_train_batch_size, cfg.train.per_device_eval_batch_size) == (3, 5)
-    assert set(ALIASES) == {line.partition(":")[0] for line in text.splitlines()} - {"val_size"}
+    assert (cfg.model.new_special_tokens, cfg.method.gradient_checkpointing) == (("<a>", "<b>"), False)
+    assert set(table().spellings) == {line.partition(":")[0] for line in text.splitlines()} - {"val_size"}
+
+
+def test_translated_keys_set_the_keys_that_they_are(tmp_path: Path) -> None:
+    text = "gradient_checkpointing_kwargs: {use_reentrant: false}\npure_bf16: true\nfinetuning_type: full\n"
+    cfg = load(tmp_path, text + "train_sampling_strategy: group_by_length\n")
+    assert (cfg.method.use_reentrant_gc, cfg.train.bf16, cfg.train.group_by_length) == (False, True, True)
+    text = "activation_checkpointing_kwargs: {use_reentrant: false}\ntrain_sampling_strategy: random\n"
+    cfg = load(tmp_path, text + "gradient_checkpointing_kwargs: null\n")
+    assert (cfg.method.use_reentrant_gc, cfg.train.group_by_length) == (False, False)
+
+
+@pytest.mark.parametrize("value", ["null", "false"])
+def test_no_key_set_to_nothing_is_an_error(tmp_path: Path, value: str) -> None:
+    """But for what a run cannot do without, and where false asks for something."""
+    rows = (*table().refused, *table().ignored)
+    names = [*SECTION_OF, *table().spellings, *table().translated, *(key.replace("*", "x") for key, _ in rows)]
+    for key in dict.fromkeys(names):
+        if key not in (*GOOD, "do_train", "sampling_replacement"):
+            load_config({**GOOD, key: None if value == "null" else False}, quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -118,10 +140,19 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
         ("freeze_vision_tower: true", "freeze_vision_tower: ignored: only text is trained on"),
         ("use_swanlab: true", "use_swanlab: ignored: use report_to: tensorboard, wandb, csv or comet"),
         ("push_to_hub: true", "push_to_hub: ignored: nothing is uploaded"),
+        ("mix_strategy: concat", "mix_strategy: ignored: the key is not supported, and concat asks for nothing"),
+        ("do_sample: false", "do_sample: ignored: nothing is generated"),
+        ("packin: false", "packin: ignored: unknown key (did you mean 'packing'?), and false asks for nothing"),
+        ("template: false", "template: false asks for nothing, so the key is left out"),
+        ("init_special_tokens: noise_init", "init_special_tokens: ignored: the key is not supported, and noise_init "
+         "asks for nothing"),
+        ("pref_beta: 0.1", "pref_beta: ignored: only the stages rm, ppo, dpo and kto use it"),
+        ("use_liger_kernel: true", "use_liger_kernel: ignored: dataflex's own loss is used, without Liger's kernels; "
+         "what is trained is the same"),
+        ("pure_bf16: true", "pure_bf16: taken as bf16: true: the model is in bf16, and DeepSpeed updates it in fp32"),
         ("pure_bf16: false", "pure_bf16: ignored: the key is not supported, and false asks for nothing"),
         ("quantization_bit: null", "quantization_bit: ignored: the key is not supported, and null asks for nothing"),
-        ("some_other_tool: false", "some_other_tool: ignored: the key is not supported, and false asks for nothing"),
-        ("mix_strategy: concat", "mix_strategy: ignored: the key is not supported, and concat asks for nothing"),
+        ("some_other_tool: false", "some_other_tool: ignored: unknown key, and false asks for nothing"),
         ("ddp_timeout: 180000000", "ddp_timeout: 180000000 s are 2,083 days: a hang would not end by itself"),
         ("save_only_model: yes", "save_only_model: true: checkpoints lack the optimizer, so an exact resume is not "
          "possible"),

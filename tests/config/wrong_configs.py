@@ -182,7 +182,18 @@ FOREIGN = [
      "either"),
     ("evaluation_strategy: no\neval_strategy: no", "eval_strategy: another spelling of "
      "'evaluation_strategy', which is set too; keep one"),
-    ("packin: false", "packin: unknown key (did you mean 'packing'?)"),
+    ("packin: true", "packin: unknown key (did you mean 'packing'?)"),
+    ("dataset_dir: ONLINE", "dataset_dir: 'ONLINE' is not supported: give each dataset of the hub an entry in "
+     "dataset_info.json: its hf_hub_url"),
+    ("dataset_dir: REMOTE:org/data", "dataset_dir: 'REMOTE:org/data' is not supported: download that folder, and give "
+     "its path"),
+    ("flash_attn: fa3", "flash_attn: 'fa3' is not supported: use fa2, sdpa or auto"),
+    ("gradient_checkpointing_kwargs: {preserve_rng_state: false}", "gradient_checkpointing_kwargs: expected a mapping "
+     "of use_reentrant alone, got {'preserve_rng_state': False}"),
+    ("train_sampling_strategy: sequential", "train_sampling_strategy: expected random or group_by_length, got "
+     "'sequential'"),
+    ("gradient_checkpointing_kwargs: {use_reentrant: false}\nuse_reentrant_gc: true", "use_reentrant_gc: another "
+     "spelling of 'gradient_checkpointing_kwargs', which is set too; keep one"),
     ("logging_step: 5", "logging_step: unknown key (did you mean 'logging_steps'?)"),
 ]  # fmt: skip
 

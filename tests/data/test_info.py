@@ -20,7 +20,7 @@ def parse(data_dir: Path, entry: Any, name: str = "x") -> DatasetInfo:
 def test_defaults_stay_where_a_key_is_not_given(data_dir: Path) -> None:
     info = parse(data_dir, {"file_name": "a.json", "columns": {"prompt": "q"}, "tags": {"user_tag": "me"}})
     assert info.path == data_dir / "a.json"
-    assert info.columns == Columns(prompt="q", given=frozenset({"prompt"}))
+    assert info.columns == Columns(prompt="q", query=None, given=frozenset({"prompt"}))
     assert info.tags == Tags(user_tag="me")
     assert (info.formatting, info.split, info.num_samples) == ("alpaca", "train", None)
 
@@ -34,6 +34,21 @@ def test_openai_has_its_own_defaults(data_dir: Path) -> None:
 def test_a_column_set_to_null_is_not_there(data_dir: Path) -> None:
     info = parse(data_dir, {"file_name": "a.json", "columns": {"query": None, "images": None}})
     assert info.columns.query is None and "query" not in info.columns.given
+
+
+def test_an_empty_column_is_not_there_and_where_columns_are_named_no_other_is_read(data_dir: Path) -> None:
+    named = {"prompt": "instruction", "response": "output"}
+    for columns in (named, named | {"query": ""}, named | {"query": None, "tools": ""}):
+        columns = parse(data_dir, {"file_name": "a.json", "columns": columns}).columns
+        assert (columns.prompt, columns.query, columns.response) == ("instruction", None, "output")
+    assert parse(data_dir, {"file_name": "a.json"}).columns.query == "input"
+    assert parse(data_dir, {"file_name": "a.json", "columns": {}}).columns.query == "input"
+
+
+def test_what_an_entry_has_besides_is_said_once(data_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert parse(data_dir, {"file_name": "a.json", "file_sha1": "x"}).path == data_dir / "a.json"
+    assert capfd.readouterr().err.count("x: key 'file_sha1' is not read") == 1
 
 
 def test_hub_entry(data_dir: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from dataflex.config import Config
 from dataflex.data.load import LoadedData
+from dataflex.data.read import column_names, list_files, read_rows
 from dataflex.utils.errors import UserError
 from tests.data.conftest import ROWS
 from tests.data.helpers import load
@@ -137,7 +138,7 @@ BAD_FILES = {
     "csv quote": ("x.csv", b'instruction,output\na,b\nc,"d\n', "x.csv:2: malformed CSV near line 3"),
     "not parquet": ("x.parquet", b"PAR1 not really", "x.parquet: not a readable .parquet file: "),
     "not arrow": ("x.arrow", b"not arrow at all", "x.arrow: not a readable .arrow file: "),
-    "unknown type": ("x.txt", b"text", "x.txt: unknown type '.txt'; valid: .json, .jsonl, .csv"),
+    "unknown type": ("x.xml", b"text", "x.xml: unknown type '.xml'; valid: .json, .jsonl, .csv"),
 }
 
 
@@ -190,3 +191,12 @@ def test_a_wrong_type_names_its_row(add: Add, config: MakeConfig, suffix: str) -
     write_rows(add("x", None, f"x.{suffix}"), rows)
     with pytest.raises(UserError, match=rf"x.{suffix}:{len(rows)}: output: expected text, got int 4"):
         load(config("x"))
+
+
+def test_every_line_of_a_text_file_is_a_row_of_stage_pt(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("one\r\n\nthré e\n".encode())
+    assert list(read_rows(tmp_path / "a.txt", ())) == [(1, {"text": "one"}), (2, {"text": ""}), (3, {"text": "thré e"})]
+    assert column_names(tmp_path / "a.txt") == ["text"]
+    assert list_files(tmp_path) == (tmp_path / "a.txt",)
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n')
+    assert list_files(tmp_path) == (tmp_path / "b.jsonl",)

@@ -1,0 +1,42 @@
+"""Writes docs/coming_from_llamafactory.md from the table of keys: python -m tests.config.foreign_page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dataflex.config.foreign import table
+from dataflex.config.schema import SECTION_OF
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/coming_from_llamafactory.md"
+HEAD = """\
+# Coming from LLaMA-Factory
+
+A LLaMA-Factory YAML of stage `pt` or `sft` is given to `dataflex-cli train` as it is, with `key=value` or
+`--key value` after it. What of it is not done is refused in one line, and what makes no difference is ignored with a
+note; a key that is `false` or `null` asks for nothing. This page is made from `configs/llamafactory/keys.yaml`
+(`python -m tests.config.foreign_page`), which covers the arguments of LLaMA-Factory 0.9.5 and of transformers 5.
+
+In `dataset_info.json` further entries are passed over with a note. Where `columns` are given, `query` is read only
+if it is among them. A `.txt` file is one document a line for stage `pt`, in the column `text`. `dataset_dir: ONLINE`
+and `REMOTE:` are refused: entries with `hf_hub_url` read datasets of the hub.
+"""
+
+
+def text() -> str:
+    """The whole page."""
+    lines = [HEAD, "## Done\n", _names(sorted(SECTION_OF)), "\n## Other names\n"]
+    lines += [f"- `{other}`: `{ours}`" for other, ours in table().spellings.items()]
+    lines += ["\n## Translated\n", *(f"- `{key}`: {what}" for key, what in table().translated.items())]
+    for title, rows in (("Refused", table().refused), ("Ignored with a note", table().ignored)):
+        lines.append(f"\n## {title}\n")
+        for reason in dict.fromkeys(reason for _, reason in rows):
+            lines.append(f"- {_names([key for key, why in rows if why == reason])}: {reason}")
+    return "\n".join(lines) + "\n"
+
+
+def _names(keys: list[str]) -> str:
+    return ", ".join(f"`{key}`" for key in keys)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(text(), encoding="utf-8")
