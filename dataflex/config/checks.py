@@ -202,6 +202,8 @@ def notes(cfg: Config, embedded: bool) -> Iterator[Problem]:
         days = cfg.train.ddp_timeout / 86400
         text = f"{cfg.train.ddp_timeout} s are {days:,.0f} days: a hang would not end by itself"
         yield Problem(("ddp_timeout",), text)
+    if not embedded:
+        yield from _filled_in(cfg)
     if cfg.output.save_only_model:
         text = "true: checkpoints lack the optimizer, so an exact resume is not possible"
         yield Problem(("save_only_model",), text)
@@ -218,6 +220,15 @@ def notes(cfg: Config, embedded: bool) -> Iterator[Problem]:
     if unused:
         types = ", ".join(cfg.flex.train_type)
         yield Problem((unused[0],), f"not used by train_type {types}: {', '.join(unused)}")
+
+
+def _filled_in(cfg: Config) -> Iterator[Problem]:
+    """The defaults that decide most of a run's course, where they are transformers' for want of a key."""
+    for key in ("per_device_train_batch_size", "lr_scheduler_type"):
+        schedules = key == "lr_scheduler_type" and "scheduler" in _deepspeed_keys(cfg)
+        if key not in cfg.train.model_fields_set and not schedules:
+            text = f"not given, so {getattr(cfg.train, key)}, as in LLaMA-Factory and transformers"
+            yield Problem((key,), text)
 
 
 def _unused(cfg: Config) -> list[str]:

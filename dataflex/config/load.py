@@ -38,6 +38,8 @@ class _Flat:
         for word, value in given.items():
             place = f"{source}:{cut(str(word))}"
             for key, mine in self._ours(word, value, place).items():
+                if mine is None and word != key and key in given:
+                    continue
                 if key in spelled:
                     self.errors.append(f"{place}: another spelling of '{spelled[key]}', which is set too; keep one")
                     self.wrong.add(key)

@@ -106,6 +106,7 @@ class DataSection(Section):
     eval_dataset: Names = ()
     dataset_dir: Text = "data"
     template: OptionalText = None
+    enable_thinking: Flag = True
     cutoff_len: Positive = 2048
     max_samples: OptionalPositive = None
     train_on_prompt: Flag = False
@@ -125,11 +126,11 @@ class DataSection(Section):
 class TrainSection(Section):
     """How it is trained. ``learning_rate`` etc. fill the "auto" values of the DeepSpeed config."""
 
-    per_device_train_batch_size: Positive = 1
+    per_device_train_batch_size: Positive = 8
     gradient_accumulation_steps: Positive = 1
     per_device_eval_batch_size: Positive = 8
     learning_rate: NotNegative = 5e-5
-    lr_scheduler_type: Annotated[str, choice(*SCHEDULERS)] = "cosine"
+    lr_scheduler_type: Annotated[str, choice(*SCHEDULERS)] = "linear"
     warmup_ratio: Share = 0.0
     warmup_steps: Count = 0
     num_train_epochs: Epochs = 3.0

@@ -20,7 +20,8 @@ class Format:
     ``prefix`` opens the conversation; ``user`` ends with ``opens``, what opens the answer; ``answer`` ends with the
     end-of-turn token, the last thing that is trained; ``after`` stands between an answer and the next
     turn. ``tool`` (a tool's result) is ``user`` where it is None. With ``system_in_user`` the system text
-    stands inside the first user turn; with ``thinks`` an answer without a thought gets an empty one.
+    stands inside the first user turn; with ``thinks`` an answer without a thought gets an empty one. Of
+    `without_thoughts`, ``quiet``, thoughts are dropped, and the empty one opens the answer, untrained.
     """
 
     user: str
@@ -33,7 +34,17 @@ class Format:
     default_system: str = ""
     system_in_user: bool = False
     thinks: bool = False
+    quiet: bool = False
     special_tokens: tuple[str, ...] = ()
+
+
+def without_thoughts(fmt: Format) -> Format:
+    """``fmt`` for a model that does not think: nothing changes where it knows no thoughts."""
+    if not fmt.thinks:
+        return fmt
+    tool = None if fmt.tool is None else fmt.tool + NO_THOUGHT
+    opens = fmt.opens + NO_THOUGHT
+    return replace(fmt, user=fmt.user + NO_THOUGHT, tool=tool, opens=opens, thinks=False, quiet=True)
 
 
 _CHATML = Format(
@@ -127,7 +138,7 @@ _JINJA = """\
 {{- $prefix -}}
 {%- for message in turns -%}
   {%- if message['role'] == 'assistant' -%}
-    {{- $opens + $answer_before -}}$answer{{- $answer_after -}}
+    {{- $opening + $answer_before -}}$answer{{- $answer_after -}}
   {%- elif message['role'] in ('user', 'tool') -%}
     {{- $first if loop.first else $after -}}
     {%- if message['role'] == 'tool' -%}
@@ -145,16 +156,17 @@ _ANSWER = "{{- message['content'] -}}"
 _THOUGHT = """
     {%- if not ('<think>' in message['content'] or '</think>' in message['content']) -%}{{- $no_thought -}}{%- endif -%}
     {{- message['content'] -}}"""
-_FORGET = """
-    {%- if loop.last -%}$thought
-    {%- else -%}
+_STRIP = """
       {%- set kept = namespace(text='') -%}
       {%- for part in message['content'].split('<think>') -%}
         {%- set cut = part.split('</think>', 1) -%}
         {%- set kept.text = kept.text + (part if loop.first else cut[1] if cut|length > 1 else '<think>' + part) -%}
       {%- endfor -%}
-      {{- kept.text.lstrip('\\n') -}}
-    {%- endif -%}"""
+      {{- kept.text.lstrip('\\n') -}}"""
+_FORGET = f"""
+    {{%- if loop.last -%}}$thought
+    {{%- else -%}}{_STRIP}
+    {{%- endif -%}}"""
 
 
 def as_jinja(fmt: Format, *, forgets: bool) -> str:
@@ -173,9 +185,16 @@ def as_jinja(fmt: Format, *, forgets: bool) -> str:
         texts[part] = texts[part].removesuffix(fmt.opens)
     written = {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()}
     thought = Template(_THOUGHT).substitute(written)
+    opening = written["opens"]
+    if fmt.quiet and forgets:
+        opening = f"({opening} if loop.last else {json.dumps(fmt.opens.removesuffix(NO_THOUGHT))})"
+    answer = _STRIP if fmt.quiet else _ANSWER
+    if fmt.thinks:
+        answer = Template(_FORGET).substitute(thought=thought) if forgets else thought
     return Template(_JINJA).substitute(
         written,
-        answer=_ANSWER if not fmt.thinks else Template(_FORGET).substitute(thought=thought) if forgets else thought,
+        answer=answer,
+        opening=opening,
         first="''" if fmt.system_in_user else "system",
         inside="{{- system if loop.first else '' -}}" if fmt.system_in_user else "",
     )

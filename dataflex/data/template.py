@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, Protocol
 
-from dataflex.data.builtin_templates import FORMATS, NO_THOUGHT, Format, as_jinja
+from dataflex.data.builtin_templates import FORMATS, NO_THOUGHT, Format, as_jinja, without_thoughts
 from dataflex.data.convert import Turn
 from dataflex.utils.errors import UserError, nearest
 from dataflex.utils.logging import logger
@@ -35,20 +35,23 @@ class Template(Protocol):
         ...
 
 
-def get_template(name: str | None, tokenizer: Any) -> Template:
-    """The named built-in template, or the tokenizer's own chat template where ``name`` is None."""
+def get_template(name: str | None, tokenizer: Any, thinks: bool = True) -> Template:
+    """The named built-in template, or the tokenizer's own chat template where ``name`` is None.
+
+    thinks: False of a model that shall answer without a thought (``enable_thinking: false``).
+    """
     if name is None:
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 f"template: the tokenizer has no chat template of its own; name one of {', '.join(sorted(FORMATS))}"
             )
-        return ChatTemplate(tokenizer)
+        return ChatTemplate(tokenizer, thinks)
     if name not in FORMATS:
         raise UserError(
             f"template: '{name}' is not known{nearest(name, FORMATS)}; valid: {', '.join(sorted(FORMATS))}, "
             "or none for the tokenizer's chat template"
         )
-    return BuiltInTemplate(name, FORMATS[name], tokenizer)
+    return BuiltInTemplate(name, FORMATS[name] if thinks else without_thoughts(FORMATS[name]), tokenizer)
 
 
 class BuiltInTemplate:
@@ -77,7 +80,9 @@ class BuiltInTemplate:
         missing = [token for token in fmt.special_tokens if token not in vocabulary]
         if missing:
             _say_missing(name, tuple(missing))
-        self.identity = f"{name}:{parts}:{prefix}:{fmt.after}:{fmt.default_system}:{fmt.thinks}"
+        self.identity = f"{name}:{parts}:{prefix}:{fmt.after}:{fmt.default_system}:{fmt.thinks}" + (
+            ":quiet" if fmt.quiet else ""
+        )
 
     def chat_template(self, last_only: bool) -> str:
         """The same as Jinja, to be saved with a trained tokenizer. last_only: as `pairs` is called in training."""
@@ -94,14 +99,16 @@ class BuiltInTemplate:
         for (role, question), (_, answer) in zip(turns[::2], turns[1::2], strict=True):
             prompt = opening + _fill((role == "tool" and fmt.tool) or fmt.user, inside + question)
             is_last = len(pairs) == len(turns) // 2 - 1
+            if fmt.quiet and last_only and not is_last:
+                prompt = prompt.removesuffix(NO_THOUGHT)
             pairs.append((prompt, _fill(fmt.answer, self._thought(answer, last_only and not is_last))))
             opening, inside = fmt.after, ""
         return pairs
 
     def _thought(self, answer: str, forget: bool) -> str:
-        if not self._format.thinks:
+        if not (self._format.thinks or self._format.quiet):
             return answer
-        if forget:
+        if forget or self._format.quiet:
             return re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL).lstrip("\n")
         return answer if "<think>" in answer or "</think>" in answer else NO_THOUGHT + answer
 
@@ -123,10 +130,11 @@ def _fill(part: str, content: str) -> str:
 class ChatTemplate:
     """The tokenizer's own chat template (Jinja)."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, thinks: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._options: dict[str, Any] = {} if thinks else {"enable_thinking": False}
         self._tokens = tuple(sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}))
-        source = repr(tokenizer.chat_template)
+        source = repr(tokenizer.chat_template) + ("" if thinks else repr(self._options))
         self.identity = f"chat:{hashlib.sha256(source.encode()).hexdigest()}"
         self.end_of_turn = self._find_end_of_turn()
 
@@ -172,7 +180,9 @@ class ChatTemplate:
 
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer)
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=opens_answer, **self._options
+            )
         except TemplateError as error:
             raise UserError(f"{where}: the tokenizer's chat template refuses this conversation: {error}") from None
         assert isinstance(text, str)

@@ -88,7 +88,7 @@ def handover(cfg: Config, model_config: Any) -> Handover:
     generation = _generation_config(cfg)
     stops: tuple[int, ...] = ()
     if cfg.method.stage == "sft":
-        template = get_template(cfg.data.template, tokenizer)
+        template = get_template(cfg.data.template, tokenizer, cfg.data.enable_thinking)
         _give_template(tokenizer, template, cfg.data.mask_history)
         stops = _stops(tokenizer, template, generation, model_config)
     if stops:

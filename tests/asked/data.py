@@ -126,6 +126,11 @@ PACKED = Build(
 NEAT = Build(
     "neat", (Row("neat_packing", True, collated, [1, [0, 28]]),), {**OTHER, "dataset": ["short"], "cutoff_len": 128}
 )
+QUIET = Build(
+    "quiet",
+    (Row("enable_thinking", False, lambda b: text(b, part="labels"), "aaa<|im_end|>"),),
+    {"dataset_dir": "data2", "dataset": ["short"], "template": "qwen3"},
+)
 STREAM = Build(
     "stream",
     (
@@ -139,4 +144,4 @@ STREAM = Build(
     ),
     {**OTHER, "dataset": ["short"]},
 )
-BUILDS = (TEXT, TURNS, BLOCKS, UNPACKED, PACKED, NEAT, STREAM)
+BUILDS = (TEXT, TURNS, BLOCKS, UNPACKED, PACKED, NEAT, QUIET, STREAM)

@@ -16,6 +16,9 @@ A LLaMA-Factory YAML of stage `pt` or `sft` is given to `dataflex-cli train` as 
 note; a key that is `false` or `null` asks for nothing. This page is made from `configs/llamafactory/keys.yaml`
 (`python -m tests.config.foreign_page`), which covers the arguments of LLaMA-Factory 0.9.5 and of transformers 5.
 
+Where `per_device_train_batch_size` or `lr_scheduler_type` is not given, it is 8 and linear, and a note says so.
+`enable_thinking: false` (template `qwen3`): the empty thought opens the answer and is not trained.
+
 In `dataset_info.json` further entries are passed over with a note. Where `columns` are given, `query` is read only
 if it is among them. A `.txt` file is one document a line for stage `pt`, in the column `text`. `dataset_dir: ONLINE`
 and `REMOTE:` are refused: entries with `hf_hub_url` read datasets of the hub.

@@ -38,6 +38,7 @@ KEYS: list[tuple[str, str, Any]] = [
     ("eval_dataset: c", "data", ("c",)),
     ("dataset_dir: ../data", "data", "../data"),
     ("template: llama3", "data", "llama3"),
+    ("enable_thinking: false", "data", False),
     ("cutoff_len: 4096", "data", 4096),
     ("max_samples: 100000000", "data", 100000000),
     ("train_on_prompt: true", "data", True),
@@ -75,7 +76,7 @@ KEYS: list[tuple[str, str, Any]] = [
     ("per_device_eval_batch_size: 1", "train", 1),
     ("learning_rate: 1e-4", "train", 1e-4),
     ("learning_rate: 1.0e-4", "train", 1e-4),
-    ("lr_scheduler_type: linear", "train", "linear"),
+    ("lr_scheduler_type: cosine", "train", "cosine"),
     ("warmup_ratio: 0.1", "train", 0.1),
     ("warmup_steps: 20", "train", 20),
     ("num_train_epochs: 0.5", "train", 0.5),
@@ -159,6 +160,7 @@ KEYS: list[tuple[str, str, Any]] = [
 def load(folder: Path, text: str) -> Config:
     given = {line.partition(":")[0] for line in text.splitlines()}
     required = {"model_name_or_path": "org/model", "dataset": "a,b", "output_dir": "out"}
+    required |= {"per_device_train_batch_size": "8", "lr_scheduler_type": "linear"}
     rest = "".join(f"{key}: {value}\n" for key, value in required.items() if key not in given)
     (folder / "run.yaml").write_text(f"{text}\n{rest}", encoding="utf-8")
     return load_config(folder / "run.yaml", quiet=True)
@@ -188,11 +190,11 @@ def test_defaults_are_those_of_transformers_and_llama_factory(tmp_path: Path) ->
     """Of `transformers.TrainingArguments` and LLaMA-Factory's arguments where they have the key."""
     cfg = load(tmp_path, "")
     assert cfg.train.model_dump() == {
-        "per_device_train_batch_size": 1,
+        "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "per_device_eval_batch_size": 8,
         "learning_rate": 5e-5,
-        "lr_scheduler_type": "cosine",
+        "lr_scheduler_type": "linear",
         "warmup_ratio": 0.0,
         "warmup_steps": 0,
         "num_train_epochs": 3.0,

@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 
 from dataflex.config import Config, load_config
-from dataflex.config.foreign import table
+from dataflex.config.foreign import spelling, table
 from dataflex.config.schema import SECTION_OF
 from dataflex.utils.errors import UserError
 from tests.config.wrong_configs import FOREIGN, MIX, RULES, SELECT, STREAM, STREAMING, TYPES, WEIGHT
 
 GOOD = {"model_name_or_path": "org/model", "dataset": "a,b", "output_dir": "out"}
+GOOD |= {"per_device_train_batch_size": "8", "lr_scheduler_type": "linear"}
 
 
 def load(folder: Path, text: str, overrides: Sequence[str] = ()) -> Config:
     """Load ``text`` as run.yaml, completed by the required keys that it lacks."""
-    given = {line.partition(":")[0] for line in text.splitlines()}
+    given = {spelling(line.partition(":")[0]) for line in text.splitlines()}
     rest = "".join(f"{key}: {value}\n" for key, value in GOOD.items() if key not in given)
     (folder / "run.yaml").write_text(f"{text}\n{rest}", encoding="utf-8")
     return load_config(folder / "run.yaml", overrides)
@@ -90,6 +91,21 @@ def test_translated_keys_set_the_keys_that_they_are(tmp_path: Path) -> None:
     assert (cfg.method.use_reentrant_gc, cfg.train.group_by_length) == (False, False)
 
 
+def test_the_defaults_that_were_filled_in_are_named() -> None:
+    given = {"model_name_or_path": "org/model", "dataset": "a,b", "output_dir": "out"}
+    of_transformers = ", as in LLaMA-Factory and transformers"
+    batch = f"config:per_device_train_batch_size: not given, so 8{of_transformers}"
+    schedule = f"config:lr_scheduler_type: not given, so linear{of_transformers}"
+    cfg = load_config(given, quiet=True)
+    assert cfg.notes == (batch, schedule)
+    assert (cfg.train.per_device_train_batch_size, cfg.train.lr_scheduler_type) == (8, "linear")
+    assert load_config({**given, "per_device_train_batch_size": 8}, quiet=True).notes == (schedule,)
+    own = {"scheduler": {"type": "WarmupLR"}}
+    assert load_config({**given, "deepspeed": own}, quiet=True).notes == (batch,)
+    assert load_config({}, embedded=True, quiet=True).notes == ()
+    assert load_config(cfg.dump_flat(), quiet=True).notes == ()
+
+
 @pytest.mark.parametrize("value", ["null", "false"])
 def test_no_key_set_to_nothing_is_an_error(tmp_path: Path, value: str) -> None:
     """But for what a run cannot do without, and where false asks for something."""
@@ -97,7 +113,8 @@ def test_no_key_set_to_nothing_is_an_error(tmp_path: Path, value: str) -> None:
     names = [*SECTION_OF, *table().spellings, *table().translated, *(key.replace("*", "x") for key, _ in rows)]
     for key in dict.fromkeys(names):
         if key not in (*GOOD, "do_train", "sampling_replacement"):
-            load_config({**GOOD, key: None if value == "null" else False}, quiet=True)
+            given = {name: own for name, own in GOOD.items() if value == "null" or name != spelling(key)}
+            load_config({**given, key: None if value == "null" else False}, quiet=True)
 
 
 @pytest.mark.parametrize(

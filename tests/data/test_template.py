@@ -72,9 +72,11 @@ WITH_SYSTEM = {
 }
 
 
-def rendered(name: str | None, turns: list[tuple[str, str]], tokenizer: Any = None, **settings: Any) -> str:
+def rendered(
+    name: str | None, turns: list[tuple[str, str]], tokenizer: Any = None, thinks: bool = True, **settings: Any
+) -> str:
     tokenizer = tokenizer or byte_tokenizer()
-    encoder = Encoder(tokenizer, get_template(name, tokenizer), Settings("sft", 4096, **settings))
+    encoder = Encoder(tokenizer, get_template(name, tokenizer, thinks), Settings("sft", 4096, **settings))
     row = [{"role": role, "content": content} for role, content in turns]
     out = encoder.batch({"turns": [row], "where": ["x:1"], "weight": [1.0], "kept": [""]})
     assert len(out["input_ids"][0]) == len(out["labels"][0]) == out["length"][0]
@@ -113,11 +115,11 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("last_only", [False, True])
-@pytest.mark.parametrize("name", FORMATS)
-def test_the_saved_chat_template_renders_what_was_trained(name: str, last_only: bool) -> None:
+@pytest.mark.parametrize(("name", "thinks"), [*((name, True) for name in FORMATS), ("qwen3", False)])
+def test_the_saved_chat_template_renders_what_was_trained(name: str, thinks: bool, last_only: bool) -> None:
     """Token for token, by the tokenizer's own rendering: the prompt before each answer, and the whole."""
     tokenizer = byte_tokenizer()
-    template = get_template(name, tokenizer)
+    template = get_template(name, tokenizer, thinks)
     assert isinstance(template, BuiltInTemplate)
     tokenizer.chat_template = template.chat_template(last_only)
     for what, turns in CONVERSATIONS.items():
@@ -156,6 +158,34 @@ def test_thoughts_of_qwen3() -> None:
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nd<|im_end|>⟧"
     )
+
+
+def test_without_thinking_the_empty_thought_opens_the_answer_and_is_not_trained() -> None:
+    turns = [("user", "a"), ("assistant", "<think>\nx\n</think>\n\nb"), *TURNS[2:]]
+    answers = (
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n⟦b<|im_end|>⟧\n",
+        "<|im_start|>assistant\n⟦b<|im_end|>⟧\n",
+    )
+    last = "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦d<|im_end|>⟧"
+    assert rendered("qwen3", turns, thinks=False) == f"<|im_start|>user\na<|im_end|>\n{answers[0]}{last}"
+    earlier = answers[1].replace("⟦", "").replace("⟧", "")
+    assert (
+        rendered("qwen3", turns, thinks=False, mask_history=True) == f"<|im_start|>user\na<|im_end|>\n{earlier}{last}"
+    )
+    assert rendered("qwen", turns, thinks=False) == rendered("qwen", turns)
+    tokenizer = byte_tokenizer()
+    assert get_template("qwen3", tokenizer, False).identity != get_template("qwen3", tokenizer).identity
+
+
+def test_without_thinking_the_tokenizers_own_template_is_told() -> None:
+    own = CHATML.replace("<s>assistant\n", "<s>assistant\n{% if enable_thinking is false %}(none){% endif %}")
+    own = own.replace(
+        "{{ m.content }}", "{% if m.role == 'assistant' and enable_thinking is false %}(none){% endif %}{{ m.content }}"
+    )
+    tokenizer = byte_tokenizer(own)
+    assert rendered(None, TURNS[:2], tokenizer, thinks=False).endswith("<s>assistant\n(none)⟦b</s>⟧")
+    assert rendered(None, TURNS[:2], tokenizer).endswith("<s>assistant\n⟦b</s>⟧")
+    assert get_template(None, tokenizer, False).identity != get_template(None, tokenizer).identity
 
 
 def test_braces_in_the_data_stay() -> None:

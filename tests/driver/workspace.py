@@ -68,6 +68,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "logging_steps": 1,
         "save_steps": 4,
         "per_device_train_batch_size": 2,
+        "lr_scheduler_type": "cosine",
         "learning_rate": 1e-3,
         "max_steps": 4,
         "deepspeed": "ds_zero3.json",
