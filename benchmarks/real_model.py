@@ -115,6 +115,7 @@ def _run(command: str, asked: argparse.Namespace, finetuning: str, name: str, **
         "per_device_train_batch_size": 4,
         "max_steps": 3,
         "learning_rate": 1e-5,
+        "lr_scheduler_type": "cosine",
         "deepspeed": "ds_zero3.json",
         "save_strategy": "no",
         "overwrite_output_dir": True,

@@ -55,8 +55,8 @@ class _Flat:
         if foreign.spelling(word) in SECTION_OF:
             return {foreign.spelling(word): value}
         ignored, refused = foreign.ignored(word), foreign.refused(word)
-        shown = json.dumps(value, default=str).strip('"')
         if foreign.asks_nothing(word, value) and ignored is None:
+            shown = json.dumps(value).strip('"')
             known = foreign.table().treatment(word) is not None
             what = "the key is not supported" if known else f"unknown key{nearest(word, SECTION_OF)}"
             self.notes.append(f"{place}: ignored: {what}, and {shown} asks for nothing")

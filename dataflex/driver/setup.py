@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def with_components(cfg: Config) -> Config:
     model_name_or_path may mean a packaged model folder.
     """
     load_components(cfg.flex.component_modules)
-    return with_adapter_keys(_with_packaged_model(with_effective_params(cfg)))
+    return with_adapter_keys(_with_attention(_with_packaged_model(with_effective_params(cfg))))
 
 
 def read_inputs(cfg: Config) -> Inputs:
@@ -77,6 +78,14 @@ def _with_packaged_model(cfg: Config) -> Config:
         return cfg
     model = cfg.model.model_copy(update={"model_name_or_path": str(resolve(name))})
     return cfg.model_copy(update={"model": model})
+
+
+def _with_attention(cfg: Config) -> Config:
+    """sdpa in the place of fa2 where its package is not installed, as LLaMA-Factory goes on without it."""
+    if cfg.model.flash_attn != "fa2" or importlib.util.find_spec("flash_attn") is not None:
+        return cfg
+    logger.warning("flash_attn: fa2 needs the package flash_attn, which is not installed; sdpa is used")
+    return cfg.model_copy(update={"model": cfg.model.model_copy(update={"flash_attn": "sdpa"})})
 
 
 def _schedule(cfg: Config, pool_size: int | None) -> Schedule:
