@@ -17,7 +17,7 @@ from dataflex.config.schema import SECTION_OF
 from dataflex.launcher import Request, launch
 from dataflex.utils.errors import UserError, nearest
 from dataflex.utils.launch_folder import LAUNCH_DIR
-from dataflex.worker import USER_ERROR, leave, print_error, run_worker
+from dataflex.worker import USER_ERROR, leave_with, print_error, run_worker
 
 RUNNER_VALUES = {
     "hostfile": "machines and their GPUs, as DeepSpeed reads it",
@@ -253,5 +253,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if "RANK" in os.environ:
-        leave(main())
+        leave_with(main)
     sys.exit(main())

@@ -55,7 +55,11 @@ def run_worker(body: Callable[[], int]) -> int:
 
 
 def _settle() -> None:
-    """Go to the user's folder, whose modules come after every library's, and see the GPUs that the user named."""
+    """Go to the user's folder, whose modules come after every library's, and see the GPUs that the user named.
+
+    Where a rank is gone, torch would print its stack on every other one.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     folder, devices = os.environ.pop(WORK_DIR, None), os.environ.pop(DEVICES, None)
     if folder is not None:
         os.chdir(folder)
@@ -75,6 +79,19 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def leave_with(body: Callable[[], int]) -> None:
+    """`leave` with the exit code of ``body``; where it raises an error, with 1 once that is printed."""
+    code = 1
+    try:
+        code = body()
+    finally:
+        kind, error, traceback = sys.exc_info()
+        if kind is not None and error is not None and not isinstance(error, SystemExit):
+            sys.excepthook(kind, error, traceback)
+        if not isinstance(error, SystemExit):
+            leave(code)
 
 
 def _end_by_signals() -> None:

@@ -213,6 +213,10 @@ def test_a_worker_ends_when_its_parent_is_killed() -> None:
         (-15, [15], {"stopped.1": ""}, False, 75, ""),
         (75, [], {"stopped.0": ""}, False, 75, ""),
         (75, [15, 2], {"stopped.0": ""}, False, 130, "stopped by SIGINT"),
+        (-9, [], {"hung.3": "rank 1 hung", "hung.0": "rank 1 is silent"}, False, 69, "rank 1 is silent"),
+        (1, [], {"hung.0": "rank 1 is gone", "error.1": "a.json:1: bad"}, False, 2, "a.json:1: bad"),
+        (1, [], {"failed.1": "", "stopped.0": ""}, False, 1, "a worker, or the launcher, ended with exit code 1; its "
+         "messages are above"),
     ],
 )  # fmt: skip
 def test_outcome(

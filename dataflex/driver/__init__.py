@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import warnings
 from datetime import timedelta
 
@@ -18,52 +17,22 @@ from dataflex.driver.training import train
 from dataflex.engine.ds_config import check_possible
 from dataflex.report.plot import check_plotting
 from dataflex.utils import dist
-from dataflex.utils.errors import UserError
-from dataflex.utils.launch_folder import mark, marked
-from dataflex.utils.logging import logger
-from dataflex.utils.stopping import EXIT_CODE, Stopped
+from dataflex.utils.watchdog import patience, watched
 
-FAILS_WITHIN_S, ENDS_WITHIN_S = 3.0, 60.0
 COMMANDS = {"check": check, "doremi": three_runs, "score": score, "train": train}
 
 
 def run(cfg: Config, command: str = "train") -> int:
     """Do what ``command`` says (a key of `COMMANDS`) with ``cfg``; every process of the launch calls it.
 
-    Returns the exit code: 0, or 75 where the run was asked to end before its last step.
+    Returns the exit code: 0, 75 where the run was asked to end before its last step, or that of `watched`.
     """
     _be_quiet()
     check_possible(cfg)
     if cfg.output.plot_loss:
         check_plotting()
     _start_process_group(cfg)
-    try:
-        COMMANDS[command](cfg)
-    except UserError:
-        raise
-    except Stopped as stopped:
-        logger.info(str(stopped))
-        return EXIT_CODE
-    except BaseException:
-        _let_rank_0_speak()
-        raise
-    finally:
-        dist.shut_down()
-    return 0
-
-
-def _let_rank_0_speak() -> None:
-    """Where rank 0 failed too, the launcher ends this process meanwhile, and the screen shows one traceback.
-
-    Rank 0 says at once that it failed; until the launcher has seen its end a busy machine may need long.
-    """
-    if dist.is_main():
-        mark("failed", "")
-        return
-    deadline = time.monotonic() + FAILS_WITHIN_S
-    while not marked("failed", 0) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(ENDS_WITHIN_S if marked("failed", 0) else 0)
+    return watched(lambda: COMMANDS[command](cfg), cfg.train.ddp_timeout)
 
 
 def _be_quiet() -> None:
@@ -87,11 +56,13 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _start_process_group(cfg: Config) -> None:
-    """Never compile DeepSpeed's shared-memory kernel for CPUs."""
+    """Never compile DeepSpeed's shared-memory kernel for CPUs; let our watch speak before a library's timeout does."""
     import deepspeed
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    deepspeed.init_distributed(timeout=timedelta(seconds=cfg.train.ddp_timeout), verbose=False)
+    wait_s = patience(cfg.train.ddp_timeout)
+    dist.let_all_groups_wait(wait_s)
+    deepspeed.init_distributed(timeout=timedelta(seconds=wait_s), verbose=False)

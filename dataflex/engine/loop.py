@@ -20,6 +20,7 @@ from dataflex.ops import SampleLoss
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
+from dataflex.utils.standing import after_step
 
 
 def micro_loss(losses: SampleLoss, weights: Tensor | None, normalization: str) -> Tensor:
@@ -269,6 +270,7 @@ class Loop:
         """Before the first forward of a step; UserError inside another."""
         self.between_steps("a new step")
         self.run.figures = {}
+        after_step(self.run.step)
         self._each("on_step_start", self.run, batch)
         self.stepper.start(batch)
         self.inside = True

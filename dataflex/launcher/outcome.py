@@ -6,22 +6,24 @@ import signal
 from pathlib import Path
 
 from dataflex.launcher.processes import Ended
-from dataflex.utils.stopping import EXIT_CODE
+from dataflex.utils.stopping import EXIT_CODE, HUNG
 from dataflex.worker import USER_ERROR, print_error
 
 
 def outcome(ended: Ended, folder: Path, ssh: bool) -> int:
     """The run's exit code. folder: the launch folder. ssh: workers on other machines leave no marks in it."""
     code, received = ended.code, ended.received
-    errors = sorted(folder.glob("error.*"), key=lambda path: int(path.suffix[1:]))
-    if errors:
-        print_error(errors[0].read_text(encoding="utf-8"))
-        return USER_ERROR
+    for kind, meant in (("error", USER_ERROR), ("hung", HUNG)):
+        marks = sorted(folder.glob(f"{kind}.*"), key=lambda path: int(path.suffix[1:]))
+        if marks:
+            print_error(marks[0].read_text(encoding="utf-8"))
+            return meant
     done = list(folder.glob("done.*"))
     complete = bool(done) and len(done) == int(done[0].read_text(encoding="utf-8"))
     if code == 0 and (complete or ssh):
         return 0
-    if len(received) < 2 and (code == EXIT_CODE or any(folder.glob("stopped.*"))):
+    stopped = code == EXIT_CODE or any(folder.glob("stopped.*"))
+    if len(received) < 2 and stopped and not any(folder.glob("failed.*")):
         return EXIT_CODE  # rank 0 has said so
     if received:
         print_error(f"stopped by {signal.Signals(received[-1]).name}")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from dataflex.utils.errors import UserError
 
 T = TypeVar("T")
+_TIMED_OUT = re.compile(r"[Tt]imed out|[Tt]imeout")
+_LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|Connection was likely closed|ncclRemoteError")
 
 
 def active() -> bool:
@@ -35,6 +41,35 @@ def shut_down() -> None:
     """End the process group; a run does so last, whether it went well or not."""
     if active():
         dist.destroy_process_group()
+
+
+def let_all_groups_wait(timeout_s: float) -> None:
+    """Have the groups that are made from now on wait so long: DeepSpeed makes its own without saying how long."""
+    distributed_c10d.default_pg_timeout = timedelta(seconds=timeout_s)
+    if distributed_c10d.default_pg_nccl_timeout is not None:
+        distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout_s)
+
+
+def connection_to_store(timeout_s: float) -> Any:
+    """A connection of its own to the store that the ranks found each other by, for a thread: those that wait block."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = timedelta(seconds=timeout_s)
+    client = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
+    return dist.PrefixStore("dataflex", client)
+
+
+def is_timeout(exc: BaseException) -> bool:
+    """Whether ``exc`` says that other ranks did not come to a collective."""
+    return _of_communication(exc) and _TIMED_OUT.search(str(exc)) is not None
+
+
+def is_failure_of_others(exc: BaseException) -> bool:
+    """Whether ``exc`` says that other ranks did not come to a collective, or are gone."""
+    return is_timeout(exc) or (_of_communication(exc) and _LOST.search(str(exc)) is not None)
+
+
+def _of_communication(exc: BaseException) -> bool:
+    return isinstance(exc, dist.DistError) or (isinstance(exc, RuntimeError) and "/gloo/" in str(exc))
 
 
 def barrier() -> None:

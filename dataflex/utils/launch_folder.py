@@ -1,8 +1,8 @@
 """The folder through which a run's launcher and its workers on one machine speak: small files, each whole or not there.
 
 ``alive`` is locked by the launcher for as long as it lives. A worker leaves ``pid.<rank>`` when it starts, and at its
-end ``error.<rank>`` (bad input, with the lines to print), ``failed.<rank>`` (a traceback follows), ``stopped.<rank>``
-(ended on request) or ``done.<rank>``.
+end ``error.<rank>`` (bad input, with the lines to print), ``hung.<rank>`` (others did not come, with a line to print),
+``failed.<rank>`` (an error of its own), ``stopped.<rank>`` (ended on request) or ``done.<rank>``.
 """
 
 from __future__ import annotations
@@ -34,12 +34,6 @@ def mark(kind: str, text: str) -> None:
     partial = folder / f"partial.{name}"
     partial.write_text(text, encoding="utf-8")
     partial.replace(folder / name)
-
-
-def marked(kind: str, rank: int) -> bool:
-    """Whether ``rank`` has left such a mark, where the launcher is ours."""
-    folder = launch_folder()
-    return folder is not None and (folder / f"{kind}.{rank}").exists()
 
 
 def show_life(folder: Path) -> IO[str]:

@@ -20,6 +20,7 @@ from dataflex.utils import launch_folder
 from dataflex.utils.logging import logger
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: give the same command again
+HUNG = 69  # EX_UNAVAILABLE of sysexits.h: a rank was no longer there for the others
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_SIGNAL_S = 2.0  # what follows within this time is the first signal, passed on by launchers
 _STARTED = time.monotonic()

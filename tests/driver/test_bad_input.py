@@ -6,7 +6,6 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,24 +147,3 @@ def test_fp16_is_refused_where_the_accelerator_lacks_it(
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: None)
     with pytest.raises(UserError, match="fp16: DeepSpeed refuses it on this accelerator.*use bf16"):
         check_possible(_config(tmp_path, **keys))
-
-
-@pytest.mark.parametrize(("failed", "wait"), [(False, 3.0), (True, 60.0)])
-def test_a_rank_that_fails_with_rank_0_leaves_the_traceback_to_it(
-    failed: bool, wait: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It waits for its end by the launcher, which a busy machine may see late; alone it speaks after a moment."""
-    from dataflex import driver
-    from dataflex.utils.launch_folder import LAUNCH_DIR, mark
-
-    slept: list[float] = []
-    monkeypatch.setenv(LAUNCH_DIR, str(tmp_path))
-    monkeypatch.setattr(driver, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: sum(slept)))
-    if failed:
-        driver._let_rank_0_speak()
-        assert slept == [] and (tmp_path / "failed.0").exists()
-    else:
-        mark("pid", "1 2")
-    monkeypatch.setattr(driver.dist, "is_main", lambda: False)
-    driver._let_rank_0_speak()
-    assert sum(slept) == pytest.approx(wait, abs=0.1)
