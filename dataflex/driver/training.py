@@ -42,13 +42,14 @@ def train(cfg: Config) -> Stop | None:
 
 
 def _train(cfg: Config) -> Stop | None:
-    start = run_folder.prepare(cfg)
-    inputs = read_inputs(cfg)
+    begun = run_folder.prepare(cfg)
+    start, inputs = begun.checkpoint, read_inputs(cfg)
     if start is not None:  # what the last screen is made from: better said now than after the training
         dist.together(lambda: read_decisions(start.parent, inputs.data.train))
     log = LogHook(cfg.output.logging_steps)
     engine = build_engine(inputs, _run_hooks(inputs, log))
     stop = engine.run.stop = stop_of(cfg)
+    run_folder.begin(cfg, begun)
     _resume(engine, cfg, start)
     if _complete(engine, cfg):
         return None

@@ -23,31 +23,47 @@ def write(path: Path, text: str, source: Path | None = None) -> None:
 
     source: the config file of this run. UserError where that is ``path``, since the same command must find it again.
     """
+    refuse_source(path, source)
     if path.exists() and not _is_ours(path):
-        if source is not None and source.exists() and source.samefile(path):
-            raise UserError(
-                f"output_dir: {path} is the config file of this run, and the run would write its effective "
-                "configuration over it; give the file another name, or keep it in another folder"
-            )
         _set_aside(path)
     before, after = _COMMENTS[path.suffix]
     text = text.rstrip("\n") + "\n"
     write_atomically(path, f"{text}{before}written by dataflex, sha256 {_digest(text)}{after}\n")
 
 
-def claim(folder: Path, source: Path | None, overwrite: bool) -> None:
-    """Before the first run in ``folder``: refuse to write over a user's files, or, for ``overwrite``, rename them."""
-    theirs = [path for name in _NAMES for path in sorted(folder.glob(name)) if not _is_ours(path)]
-    if source is not None:
-        theirs = [path for path in theirs if not (path.name == CONFIG and source.exists() and source.samefile(path))]
-    if theirs and not overwrite:
+def refuse_source(path: Path, source: Path | None) -> None:
+    """UserError where ``path``, which is to be written, is the config file ``source``, unless a run wrote that."""
+    if path.exists() and not _is_ours(path) and _same(path, source):
+        raise UserError(
+            f"output_dir: {path} is the config file of this run, and the run would write its effective configuration "
+            "over it; give the file another name, or keep it in another folder"
+        )
+
+
+def refuse_theirs(folder: Path, source: Path | None) -> None:
+    """UserError where a first run in ``folder`` would write over a user's files."""
+    theirs = _theirs(folder, source)
+    if theirs:
         names = ", ".join(path.name for path in theirs)
         raise UserError(
             f"output_dir: {folder} holds {names}, which no run has written and this one would write over; name another "
             "folder, move them, or have them renamed with overwrite_output_dir: true"
         )
-    for path in theirs:
+
+
+def set_theirs_aside(folder: Path, source: Path | None) -> None:
+    """Rename the user's files that a first run in ``folder`` would write over."""
+    for path in _theirs(folder, source):
         _set_aside(path)
+
+
+def _theirs(folder: Path, source: Path | None) -> list[Path]:
+    found = [path for name in _NAMES for path in sorted(folder.glob(name)) if not _is_ours(path)]
+    return [path for path in found if not (path.name == CONFIG and _same(path, source))]
+
+
+def _same(path: Path, source: Path | None) -> bool:
+    return source is not None and source.exists() and source.samefile(path)
 
 
 def kept(path: Path) -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict, Field, with_config
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from dataflex.config import Config
     from dataflex.core.context import Run
 
+T = TypeVar("T")
 _SIGNS = ("trainer_log.jsonl", "decisions", RESULTS)
 
 
@@ -34,16 +38,38 @@ class _Line(TypedDict):
     step: Annotated[int, Field(strict=True)]
 
 
-def prepare(cfg: Config) -> Path | None:
-    """Make the run folder; return the checkpoint to resume from. A collective.
+@dataclass(frozen=True)
+class Start:
+    """How a run begins in its folder. checkpoint: to go on from, None for a start.
 
-    The effective config is written where the run begins; a run that goes on writes it once its checkpoint is loaded.
+    earlier: what is done to an earlier run there once the run's inputs have been read: "" (there is none, or it is
+    gone on with), "clear" or "rename".
+    """
+
+    checkpoint: Path | None
+    earlier: Literal["", "clear", "rename"] = ""
+
+
+def prepare(cfg: Config) -> Start:
+    """Look at the run folder, and say how the run begins there. A collective; `begin` then makes room.
+
     UserError where the folder holds an earlier run that cannot be gone on with, or files that are not ours.
     """
-    answer = dist.broadcast_object(_prepare_or_error(cfg) if dist.is_main() else None)
+    answer = dist.broadcast_object(_made_or_error(cfg, _prepare) if dist.is_main() else None)
     if isinstance(answer, UserError):
         raise answer
+    assert answer is not None
     return answer
+
+
+def begin(cfg: Config, start: Start) -> None:
+    """Make room for a run whose inputs have been read and checked. A collective.
+
+    The effective config is written where the run begins; a run that goes on writes it once its checkpoint is loaded.
+    """
+    answer = dist.broadcast_object(_made_or_error(cfg, partial(_begin, start=start)) if dist.is_main() else None)
+    if isinstance(answer, UserError):
+        raise answer
 
 
 def go_on(folder: Path, start: Path, run: Run) -> None:
@@ -100,30 +126,39 @@ def _copy_decisions(source: Path, folder: Path, step: int) -> None:
             shutil.copyfile(file, folder / "decisions" / file.name)
 
 
-def _prepare_or_error(cfg: Config) -> Path | None | UserError:
+def _made_or_error(cfg: Config, make: Callable[[Config, Path], T]) -> T | UserError:
     try:
-        return _prepare(cfg, Path(cfg.output.output_dir))
+        return make(cfg, Path(cfg.output.output_dir))
     except UserError as exc:
         return exc
     except OSError as exc:
         return UserError(f"output_dir: cannot write to '{cfg.output.output_dir}': {exc.strerror or exc}")
 
 
-def _prepare(cfg: Config, folder: Path) -> Path | None:
+def _prepare(cfg: Config, folder: Path) -> Start:
     if folder.exists() and folder.resolve() == Path(cfg.model.model_name_or_path).resolve():
         raise UserError(f"output_dir: {folder} is also model_name_or_path, which the run would write over")
     finish_removals(folder)
-    if not _holds_run(folder):
-        own_files.claim(folder, cfg.source, cfg.output.overwrite_output_dir)
-    if cfg.output.overwrite_output_dir and not cfg.output.resume_from_checkpoint:
-        _clear(folder)
-    start = _checkpoint(cfg, folder)
-    if start is not None and not checkpoint.is_plain(start):
-        check_resume(cfg, start)
+    if not _holds_run(folder) and not cfg.output.overwrite_output_dir:
+        own_files.refuse_theirs(folder, cfg.source)
+    start = _start(cfg, folder)
+    if start.checkpoint is None:
+        own_files.refuse_source(folder / own_files.CONFIG, cfg.source)
+    elif not checkpoint.is_plain(start.checkpoint):
+        check_resume(cfg, start.checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
-    if start is None:
-        write_config(cfg)
     return start
+
+
+def _begin(cfg: Config, folder: Path, start: Start) -> None:
+    if not _holds_run(folder):
+        own_files.set_theirs_aside(folder, cfg.source)
+    if start.earlier == "clear":
+        _clear(folder)
+    elif start.earlier == "rename":
+        start_over.make_room(folder)
+    if start.checkpoint is None:
+        write_config(cfg)
 
 
 def write_config(cfg: Config) -> None:
@@ -143,23 +178,21 @@ def _sign(folder: Path) -> str | None:
     return named or ("checkpoint-*" if any(folder.glob("checkpoint-*")) else None)
 
 
-def _checkpoint(cfg: Config, folder: Path) -> Path | None:
-    """Where to go on: the named checkpoint, or the folder's newest whole one unless told otherwise."""
-    named = cfg.output.resume_from_checkpoint
+def _start(cfg: Config, folder: Path) -> Start:
+    """From the named checkpoint, or the folder's newest whole one unless told otherwise, or anew."""
+    named, over = cfg.output.resume_from_checkpoint, cfg.output.overwrite_output_dir
     if cfg.output.resume_path is not None:
         return _named(cfg, Path(cfg.output.resume_path).expanduser(), folder)
-    start = None if named is False else checkpoint.newest_whole_here(folder)
-    if start is not None:
-        return _fitting(cfg, start)
+    found = None if named is False or (over and not named) else checkpoint.newest_whole_here(folder)
+    if found is not None:
+        return Start(_fitting(cfg, found))
     if named is True:
         raise UserError(
             f"resume_from_checkpoint: there is no whole checkpoint in {folder}; auto starts the run where there is none"
         )
-    if cfg.output.overwrite_output_dir:  # with auto, which found nothing to go on from
-        _clear(folder)
     sign = _sign(folder)
-    if sign is None:
-        return None
+    if over or sign is None:
+        return Start(None, "clear" if over else "")
     why = "is not to be gone on with" if named is False else start_over.obstacle(cfg, folder)
     if why is not None:
         lacks = "" if named is False else "has no whole checkpoint to go on from and "
@@ -167,11 +200,10 @@ def _checkpoint(cfg: Config, folder: Path) -> Path | None:
             f"output_dir: {folder} holds an earlier run ({sign}) that {lacks}{why}; "
             "name another folder, or start over with overwrite_output_dir: true"
         )
-    start_over.make_room(folder)
-    return None
+    return Start(None, "rename")
 
 
-def _named(cfg: Config, start: Path, folder: Path) -> Path:
+def _named(cfg: Config, start: Path, folder: Path) -> Start:
     """A checkpoint that the user names; what ``folder`` holds after it is only dropped where that is asked for."""
     problem = "it does not exist" if not start.is_dir() else checkpoint.broken(start)
     if start.is_dir() and (start / checkpoint.POINTER).exists():
@@ -190,9 +222,7 @@ def _named(cfg: Config, start: Path, folder: Path) -> Path:
         )
     if not checkpoint.is_plain(start):
         _fitting(cfg, start)
-    if not same:
-        _clear(folder)
-    return start
+    return Start(start, "" if same else "clear")
 
 
 def _fitting(cfg: Config, start: Path) -> Path:

@@ -141,7 +141,8 @@ def test_a_folder_without_a_run_is_never_cleared(workspace: Path, tmp_path: Path
     (tmp_path / "config.json").write_text("mine")
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings(workspace, output_dir=str(tmp_path), **OVER)))
-    assert run_folder.prepare(load_config(path, quiet=True)) is None
+    cfg = load_config(path, quiet=True)
+    run_folder.begin(cfg, run_folder.prepare(cfg))
     assert (tmp_path / "decisions.txt").read_text() == (tmp_path / "config.json.before").read_text() == "mine"
     assert "output_dir" in (tmp_path / "config.yaml").read_text()
 

@@ -21,13 +21,19 @@ def out(tmp_path: Path) -> Path:
 
 
 def prepared(out: Path, name: str = "run.yaml", **changes: Any) -> Path | None:
-    """`run_folder.prepare` for a config file called ``name``, which lies beside ``out`` unless it is there already."""
+    """The checkpoint from `run_folder.prepare`, and `begin`, for a config file called ``name``.
+
+    It lies beside ``out`` unless it is there already.
+    """
     path = out.parent / name
     own = {"model_name_or_path": "some/model", "dataset": ["a"], "dataset_dir": str(out.parent), "output_dir": str(out)}
     keys = own | changes
     if not path.exists() or changes:
         path.write_text(yaml.safe_dump(keys))
-    return run_folder.prepare(load_config(path, quiet=True))
+    cfg = load_config(path, quiet=True)
+    start = run_folder.prepare(cfg)
+    run_folder.begin(cfg, start)
+    return start.checkpoint
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.json", "config.yaml", "model.safetensors", "tokenizer.json"])
@@ -177,3 +183,21 @@ def test_a_readme_that_was_changed_is_kept_when_the_run_is_started_over(out: Pat
     prepared(out, overwrite_output_dir=True)
     assert {path.name for path in out.iterdir()} == {"config.yaml", "README.md.before"}
     assert (out / "README.md.before").read_text() == "# my own words\n"
+
+
+def test_nothing_of_an_earlier_run_goes_before_the_inputs_are_read(out: Path) -> None:
+    """A mistake in the data's or the model's name must not cost what is there."""
+    prepared(out)
+    for name in ("trainer_log.jsonl", "all_results.json", "model.safetensors", "README.md"):
+        (out / name).write_text("1")
+    before = sorted(out.iterdir())
+    keys = yaml.safe_load((out.parent / "run.yaml").read_text())
+    for resume in (None, "auto"):
+        (out.parent / "over.yaml").write_text(
+            yaml.safe_dump(keys | {"overwrite_output_dir": True, "resume_from_checkpoint": resume})
+        )
+        cfg = load_config(out.parent / "over.yaml", quiet=True)
+        start = run_folder.prepare(cfg)
+        assert start == run_folder.Start(None, "clear") and sorted(out.iterdir()) == before
+    run_folder.begin(cfg, start)
+    assert {path.name for path in out.iterdir()} == {"config.yaml", "README.md.before"}
