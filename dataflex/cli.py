@@ -17,6 +17,7 @@ from dataflex.config.schema import SECTION_OF
 from dataflex.launcher import Request, launch
 from dataflex.utils.errors import UserError, nearest
 from dataflex.utils.launch_folder import LAUNCH_DIR
+from dataflex.utils.room import full_disk_said
 from dataflex.worker import USER_ERROR, leave_with, print_error, run_worker
 
 RUNNER_VALUES = {
@@ -204,7 +205,8 @@ def _work(cfg: Config, command: str) -> int:
 def _select(cfg: Config) -> int:
     from dataflex.driver.selecting import select
 
-    select(cfg)
+    with full_disk_said({"select_dir": cfg.score.select_dir or cfg.output.output_dir}):
+        select(cfg)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from dataflex import worker
 from dataflex.launcher import Request, command, free_port, gpu_count, processes
 from dataflex.launcher.outcome import outcome
 from dataflex.launcher.processes import Ended
+from dataflex.utils import launch_folder
 from dataflex.utils.errors import UserError
 from dataflex.utils.launch_folder import LAUNCH_DIR
 from dataflex.worker import DEVICES, run_worker
@@ -139,9 +141,9 @@ def test_what_follows_a_signal_at_once_is_the_same_one(tmp_path: Path, monkeypat
     asked: list[int] = []
     killed: list[tuple[int, int]] = []
     received: list[int] = []
-    monkeypatch.setattr(processes, "_ask", lambda group, folder, number: asked.append(number))
+    monkeypatch.setattr(processes, "_ask", lambda group, workers, number: asked.append(number))
     monkeypatch.setattr(processes.os, "killpg", lambda *args: killed.append(args))
-    with processes._forwarding(4711, tmp_path, received):
+    with processes._forwarding(4711, processes.Workers(tmp_path), received):
         for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)
         assert (asked, received, killed) == ([signal.SIGUSR1], [signal.SIGUSR1], [])
@@ -304,6 +306,16 @@ def test_gpus_named_by_uuid_are_passed_on_to_the_workers(monkeypatch: pytest.Mon
     assert seen == ["GPU-5a1f,GPU-77b0", None]
 
 
+@pytest.mark.parametrize("flag", ["include", "exclude"])
+def test_gpus_by_name_are_not_chosen_by_number(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5a1f,GPU-77b0")
+    with pytest.raises(UserError, match="--include and --exclude choose GPUs by number, CUDA_VISIBLE_DEVICES by name"):
+        command("m", [], Request(None, {flag: "localhost:0"}), gpus=2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    words, _ = command("m", [], Request(None, {flag: "localhost:3"}), gpus=2)
+    assert f"--{flag}=localhost:3" in flags_of(words)
+
+
 @pytest.mark.parametrize("visible", ["GPU-5a1f,1", "gpu0", "0,,1"])
 def test_device_names_that_cuda_does_not_know(visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -392,6 +404,29 @@ def test_worker_started_by_hand_prints_its_error_itself(
         assert run_worker(refuse) == 2
         assert capfd.readouterr().err == "dataflex: error: x.json:1: bad\n"
     assert waited == [0, 3]
+
+
+def test_a_launch_folder_that_was_cleaned_up_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals reach the workers that were there, and what these leave at their end is found."""
+    folder = tmp_path / "dataflex-launch"
+    folder.mkdir()
+    monkeypatch.setenv(LAUNCH_DIR, str(folder))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        launch_folder.mark("pid", f"{1000 + int(rank)} 2")
+    workers = processes.Workers(folder)
+    assert sorted(workers.pids()) == [1000, 1001]
+    shutil.rmtree(folder)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(processes.os, "kill", lambda *args: asked.append(args))
+    processes._ask(4711, workers, signal.SIGUSR1)
+    assert sorted(asked) == [(1000, signal.SIGUSR1), (1001, signal.SIGUSR1)]
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        launch_folder.mark("done", "2")
+    assert outcome(Ended(0, []), folder, ssh=False) == 0
+    monkeypatch.setenv(LAUNCH_DIR, str(tmp_path / "on another machine"))
+    assert launch_folder.launch_folder() is None
 
 
 def test_worker_marks_only_a_good_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import warnings
 from datetime import timedelta
 
@@ -17,6 +18,7 @@ from dataflex.driver.training import train
 from dataflex.engine.ds_config import check_possible
 from dataflex.report.plot import check_plotting
 from dataflex.utils import dist
+from dataflex.utils.room import full_disk_said
 from dataflex.utils.watchdog import patience, watched
 
 COMMANDS = {"check": check, "doremi": three_runs, "score": score, "train": train}
@@ -32,7 +34,21 @@ def run(cfg: Config, command: str = "train") -> int:
     if cfg.output.plot_loss:
         check_plotting()
     _start_process_group(cfg)
-    return watched(lambda: COMMANDS[command](cfg), cfg.train.ddp_timeout)
+    return watched(lambda: _do(command, cfg), cfg.train.ddp_timeout)
+
+
+def _do(command: str, cfg: Config) -> None:
+    from datasets.config import HF_DATASETS_CACHE
+
+    places = {
+        "output_dir": cfg.output.output_dir,
+        "features_dir": cfg.score.features_dir or "",
+        "tokenized_path": cfg.data.tokenized_path or "",
+        "HF_DATASETS_CACHE": str(HF_DATASETS_CACHE),
+        "TMPDIR": tempfile.gettempdir(),
+    }
+    with full_disk_said(places):
+        COMMANDS[command](cfg)
 
 
 def _be_quiet() -> None:

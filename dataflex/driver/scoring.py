@@ -19,13 +19,13 @@ from dataflex.driver.setup import build_engine, read_inputs, stop_of, with_compo
 from dataflex.engine import checkpoint
 from dataflex.engine.identity import weights_identity
 from dataflex.engine.plugin import DataflexEngine
-from dataflex.engine.run_lock import held
 from dataflex.report.trainer_log import read_log
 from dataflex.scoring.token_losses import write_token_losses
 from dataflex.train.trainer.select_trainer import SelectPlanner
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
+from dataflex.utils.run_lock import held
 
 
 def score(cfg: Config) -> None:

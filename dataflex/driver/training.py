@@ -15,7 +15,6 @@ from dataflex.driver.setup import Inputs, build_engine, read_inputs, stop_of, wi
 from dataflex.engine import own_files, run_folder
 from dataflex.engine.export import export
 from dataflex.engine.plugin import DataflexEngine
-from dataflex.engine.run_lock import held
 from dataflex.report.model_card import model_card
 from dataflex.report.plot import plot_loss
 from dataflex.report.summary import closing_lines, opening_lines, read_decisions
@@ -24,6 +23,7 @@ from dataflex.train.trainer.run_hooks import CheckpointHook, EvalHook
 from dataflex.utils import dist
 from dataflex.utils.files import write_atomically
 from dataflex.utils.logging import logger
+from dataflex.utils.run_lock import held
 from dataflex.utils.stopping import Stop, Stopped
 
 

@@ -45,6 +45,11 @@ class MicroLoop:
         """The micro-batch's loss with its weights, scalar with gradient; see `Stepper.forward`."""
         if not self._left or micro is not self._left[0] or self._loss is not None:
             raise UserError(f"engine(micro): not the micro-batch at hand, or its loss was asked for before: {LOOP}")
+        if not torch.is_grad_enabled():
+            raise UserError(
+                "engine(micro): inside torch.no_grad, where no loss can be trained on: call it outside; to see what "
+                "the model returns, call engine(**inputs) with inputs of your own"
+            )
         self._loss, self._went_back = self.loop.stepper.forward(micro), False
         self._loss.register_hook(self._saw_backward)
         return self._loss

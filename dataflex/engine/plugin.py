@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -200,23 +201,26 @@ class DataflexEngine:
         return True
 
     def load_checkpoint(
-        self, load_dir: str | Path | None = None, tag: str | None = None, **how: Any
+        self, load_dir: str | Path | None = None, tag: str | None = None, *options: Any, **how: Any
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Resume from ``load_dir``/``tag``, by default from the checkpoint that ``latest`` there names.
 
         Where that one is broken, the newest whole one is taken. Returns (path, client_state) as DeepSpeed does, and
-        (None, None) where there is no ``latest``. Training then goes on bit-identically. how: DeepSpeed's
+        (None, None) where there is no ``latest``. Training then goes on bit-identically. options, how: DeepSpeed's
         ``load_module_strict``, ``load_optimizer_states``, ``load_lr_scheduler_states``, ``load_module_only`` (nothing
         else is restored) and ``custom_load_fn``. A checkpoint that DeepSpeed wrote without dataflex is loaded as
         DeepSpeed does, and dataflex's own state is left as it is.
         """
         self._loop.between_steps("load_checkpoint")
+        if options:  # in DeepSpeed's order
+            named = inspect.signature(self.engine.load_checkpoint).bind(load_dir, tag, *options, **how).arguments
+            how = {key: value for key, value in named.items() if key not in ("load_dir", "tag")}
         directory = self._folder(load_dir)
         folder = directory / str(tag) if tag is not None else checkpoint.latest(directory)
         if folder is None:
             return None, None
         if dist.broadcast_object(checkpoint.is_plain(folder)):
-            return checkpoint.load_plain(self.engine, folder, **how)
+            return checkpoint.load_plain(self.engine, folder, self.run.step, **how)
         return checkpoint.load(self.engine, self._loop, folder, **how)
 
     def _folder(self, named: str | Path | None) -> Path:

@@ -12,53 +12,11 @@ from typing import Any
 import yaml
 
 from dataflex.config import Config
-from dataflex.config.schema import OutputSection
-from dataflex.config.score_section import ScoreSection
 from dataflex.engine import checkpoint
 from dataflex.engine.own_files import CONFIG
-from dataflex.engine.run_config import run_config
+from dataflex.engine.run_config import FREE, SAID, run_config
 from dataflex.utils.errors import UserError, shown
 from dataflex.utils.logging import logger
-
-# Where and how it runs, and what is written: of no influence on what is trained, or found out otherwise (a checkpoint
-# names its data by content; `component_params` are those of all the components' files).
-FREE = {
-    *OutputSection.model_fields,
-    *ScoreSection.model_fields,
-    "trust_remote_code",
-    "gradient_checkpointing",
-    "disable_gradient_checkpointing",
-    "use_reentrant_gc",
-    "dataset_dir",
-    "tokenized_path",
-    "overwrite_cache",
-    "preprocessing_num_workers",
-    "dataloader_num_workers",
-    "per_device_eval_batch_size",
-    "ddp_timeout",
-    "components_cfg_file",
-    "component_modules",
-    "warn_domain_epochs",
-    "scoring_batch_tokens",
-}
-# Heeded from the resume on; that the global batch stays is found out from the checkpoint.
-SAID = {
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "component_params",
-    "nonfinite",
-    "nonfinite_limit",
-    "model_name_or_path",
-    "flash_attn",
-    "deepspeed",
-    "eval_dataset",
-    "mixer_eval_dataset",
-    "reference_model_path",
-    "max_steps",
-    "train_step",
-    "num_train_epochs",
-    "update_times",
-}
 
 
 def check_resume(cfg: Config, start: Path) -> None:

@@ -1,4 +1,7 @@
-"""The config that a run folder keeps: it starts the same run again, from whatever folder it is read."""
+"""The config that a run folder keeps: it starts the same run again, from whatever folder it is read.
+
+And what a changed key means to a run that is there already.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataflex.config.schema import OutputSection
+from dataflex.config.score_section import ScoreSection
 from dataflex.data.info import find_dataset_dir
 
 if TYPE_CHECKING:
@@ -14,6 +19,66 @@ if TYPE_CHECKING:
 _FOLDERS = ("tokenized_path", "features_dir")
 _FILES = ("deepspeed", "components_cfg_file", "sample_weight", "class_weights")
 _MODELS = ("model_name_or_path", "adapter_name_or_path", "reference_model_path", "proxy_model_name_or_path")
+
+# How a run is watched, stored and ended, not what it computes: the same run whatever they are.
+WATCHED = {
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "save_strategy",
+    "eval_strategy",
+    "eval_steps",
+    "per_device_eval_batch_size",
+    "plot_loss",
+    "report_to",
+    "run_name",
+    "max_hours",
+    "stop_grace_seconds",
+    "ddp_timeout",
+    "preprocessing_num_workers",
+    "dataloader_num_workers",
+    "overwrite_cache",
+    "dry_run",
+}
+# Changed where a run was stopped by what they say.
+POLICY = {"nonfinite", "nonfinite_limit"}
+# A resume may change these besides without a word: what is written, how it runs, and what a checkpoint finds out itself
+# (it names its data by content; `component_params` are those of all the components' files).
+FREE = {
+    *WATCHED,
+    *OutputSection.model_fields,
+    *ScoreSection.model_fields,
+    "trust_remote_code",
+    "gradient_checkpointing",
+    "disable_gradient_checkpointing",
+    "use_reentrant_gc",
+    "dataset_dir",
+    "tokenized_path",
+    "components_cfg_file",
+    "component_modules",
+    "warn_domain_epochs",
+    "scoring_batch_tokens",
+}
+# Heeded from the resume on, and said; that the global batch stays is found out from the checkpoint.
+SAID = {
+    *POLICY,
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "component_params",
+    "model_name_or_path",
+    "flash_attn",
+    "deepspeed",
+    "eval_dataset",
+    "mixer_eval_dataset",
+    "reference_model_path",
+    "max_steps",
+    "train_step",
+    "num_train_epochs",
+    "update_times",
+}
 
 
 def run_config(cfg: Config) -> dict[str, Any]:
@@ -32,6 +97,8 @@ def run_config(cfg: Config) -> dict[str, Any]:
         is_path = key not in ("sample_weight", "class_weights") or Path(value).suffix in (".npy", ".json")
         if is_path and Path(value).expanduser().exists():
             flat[key] = _absolute(value)
+    if cfg.output.resume_path is not None:
+        flat["resume_from_checkpoint"] = _absolute(cfg.output.resume_path)
     modules = flat.get("component_modules", [])
     if modules:
         flat["component_modules"] = [_absolute(name) if name.endswith(".py") else name for name in modules]

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
+from dataflex.config.yaml_reader import read_mapping
 from dataflex.core.run_files import RESULTS, cleared
 from dataflex.engine import checkpoint, own_files, start_over
 from dataflex.engine.resumed import check_resume
@@ -212,17 +213,41 @@ def _named(cfg: Config, start: Path, folder: Path) -> Start:
     if problem and not checkpoint.is_plain(start):
         raise UserError(f"resume_from_checkpoint: {start}: {problem}")
     same = start.resolve().parent == folder.resolve()
-    done = checkpoint.saved_step(start)
-    later = [p for p in folder.glob("checkpoint-*") if not same or checkpoint.saved_step(p) > done]
-    if later and not cfg.output.overwrite_output_dir:
-        newest = max(later, key=checkpoint.saved_step)
-        raise UserError(
-            f"resume_from_checkpoint: {newest} would be written again; name another output_dir, or drop it with "
-            "overwrite_output_dir: true"
-        )
+    if not same and not cfg.output.overwrite_output_dir and _forked_from(start, folder):
+        newest = checkpoint.newest_whole_here(folder)
+        if newest is not None:
+            return Start(_fitting(cfg, newest))
+        if start_over.obstacle(cfg, folder) is None:
+            return Start(start, "rename" if _holds_run(folder) else "")
+    _refuse_later(cfg, start, folder, same)
     if not checkpoint.is_plain(start):
         _fitting(cfg, start)
     return Start(start, "" if same else "clear")
+
+
+def _forked_from(start: Path, folder: Path) -> bool:
+    """Whether the run in ``folder`` began at the checkpoint ``start``, as the same command given again would."""
+    try:
+        named = read_mapping(folder / own_files.CONFIG, "earlier run's config").get("resume_from_checkpoint")
+    except UserError:
+        return False
+    return isinstance(named, str) and Path(named).expanduser().resolve() == start.resolve()
+
+
+def _refuse_later(cfg: Config, start: Path, folder: Path, same: bool) -> None:
+    """UserError where ``folder`` holds what going on from ``start`` would write again, unless that is asked for."""
+    if cfg.output.overwrite_output_dir:
+        return
+    done = checkpoint.saved_step(start)
+    later = [p for p in folder.glob("checkpoint-*") if not same or checkpoint.saved_step(p) > done]
+    sign = max(later, key=checkpoint.saved_step, default=None)
+    if sign is None and not same and (found := _sign(folder)) is not None:
+        sign = folder / found
+    if sign is not None:
+        raise UserError(
+            f"resume_from_checkpoint: {sign} would be written again; name another output_dir, or drop it with "
+            "overwrite_output_dir: true"
+        )
 
 
 def _fitting(cfg: Config, start: Path) -> Path:

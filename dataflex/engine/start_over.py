@@ -13,7 +13,7 @@ from dataflex.config.yaml_reader import parse_yaml, read_mapping
 from dataflex.core.run_files import RESULTS
 from dataflex.engine import checkpoint
 from dataflex.engine.own_files import CONFIG
-from dataflex.engine.run_config import run_config
+from dataflex.engine.run_config import POLICY, WATCHED, run_config
 from dataflex.utils.errors import UserError, shown
 from dataflex.utils.files import remove
 from dataflex.utils.logging import logger
@@ -24,31 +24,6 @@ if TYPE_CHECKING:
 # Those that tell of a run come last: a start that ends between two renamings is followed by one that goes on with them.
 LOGS = ("trainer_state.json", "*weights.jsonl", "*average_weights.json", "decisions", "trainer_log.jsonl")
 _WEIGHTS = ("model*.safetensors*", "adapter_model.safetensors")
-# Say how a run is watched, stored and ended, not what it computes.
-_FREE = {
-    "output_dir",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "save_strategy",
-    "eval_strategy",
-    "eval_steps",
-    "per_device_eval_batch_size",
-    "plot_loss",
-    "report_to",
-    "run_name",
-    "max_hours",
-    "stop_grace_seconds",
-    "nonfinite",
-    "nonfinite_limit",
-    "ddp_timeout",
-    "preprocessing_num_workers",
-    "dataloader_num_workers",
-    "overwrite_cache",
-    "dry_run",
-}
 
 
 def obstacle(cfg: Config, folder: Path) -> str | None:
@@ -62,7 +37,7 @@ def obstacle(cfg: Config, folder: Path) -> str | None:
         before = read_mapping(folder / CONFIG, "earlier run's config")
     except UserError as problem:
         return f"has no configuration to compare with ({problem})"
-    different = [key for key in changed(before, cfg) if key not in _FREE]
+    different = [key for key in changed(before, cfg) if key not in WATCHED | POLICY]
     return f"has another {said_change(different[0], before, cfg)}" if different else None
 
 

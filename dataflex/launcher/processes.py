@@ -31,14 +31,38 @@ def run(words: list[str], env: Mapping[str, str], here: Path, folder: Path) -> E
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
     ended = Ended()
     runner = subprocess.Popen(words, env=env, cwd=here, start_new_session=True)
-    with _forwarding(runner.pid, folder, ended.received):
+    workers = Workers(folder)
+    with _forwarding(runner.pid, workers, ended.received):
+        while not workers.pids():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                ended.code = runner.wait(0.5)
+                break
         ended.code = runner.wait()
         _end_group(runner.pid, ended.received)
     return ended
 
 
+class Workers:
+    """The workers of this machine, by their marks in the launch folder, which are no longer needed once they are read.
+
+    A folder among the temporary ones may be cleaned up while the run lasts.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.found: list[int] = []
+
+    def pids(self) -> list[int]:
+        """Their process ids, once all of them have started; before that, none."""
+        if not self.found:
+            marks = [path.read_text(encoding="utf-8").split() for path in self.folder.glob("pid.*")]
+            if marks and len(marks) == int(marks[0][1]):
+                self.found = [int(pid) for pid, _ in marks]
+        return self.found
+
+
 @contextlib.contextmanager
-def _forwarding(group: int, folder: Path, received: list[int]) -> Iterator[None]:
+def _forwarding(group: int, workers: Workers, received: list[int]) -> Iterator[None]:
     """Pass the first signal that we get on to the workers; the second one kills all there is.
 
     What follows within `SAME_SIGNAL_S` is the first one again: ``timeout`` signals its child, and then its group.
@@ -51,7 +75,7 @@ def _forwarding(group: int, folder: Path, received: list[int]) -> Iterator[None]
         if not received:
             first = now
             received.append(number)
-            _ask(group, folder, number)
+            _ask(group, workers, number)
         elif now - first >= SAME_SIGNAL_S:
             received.append(number)
             with contextlib.suppress(ProcessLookupError):
@@ -66,14 +90,13 @@ def _forwarding(group: int, folder: Path, received: list[int]) -> Iterator[None]
             signal.signal(number, handler)
 
 
-def _ask(group: int, folder: Path, number: int) -> None:
+def _ask(group: int, workers: Workers, number: int) -> None:
     """Signal each worker, or, as long as not all of them have started, the whole group with SIGTERM."""
-    marks = [path.read_text(encoding="utf-8").split() for path in folder.glob("pid.*")]
-    whole = bool(marks) and len(marks) == int(marks[0][1])
-    for pid, _ in marks if whole else ():
+    pids = workers.pids()
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), number)
-    if not whole:
+            os.kill(pid, number)
+    if not pids:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGTERM)
 

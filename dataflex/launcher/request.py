@@ -105,6 +105,8 @@ def _check_flags(request: Request, gpus: int) -> None:
             raise UserError(f"--num_nodes: {flags['num_nodes']} needs a --hostfile that names the machines")
         if gpus == 0 and ("include" in flags or "exclude" in flags):
             raise UserError("--include and --exclude choose GPUs, and there is none here; use --num_processes")
+        if ("include" in flags or "exclude" in flags) and not _numbered(os.environ.get("CUDA_VISIBLE_DEVICES")):
+            raise UserError("--include and --exclude choose GPUs by number, CUDA_VISIBLE_DEVICES by name; drop one")
         for name in ("include", "exclude"):
             _check_devices(name, flags.get(name, "localhost"), gpus)
         if gpus and request.num_processes is not None and request.num_processes > gpus:
@@ -130,7 +132,7 @@ def _local_flags(request: Request, gpus: int, env: dict[str, str]) -> dict[str, 
         env.setdefault("DS_ACCELERATOR", "cpu")
     if "include" not in request.flags and "exclude" not in request.flags:
         named = _devices(visible)[:count] if gpus and visible else []
-        if named and named[0].isdigit():
+        if named and _numbered(visible):
             flags["include"] = "localhost:" + ",".join(named)
         elif named:  # DeepSpeed passes numbers only: the workers put the names back
             flags["num_gpus"], env[DEVICES] = str(len(named)), ",".join(named)
@@ -150,6 +152,10 @@ def _devices(visible: str) -> list[str]:
             f"CUDA_VISIBLE_DEVICES: expected numbers such as 0,1 or UUIDs (GPU-..., MIG-...), got '{visible}'"
         )
     return entries
+
+
+def _numbered(visible: str | None) -> bool:
+    return not visible or _devices(visible)[0].isdigit()
 
 
 def _cores() -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from dataflex.scoring.topk import FEATURES, stream_scores
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
+from dataflex.utils.room import check_room
+from dataflex.utils.run_lock import held
 from dataflex.utils.stopping import Stop, Stopped
 
 Floats = NDArray[np.float32]
@@ -107,7 +109,9 @@ class ScoringPasses:
             if dist.is_main():
                 store.write(index, {FEATURES: rows.astype(np.float16)})
 
-        self._each_missing(scorer, dataset, store, write, what, 2 * proj_dim)
+        with held(store.folder, "features_dir") if self.features_dir is not None else nullcontext():
+            self._take_up(store, FEATURES)
+            self._each_missing(scorer, dataset, store, write, what, 2 * proj_dim)
         self.features = store.folder
         mine = stream_scores(store, len(ids), score, scorer.device) if dist.is_main() else np.empty(0, np.float32)
         return dist.broadcast_object(mine)
@@ -141,6 +145,7 @@ class ScoringPasses:
             if dist.is_main() and self.folder is not None:
                 store.write(index, {SCORES: out[where]})
 
+        self._take_up(store, SCORES)
         kept = dist.broadcast_object({i: np.array(store.read(i, SCORES)) for i in store.shards})
         for index, values in kept.items():
             out[store.places(index)] = values
@@ -154,7 +159,7 @@ class ScoringPasses:
         return self.component.partition(" ")[0] or "the selector"
 
     def _store(self, dataset: Any, ids: Ids, more: dict[str, str], moments: bool, kind: str) -> ShardStore:
-        """The store of this pass; on rank 0 with the shards that are there already."""
+        """The store of this pass, without shards."""
         parent = self._parent(kind)
         if parent is None:
             if kind == FEATURES:
@@ -168,14 +173,14 @@ class ScoringPasses:
             "dataflex": __version__,
             **more,
         }
-        folder = parent
-        if dist.is_main():
-            folder = folder_for(parent, parts, self.shard_samples, say=not self._said)
-            self._said = True
-        store = ShardStore(folder, parts, ids, self.shard_samples)
-        if dist.is_main():
+        folder = folder_for(parent, parts, self.shard_samples, say=dist.is_main() and not self._said)
+        self._said = True
+        return ShardStore(folder, parts, ids, self.shard_samples)
+
+    def _take_up(self, store: ShardStore, kind: str) -> None:
+        """Find the shards that are there already, on rank 0."""
+        if dist.is_main() and self._parent(kind) is not None:
             store.resume(kind)
-        return store
 
     def _parent(self, kind: str) -> Path | None:
         if kind == FEATURES and self.features_dir is not None:
@@ -201,6 +206,9 @@ class ScoringPasses:
         samples = sum(store.places(i).stop - store.places(i).start for i in missing)
         tokens = int(sum(lengths[store.places(i)].sum() for i in missing))
         taken_up = f", {len(done)} of them taken up from {store.folder}" if done else ""
+        if self.folder is not None:
+            wanted = samples * row_bytes
+            dist.together(lambda: check_room(store.folder, wanted, "the pass") if dist.is_main() else None)
         disk = f", {size(len(store.ids) * row_bytes)} on disk" if self.folder is not None else ""
         whole = f"{counted(len(store.ids), 'sample')}, {int(lengths.sum()):,} tokens in {counted(len(store), 'shard')}"
         logger.info(f"{what} of {whole}{taken_up}{disk}")

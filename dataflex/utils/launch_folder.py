@@ -2,7 +2,8 @@
 
 ``alive`` is locked by the launcher for as long as it lives. A worker leaves ``pid.<rank>`` when it starts, and at its
 end ``error.<rank>`` (bad input, with the lines to print), ``hung.<rank>`` (others did not come, with a line to print),
-``failed.<rank>`` (an error of its own), ``stopped.<rank>`` (ended on request) or ``done.<rank>``.
+``failed.<rank>`` (an error of its own), ``stopped.<rank>`` (ended on request) or ``done.<rank>``. What cleans up
+temporary files may remove the folder while a long run lasts: who has seen it once makes it again.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from typing import IO
 
 LAUNCH_DIR = "DATAFLEX_LAUNCH_DIR"
 _ALIVE = "alive"
+_SEEN: set[str] = set()
 
 
 def launch_folder() -> Path | None:
     """The folder of our launcher; None where another one started this process, or on another machine."""
     named = os.environ.get(LAUNCH_DIR)
-    return Path(named) if named is not None and Path(named).is_dir() else None
+    if named is None or not (named in _SEEN or Path(named).is_dir()):
+        return None
+    _SEEN.add(named)
+    return Path(named)
 
 
 def mark(kind: str, text: str) -> None:
@@ -30,6 +35,7 @@ def mark(kind: str, text: str) -> None:
     folder = launch_folder()
     if folder is None:
         return
+    folder.mkdir(exist_ok=True)
     name = f"{kind}.{os.environ.get('RANK', '0')}"
     partial = folder / f"partial.{name}"
     partial.write_text(text, encoding="utf-8")

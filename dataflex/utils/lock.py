@@ -38,10 +38,10 @@ class FolderLock:
         self._file, self._beat = file, beat
 
     @classmethod
-    def take(cls, folder: Path, pid: int, wait_s: float = WAIT_S) -> FolderLock:
+    def take(cls, folder: Path, pid: int, wait_s: float = WAIT_S, key: str = "output_dir") -> FolderLock:
         """Hold ``folder``, which is made; UserError naming the holder where another does so for ``wait_s`` more.
 
-        pid: of the process to name to others, who would end it to end the run.
+        pid: of the process to name to others, who would end it to end the run. key: what names the folder to the user.
         """
         folder.mkdir(parents=True, exist_ok=True)
         record = {
@@ -56,11 +56,11 @@ class FolderLock:
             except OSError as exc:
                 if exc.errno not in _NO_LOCKS:
                     raise
-                return cls(None, _Heartbeat.start_in(folder, record))
+                return cls(None, _Heartbeat.start_in(folder, record, key))
             if file is not None:
                 return cls(file)
             if time.monotonic() >= deadline:
-                raise _in_use(folder, _read(folder / LOCK))
+                raise _in_use(folder, _read(folder / LOCK), key)
             time.sleep(0.1)
 
     @classmethod
@@ -148,7 +148,7 @@ class _Heartbeat(threading.Thread):
         self.ended = threading.Event()
 
     @classmethod
-    def start_in(cls, folder: Path, record: Mapping[str, Any]) -> _Heartbeat:
+    def start_in(cls, folder: Path, record: Mapping[str, Any], key: str) -> _Heartbeat:
         """Make the file and keep it changing; UserError where another process does so."""
         path = folder / HEARTBEAT
         beat = cls(path, {**record, "holder": os.getpid(), "token": secrets.token_hex(8)})
@@ -157,7 +157,7 @@ class _Heartbeat(threading.Thread):
                 with path.open("x", encoding="utf-8") as handle:
                     handle.write(beat._text(0))
             except FileExistsError:
-                _take_over(folder, path)
+                _take_over(folder, path, key)
                 continue
             beat.start()
             return beat
@@ -189,7 +189,7 @@ class _Heartbeat(threading.Thread):
         self.path.unlink(missing_ok=True)
 
 
-def _take_over(folder: Path, path: Path) -> None:
+def _take_over(folder: Path, path: Path, key: str) -> None:
     """Remove the heartbeat of a process that is gone; UserError where it still beats."""
     record, first = _read(path), _content(path)
     gone = record.get("host") == socket.gethostname() and not _lives(record.get("holder"))
@@ -202,7 +202,7 @@ def _take_over(folder: Path, path: Path) -> None:
         if now is None:
             return
         if now != first:
-            raise _in_use(folder, _read(path))
+            raise _in_use(folder, _read(path), key)
         gone = time.monotonic() >= deadline
     aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     with contextlib.suppress(FileNotFoundError):  # another process was faster
@@ -243,8 +243,8 @@ def _parsed(content: bytes) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _in_use(folder: Path, holder: Mapping[str, Any]) -> UserError:
+def _in_use(folder: Path, holder: Mapping[str, Any], key: str) -> UserError:
     who = "process {pid} on {host}, started {started}".format_map({"pid": "?", "host": "?", "started": "?", **holder})
     return UserError(
-        f"output_dir: {folder} is in use by another run ({who}); wait for its end, end it, or name another folder"
+        f"{key}: {folder} is in use by another run ({who}); wait for its end, end it, or name another folder"
     )

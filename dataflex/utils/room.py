@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from dataflex.utils.errors import UserError
+from dataflex.utils.errors import UserError, brief
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_WORDS = ("No space left on device", "Disk quota exceeded")
 
 
 def check_room(folder: Path, wanted: int, what: str) -> None:
@@ -24,13 +25,51 @@ def check_room(folder: Path, wanted: int, what: str) -> None:
 
 
 @contextmanager
+def full_disk_said(places: Mapping[str, str]) -> Iterator[None]:
+    """Inside, an error that comes of a full disk is a UserError that names the disk and what is free there.
+
+    places: where things are written, by what the user knows them as; looked through where the error names no file.
+    """
+    try:
+        yield
+    except Exception as error:
+        folders = {what: Path(place).expanduser() for what, place in places.items() if place}
+        where = _full_place(error, folders)
+        if where is None:
+            raise
+        what, folder = where
+        free = shutil.disk_usage(existing(folder)).free
+        raise UserError(
+            f"{what}: the disk at {mount_of(folder)} is full, {_mib(free)} MiB are free ({brief(error)}); make room: "
+            "the same command goes on from the last whole checkpoint"
+        ) from error
+
+
+def _full_place(error: BaseException, folders: Mapping[str, Path]) -> tuple[str, Path] | None:
+    """What was written, and where, if ``error``, or what it came from, is of a full disk."""
+    cause: BaseException | None = error
+    while cause is not None and not _is_full(cause):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None or isinstance(error, UserError):
+        return None
+    named = getattr(cause, "filename", None)
+    if isinstance(named, str):
+        return named, Path(named).absolute().parent
+    what = min(folders, key=lambda key: shutil.disk_usage(existing(folders[key])).free)
+    return what, folders[what]
+
+
+def _is_full(error: BaseException) -> bool:
+    return (isinstance(error, OSError) and error.errno in _FULL) or any(words in str(error) for words in _WORDS)
+
+
+@contextmanager
 def said_when_full(folder: Path, what: str) -> Iterator[None]:
     """Inside, an error that comes of a full disk, whichever library words it, is a UserError that names the disk."""
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in _FULL
-        if not full and "No space left on device" not in str(error) and shutil.disk_usage(existing(folder)).free > 0:
+        if not _is_full(error) and shutil.disk_usage(existing(folder)).free > 0:
             raise
         raise UserError(
             f"{folder}: {what} could not be written: the disk at {mount_of(folder)} is full; the last good checkpoint "

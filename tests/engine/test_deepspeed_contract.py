@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dataflex
+from dataflex.engine import checkpoint
 from dataflex.utils.errors import UserError
 from tests import tiny_engine as tiny
 from tests.distributed import run_ranks
@@ -122,6 +123,11 @@ def options(folder: Path, stage: int, kind: str) -> dict[str, Any]:
     fresh = load(tag="mid", load_optimizer_states=False, load_lr_scheduler_states=False)
     found["no optimizer"] = [fresh["hash"] == trained, fresh["steps"]]
     found["wrong pointer"] = said(lambda: load(tag="checkpoint-0", load_module_only=True))
+    placed = wrap(plain_engine(stage, seed=9, kind=kind))
+    placed.load_checkpoint(folder, "mid", True, False, False)
+    found["by position"] = [tiny.parameter_hash(placed) == trained, [placed.run.step, placed.global_steps]]
+    (folder / "latest").write_bytes(b"\xff/..")
+    found["damaged pointer"] = said(lambda: load(tag="mid", load_module_only=True))
     return found
 
 
@@ -139,6 +145,7 @@ def refusals(folder: Path) -> dict[str, str]:
     return {
         "nothing": str(wrapped.load_checkpoint(nothing)),
         "needs code": said(lambda: wrapped.load_checkpoint(bad)),
+        "to score": said(lambda: checkpoint.load_weights(plain, bad / "args")),
         "other stage": said(lambda: wrap(plain_engine(3)).load_checkpoint(bad)),
         "wrapped": give(engine=wrapped),
         "wrapped model": give(model=wrapped, config=tiny.ds_config(2)),
@@ -190,12 +197,14 @@ def test_deepspeeds_arguments_do_what_they_say(run: str, world_size: int, found:
         assert got["first"] == ["checkpoint-0", {"at": 0}, True, [0, 0], True]
         assert got["last"] == ["checkpoint-3", {"at": 3}, True, [3, 3]]
         assert got["module only"] == [True, [0, 0], {"at": 0}]
-        assert got["no optimizer"] == [True, [3, 3]]
+        assert got["no optimizer"] == got["by position"] == [True, [3, 3]]
         refused = "under ZeRO-3 DeepSpeed loads weights without the optimizer only from the checkpoint that"
         assert (refused in got["wrong pointer"]) is run.endswith("3")
+        assert ("latest names, which is nothing there, not mid" in got["damaged pointer"]) is run.endswith("3")
 
 
 REFUSED = {
+    "to score": "it is a checkpoint of DeepSpeed's own, without what dataflex needs; train can start from it",
     "nothing": "(None, None)",
     "needs code": "holds an object that only code can load, and no code of a checkpoint is run; name its class",
     "other stage": "this run has ZeRO-3 on",

@@ -104,6 +104,8 @@ def refusals() -> dict[str, str]:
         "batch size": said(lambda: engine.set_train_batch_size(24)),
     }
     micro = next(micros := engine.micro_batches())
+    with torch.no_grad():
+        found["no gradients"] = said(lambda: engine(micro))
     loss = engine(micro)
     found |= {
         "twice": said(lambda: engine(micro)),
@@ -171,6 +173,7 @@ def test_it_is_called_set_and_asked_for_like_the_engine(results: Any) -> None:
         ("whole batch", r"engine\(batch\): a batch of engine.batches\(\) is all micro-batches of a step"),
         ("compile", "engine.compile: not supported: compiled graphs bypass"),
         ("batch size", "engine.set_train_batch_size: not supported: the plan is made for"),
+        ("no gradients", r"engine\(micro\): inside torch.no_grad, where no loss can be trained on"),
         ("twice", r"engine\(micro\): not the micro-batch at hand, or its loss was asked for before"),
         ("no backward of it", "engine.step: no backward of a micro-batch came before"),
         ("evaluate inside", "evaluate in the middle of step 1"),

@@ -11,6 +11,7 @@ import yaml
 from dataflex.config import load_config
 from dataflex.engine import own_files, run_folder, start_over
 from dataflex.utils.errors import UserError
+from tests.engine.test_manifest import make
 
 
 @pytest.fixture
@@ -201,3 +202,37 @@ def test_nothing_of_an_earlier_run_goes_before_the_inputs_are_read(out: Path) ->
         assert start == run_folder.Start(None, "clear") and sorted(out.iterdir()) == before
     run_folder.begin(cfg, start)
     assert {path.name for path in out.iterdir()} == {"config.yaml", "README.md.before"}
+
+
+@pytest.fixture
+def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The keys of a run that goes on from another run's checkpoint, as the same command gives them each time."""
+    start = tmp_path / "home/checkpoint-2"
+    make(start, 2)
+    make(tmp_path / "home/checkpoint-4", 4)
+    monkeypatch.setattr(run_folder, "_fitting", lambda cfg, start: start)
+    return {"resume_from_checkpoint": str(start)}
+
+
+def test_a_forks_same_command_goes_on_from_its_own_checkpoint(out: Path, fork: dict[str, Any]) -> None:
+    assert prepared(out, **fork) == out.parent / "home/checkpoint-2"
+    run_folder.write_config(load_config(out.parent / "run.yaml", quiet=True))  # as a run does once it is loaded
+    (out / "trainer_log.jsonl").write_text("1")
+    assert prepared(out) == out.parent / "home/checkpoint-2"
+    assert (out / "trainer_log.1.jsonl").read_text() == "1"
+    make(out / "checkpoint-3", 3)
+    assert prepared(out) == out / "checkpoint-3" and (out / "checkpoint-3").is_dir()
+    with pytest.raises(UserError, match="checkpoint-3 would be written again; name another output_dir, or drop it"):
+        prepared(out, resume_from_checkpoint=str(out.parent / "home/checkpoint-4"))
+    assert prepared(out, **fork, overwrite_output_dir=True) == out.parent / "home/checkpoint-2"
+    assert not (out / "checkpoint-3").exists()
+
+
+def test_a_fork_into_another_runs_folder_is_refused(out: Path, fork: dict[str, Any]) -> None:
+    prepared(out)
+    (out / "all_results.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"all_results.json would be written again; name another output_dir, or drop it"
+    ):
+        prepared(out, **fork)
+    assert (out / "all_results.json").exists()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,11 @@ import pytest
 import torch
 
 import dataflex
+from dataflex.data.pool import Pool
 from dataflex.engine.identity import bits_digest, weights_identity
 from dataflex.scoring.progress import counted, duration, size
 from dataflex.scoring.sharded import ScoringPasses
-from dataflex.utils import dist
+from dataflex.utils import dist, run_lock
 from dataflex.utils.errors import UserError
 from tests import tiny_engine as tiny
 from tests.distributed import run_ranks
@@ -136,3 +141,47 @@ def test_a_digest_sees_every_bit_and_place(dtype: torch.dtype) -> None:
 def test_words_for_people() -> None:
     assert (duration(3661.4), size(512), size(3 * 2**30)) == ("1:01:01", "512 B", "3.0 GiB")
     assert (counted(1, "batch", "es"), counted(1200, "sample")) == ("1 batch", "1,200 samples")
+
+
+class OnesScorer:
+    """A scorer whose features are ones; ``during`` is called while a pass is on."""
+
+    device = torch.device("cpu")
+    tally = staticmethod(lambda samples: None)
+
+    def __init__(self, during: Callable[[], Any]) -> None:
+        self.during, self.asked = during, 0
+
+    def keep_moments(self) -> Any:
+        return nullcontext()
+
+    def gradient_features(self, dataset: Any, ids: Any, proj_dim: int, **how: Any) -> Any:
+        self.asked += len(ids)
+        self.during()
+        return np.ones((len(ids), proj_dim), np.float32)
+
+
+def test_two_runs_do_not_write_the_same_features_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = run_lock.FolderLock.take
+    monkeypatch.setattr(run_lock.FolderLock, "take", lambda *args, **named: take(*args, **named, wait_s=0.05))
+    pool, said = tiny.samples(12, 1), []
+
+    def run(during: Callable[[], Any]) -> int:
+        passes = ScoringPasses(
+            tmp_path / "out", "less", shard_samples=4, keep_features=True, features_dir=tmp_path / "f"
+        )
+        scorer = OnesScorer(during)
+        scores = passes.gradient_scores(scorer, Pool.from_datasets(pool), score, target="t", proj_dim=8)
+        assert scores.tolist() == [0.0] * 12
+        return scorer.asked
+
+    def other() -> None:
+        with pytest.raises(UserError) as caught:
+            run(lambda: None)
+        said.append(str(caught.value))
+
+    assert run(other) == 12 and len(said) == 3
+    assert re.match(
+        rf"features_dir: {tmp_path}/f/\w{{16}} is in use by another run \(process {os.getpid()} on ", said[0]
+    )
+    assert run(other) == 0, "the second takes up what the first has written"

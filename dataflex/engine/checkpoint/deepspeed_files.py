@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dataflex.engine.checkpoint.manifest import POINTER
+from dataflex.engine.checkpoint.manifest import POINTER, pointed_to
 from dataflex.engine.checkpoint.resharding import resharded
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -21,9 +21,10 @@ from dataflex.utils.logging import logger
 FORCE_SAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
-def load_plain(engine: Any, folder: Path, **how: Any) -> tuple[str, dict[str, Any]]:
+def load_plain(engine: Any, folder: Path, step: int, **how: Any) -> tuple[str, dict[str, Any]]:
     """DeepSpeed's ``load_checkpoint`` of a folder that `is_plain`, with its answer; a collective.
 
+    step: steps of dataflex's own schedule that are done, for what is said.
     UserError for another world size or another kind of ZeRO stage, and where a file holds what needs code to load.
     """
     stage = engine.zero_optimization_stage()
@@ -36,7 +37,7 @@ def load_plain(engine: Any, folder: Path, **how: Any) -> tuple[str, dict[str, An
     answer = load_deepspeed(engine, folder, **how)
     logger.warning(
         f"{folder}: a checkpoint of DeepSpeed's own, after step {engine.global_steps}: weights, optimizer and learning "
-        "rate schedule go on from there; dataflex's schedule, plan and random state start at their step 0"
+        f"rate schedule go on from there; dataflex's schedule, plan and random state are left at their step {step}"
     )
     return answer
 
@@ -52,12 +53,12 @@ def load_deepspeed(engine: Any, folder: Path, strict: bool = True, **how: Any) -
     only_weights = how.get("load_module_only", False) or not how.get("load_optimizer_states", True)
     if only_weights and engine.zero_optimization_stage() == 3:
         how["load_optimizer_states"] = False
-        pointer = folder.parent / POINTER
-        named = dist.broadcast_object(pointer.read_text(encoding="utf-8").strip() if pointer.exists() else "nothing")
-        if named != folder.name:
+        named = dist.broadcast_object(pointed_to(folder.parent))
+        if named is None or named.name != folder.name:
             raise UserError(
                 f"load_checkpoint: under ZeRO-3 DeepSpeed loads weights without the optimizer only from the checkpoint "
-                f"that {pointer} names, which is {named}, not {folder.name}; load the optimizer states as well"
+                f"that {folder.parent / POINTER} names, which is {named.name if named else 'nothing there'}, not "
+                f"{folder.name}; load the optimizer states as well"
             )
     try:
         with _no_code(), _cut_for_the_processes(engine, folder):

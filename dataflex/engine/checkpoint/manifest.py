@@ -92,6 +92,10 @@ def read_manifest(folder: Path) -> Manifest | str:
     """A checkpoint's manifest, or why there is none that can be used."""
     if not folder.is_dir():
         return "there is no such checkpoint"
+    if is_plain(folder):
+        return (
+            "it is a checkpoint of DeepSpeed's own, without what dataflex needs; train can start from it, nothing else"
+        )
     if not (folder / MANIFEST).exists():
         return f"it has no {MANIFEST} (the save did not finish)"
     try:

@@ -15,9 +15,12 @@ from dataflex.utils.stopping import Stopped
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` inside; a collective. UserError where another run holds it, or it cannot be written to."""
-    lock = dist.together(lambda: _take(folder) if dist.is_main() else None)
+def held(folder: Path, key: str = "output_dir") -> Iterator[None]:
+    """Hold ``folder`` inside; a collective. UserError where another run holds it, or it cannot be written to.
+
+    key: of the configuration, which names it.
+    """
+    lock = dist.together(lambda: _take(folder, key) if dist.is_main() else None)
     lock = lock or FolderLock.join(folder)
     tidy = False
     try:
@@ -30,8 +33,8 @@ def held(folder: Path) -> Iterator[None]:
         lock.release(folder, tidy)
 
 
-def _take(folder: Path) -> FolderLock:
+def _take(folder: Path, key: str) -> FolderLock:
     try:
-        return FolderLock.take(folder, launcher_pid() or os.getpid())
+        return FolderLock.take(folder, launcher_pid() or os.getpid(), key=key)
     except OSError as exc:
-        raise UserError(f"output_dir: cannot write to '{folder}': {exc.strerror or exc}") from None
+        raise UserError(f"{key}: cannot write to '{folder}': {exc.strerror or exc}") from None
