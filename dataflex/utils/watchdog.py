@@ -23,7 +23,12 @@ from dataflex.utils.errors import UserError, cut
 from dataflex.utils.logging import logger
 from dataflex.utils.stopping import EXIT_CODE, HUNG, Stopped
 
-GRACE_S = 3.0  # in which the launcher ends what is left of a run that has failed
+GRACE_S = 3.0  # in which a rank that fails says so
+ENDS_WITHIN_S = (
+    60.0  # in which the launcher ends what is left of a run that has failed; on a busy machine it takes long
+)
+RANK_0_S = 1.0  # by which the others let rank 0 speak first, where it fails as they do
+FAILED_S = 20.0  # after which a rank that another machine's launcher does not end follows one that has failed
 
 
 def patience(timeout_s: float) -> float:
@@ -85,7 +90,7 @@ class _Guard:
         watch = self.watch
         try:
             if watch.others_failed():
-                return 1
+                return _quiet_end()
             text = self._said(exc)
             if watch.settle(text):
                 _say(text)
@@ -96,13 +101,13 @@ class _Guard:
     def _own_error(self, exc: BaseException) -> int | None:
         """None on the rank whose error is the first, and for bad input, which the launcher says once."""
         launch_folder.mark("failed", "")
+        time.sleep(RANK_0_S if self.watch.own.rank and not isinstance(exc, UserError) else 0)
         first = True
         with contextlib.suppress(RuntimeError):  # where the store is gone with rank 0
             first = self.watch.first_failed() == self.watch.own.rank
         if first or isinstance(exc, UserError):
             return None
-        time.sleep(GRACE_S)  # the launcher ends this process meanwhile
-        return 1
+        return _quiet_end()
 
     def _said(self, exc: BaseException) -> str:
         watch = self.watch
@@ -124,7 +129,7 @@ class _Guard:
                 continue
             if text is not None:
                 self._leave(text, watch.silent())
-            if watch.failed_s >= 2 * watch.beat_s and not self.ended.is_set():
+            if watch.failed_s >= FAILED_S and not self.ended.is_set():
                 os._exit(1)
 
     def _see_rank_0(self) -> None:
@@ -148,6 +153,12 @@ class _Guard:
                 if beat.host == self.watch.own.host and os.getpgid(beat.pid) == os.getpgrp():
                     os.kill(beat.pid, signal.SIGKILL)
         os._exit(HUNG)
+
+
+def _quiet_end() -> int:
+    """The exit code where another rank has said why, and whose end the launcher is to see first."""
+    time.sleep(ENDS_WITHIN_S)
+    return 1
 
 
 def _say(text: str) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch.distributed as torch_dist
 
-from dataflex.utils import beats, dist, standing
+from dataflex.utils import beats, dist, standing, watchdog
 from dataflex.utils.beats import Watch
+from dataflex.utils.errors import UserError
 from dataflex.utils.standing import Standing, main_thread
 from tests.distributed import run_ranks
 from tests.test_launcher import LAUNCH, LINUX, ROOT
@@ -143,6 +144,38 @@ def test_who_failed_first_is_known_to_all_and_the_reason_is_given_once(monkeypat
     assert zero.others_failed() and two.others_failed() and not one.others_failed()
     assert zero.round() is None and zero.failed_s == BEAT_S and one.round() is None and one.failed_s == 0
     assert zero.settle("because") and not two.settle("because") and two.round() == ""
+
+
+def test_only_the_first_of_several_errors_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for their end by the launcher, which a busy machine may see late; bad input is said anyway."""
+    slept: list[float] = []
+    said: list[str] = []
+    monkeypatch.setattr(watchdog.time, "sleep", slept.append)
+    monkeypatch.setattr(watchdog, "_say", said.append)
+    guards = []
+    for watch in Ranks(WAIT, HANG, WAIT, HANG, monkeypatch=monkeypatch).watches:
+        guard = object.__new__(watchdog._Guard)
+        guard.watch, guard.ended = watch, threading.Event()
+        guards.append(guard)
+    gone = RuntimeError("[/x/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:24278. GLHF")
+    assert guards[0].after(KeyError("first")) is None and slept == [0]
+    assert guards[1].after(ValueError("second")) == 1 and slept == [0, 1, 60]
+    assert guards[2].after(gone) == 1 and slept[3:] == [3, 60]
+    assert guards[3].after(UserError("bad input")) is None and slept[5:] == [0] and said == []
+
+
+def test_a_rank_that_lost_another_one_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(watchdog.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(watchdog, "_say", said.append)
+    ranks = Ranks(WAIT, HANG, monkeypatch=monkeypatch)
+    guard = object.__new__(watchdog._Guard)
+    guard.watch, guard.ended = ranks.watches[0], threading.Event()
+    gone = RuntimeError("[/x/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:24278. GLHF")
+    monkeypatch.setattr(watchdog, "has_ended", lambda beat: beat.rank == 1)
+    assert guard.after(gone) == 69
+    expected = "rank 1 (process 1 on node1) has ended without a word: it was last at select (mine.py:7) after step 3"
+    assert said == [expected]
 
 
 def test_the_main_threads_line_is_the_users(tmp_path: Path) -> None:
