@@ -24,9 +24,7 @@ from dataflex.utils.logging import logger
 from dataflex.utils.stopping import EXIT_CODE, HUNG, Stopped
 
 GRACE_S = 3.0  # in which a rank that fails says so
-ENDS_WITHIN_S = (
-    60.0  # in which the launcher ends what is left of a run that has failed; on a busy machine it takes long
-)
+ENDS_WITHIN_S = 60.0  # in which also a busy machine's launcher ends what is left of a run that has failed
 RANK_0_S = 1.0  # by which the others let rank 0 speak first, where it fails as they do
 FAILED_S = 20.0  # after which a rank that another machine's launcher does not end follows one that has failed
 
