@@ -206,7 +206,7 @@ class ScoringPasses:
         samples = sum(store.places(i).stop - store.places(i).start for i in missing)
         tokens = int(sum(lengths[store.places(i)].sum() for i in missing))
         taken_up = f", {len(done)} of them taken up from {store.folder}" if done else ""
-        if self.folder is not None:
+        if store.folder != Path():
             wanted = samples * row_bytes
             dist.together(lambda: check_room(store.folder, wanted, "the pass") if dist.is_main() else None)
         disk = f", {size(len(store.ids) * row_bytes)} on disk" if self.folder is not None else ""

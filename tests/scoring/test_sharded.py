@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from dataflex.data.pool import Pool
 from dataflex.engine.identity import bits_digest, weights_identity
 from dataflex.scoring.progress import counted, duration, size
 from dataflex.scoring.sharded import ScoringPasses
-from dataflex.utils import dist, run_lock
+from dataflex.utils import dist, room, run_lock
 from dataflex.utils.errors import UserError
 from tests import tiny_engine as tiny
 from tests.distributed import run_ranks
@@ -185,3 +186,13 @@ def test_two_runs_do_not_write_the_same_features_at_once(tmp_path: Path, monkeyp
         rf"features_dir: {tmp_path}/f/\w{{16}} is in use by another run \(process {os.getpid()} on ", said[0]
     )
     assert run(other) == 0, "the second takes up what the first has written"
+
+
+def test_a_pass_that_does_not_fit_on_the_disk_is_refused_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=12 * 4 - 1))
+    scorer = OnesScorer(lambda: pytest.fail("too late"))
+    passes = ScoringPasses(tmp_path, "loss", shard_samples=4)
+    with pytest.raises(UserError, match="no room for the pass: it takes about 1 MiB, the disk at /"):
+        passes.scores(scorer, Pool.from_datasets(tiny.samples(12, 1)), lambda ids: pytest.fail("too late"))
