@@ -51,8 +51,7 @@ def initialize(
     further hooks, called after dataflex's own.
 
     The whole model is put in train mode here and at each step, as transformers' Trainer does: a module that shall stay
-    in eval mode overrides its ``train``. ``model.config.use_cache`` is False from here on, since training keeps no
-    cache of keys and values; set it again before the model generates or is saved.
+    in eval mode overrides its ``train``. ``model.config.use_cache`` is False from here on: set it before generation.
     """
     pool, eval_pool = Pool.from_datasets(train_dataset), _pool(eval_dataset, "eval_dataset")
     if engine is not None:
