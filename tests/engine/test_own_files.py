@@ -209,7 +209,7 @@ def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The keys of a run that goes on from another run's checkpoint, as the same command gives them each time."""
     start = tmp_path / "home/checkpoint-2"
     make(start, 2)
-    make(tmp_path / "home/checkpoint-4", 4)
+    make(tmp_path / "other/checkpoint-2", 2)
     monkeypatch.setattr(run_folder, "_fitting", lambda cfg, start: start)
     return {"resume_from_checkpoint": str(start)}
 
@@ -223,7 +223,7 @@ def test_a_forks_same_command_goes_on_from_its_own_checkpoint(out: Path, fork: d
     make(out / "checkpoint-3", 3)
     assert prepared(out) == out / "checkpoint-3" and (out / "checkpoint-3").is_dir()
     with pytest.raises(UserError, match="checkpoint-3 would be written again; name another output_dir, or drop it"):
-        prepared(out, resume_from_checkpoint=str(out.parent / "home/checkpoint-4"))
+        prepared(out, resume_from_checkpoint=str(out.parent / "other/checkpoint-2"))
     assert prepared(out, **fork, overwrite_output_dir=True) == out.parent / "home/checkpoint-2"
     assert not (out / "checkpoint-3").exists()
 

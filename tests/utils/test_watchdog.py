@@ -18,6 +18,7 @@ from dataflex.utils import beats, dist, standing, watchdog
 from dataflex.utils.beats import Watch
 from dataflex.utils.errors import UserError
 from dataflex.utils.standing import Standing, main_thread
+from dataflex.utils.stopping import Stopped
 from tests.distributed import run_ranks
 from tests.test_launcher import LAUNCH, LINUX, ROOT
 
@@ -162,6 +163,20 @@ def test_only_the_first_of_several_errors_is_shown(monkeypatch: pytest.MonkeyPat
     assert guards[1].after(ValueError("second")) == 1 and slept == [0, 1, 60]
     assert guards[2].after(gone) == 1 and slept[3:] == [3, 60]
     assert guards[3].after(UserError("bad input")) is None and slept[5:] == [0] and said == []
+
+
+def test_the_exit_code_is_that_of_the_end() -> None:
+    """Of one process, which needs no watch."""
+
+    def stopped() -> None:
+        raise Stopped("after step 3")
+
+    def fails() -> None:
+        raise KeyError("own")
+
+    assert (watchdog.watched(lambda: None, 10.0), watchdog.watched(stopped, 10.0)) == (0, 75)
+    with pytest.raises(KeyError):
+        watchdog.watched(fails, 10.0)
 
 
 def test_a_rank_that_lost_another_one_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
