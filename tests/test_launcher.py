@@ -216,6 +216,9 @@ def test_a_worker_ends_when_its_parent_is_killed() -> None:
         (75, [], {"stopped.0": ""}, False, 75, ""),
         (75, [15, 2], {"stopped.0": ""}, False, 130, "stopped by SIGINT"),
         (-9, [], {"hung.3": "rank 1 hung", "hung.0": "rank 1 is silent"}, False, 69, "rank 1 is silent"),
+        (247, [], {"lost.2": "rank 1 is gone"}, False, 247, "a worker was killed by SIGKILL (out of memory?): rank 1 is "
+         "gone"),
+        (7, [], {"lost.2": "rank 1 is gone", "lost.0": "rank 1 has ended"}, False, 7, "rank 1 has ended"),
         (1, [], {"hung.0": "rank 1 is gone", "error.1": "a.json:1: bad"}, False, 2, "a.json:1: bad"),
         (1, [], {"failed.1": "", "stopped.0": ""}, False, 1, "a worker, or the launcher, ended with exit code 1; its "
          "messages are above"),

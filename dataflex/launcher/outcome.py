@@ -14,10 +14,10 @@ def outcome(ended: Ended, folder: Path, ssh: bool) -> int:
     """The run's exit code. folder: the launch folder. ssh: workers on other machines leave no marks in it."""
     code, received = ended.code, ended.received
     for kind, meant in (("error", USER_ERROR), ("hung", HUNG)):
-        marks = sorted(folder.glob(f"{kind}.*"), key=lambda path: int(path.suffix[1:]))
-        if marks:
-            print_error(marks[0].read_text(encoding="utf-8"))
+        if text := _first_said(folder, kind):
+            print_error(text)
             return meant
+    lost = _first_said(folder, "lost")
     done = list(folder.glob("done.*"))
     complete = bool(done) and len(done) == int(done[0].read_text(encoding="utf-8"))
     if code == 0 and (complete or ssh):
@@ -35,7 +35,13 @@ def outcome(ended: Ended, folder: Path, ssh: bool) -> int:
         print_error("the launcher ended before the training was complete (was it killed?)")
         return 1
     if code > 192 and code - 256 in {-number for number in signal.Signals}:
-        print_error(f"a worker was killed by {signal.Signals(256 - code).name} (out of memory?)")
+        print_error(f"a worker was killed by {signal.Signals(256 - code).name} (out of memory?){lost and ': ' + lost}")
     else:
-        print_error(f"a worker, or the launcher, ended with exit code {code}; its messages are above")
+        print_error(lost or f"a worker, or the launcher, ended with exit code {code}; its messages are above")
     return code
+
+
+def _first_said(folder: Path, kind: str) -> str:
+    """What the lowest rank that left a mark of this kind has to say; "" without one."""
+    marks = sorted(folder.glob(f"{kind}.*"), key=lambda path: int(path.suffix[1:]))
+    return marks[0].read_text(encoding="utf-8") if marks else ""

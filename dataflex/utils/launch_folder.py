@@ -2,8 +2,9 @@
 
 ``alive`` is locked by the launcher for as long as it lives. A worker leaves ``pid.<rank>`` when it starts, and at its
 end ``error.<rank>`` (bad input, with the lines to print), ``hung.<rank>`` (others did not come, with a line to print),
-``failed.<rank>`` (an error of its own), ``stopped.<rank>`` (ended on request) or ``done.<rank>``. What cleans up
-temporary files may remove the folder while a long run lasts: who has seen it once makes it again.
+``lost.<rank>`` (another one is gone, with a line that says which), ``failed.<rank>`` (an error of its own),
+``stopped.<rank>`` (ended on request) or ``done.<rank>``. What cleans up temporary files may remove the folder while a
+long run lasts: who has seen it once makes it again.
 """
 
 from __future__ import annotations

@@ -89,11 +89,11 @@ class _Guard:
         try:
             if watch.others_failed():
                 return _quiet_end()
-            text = self._said(exc)
+            text, late = self._said(exc), dist.is_timeout(exc)
             if watch.settle(text):
-                _say(text)
+                _say("hung" if late else "lost", text)
         except RuntimeError:  # the store is gone with rank 0
-            _say(f"{watch.own.name}, {watch.own.doing}: lost rank 0 ({_first_words(exc)})")
+            _say("lost", f"{watch.own.name}, {watch.own.doing}: lost rank 0 ({_first_words(exc)})")
         return HUNG
 
     def _own_error(self, exc: BaseException) -> int | None:
@@ -144,7 +144,7 @@ class _Guard:
         if self.ended.is_set():
             return
         if text:
-            _say(text)
+            _say("hung", text)
         time.sleep(2 * self.watch.beat_s)  # for the others to read that it is said
         for beat in silent:
             with contextlib.suppress(OSError):
@@ -159,9 +159,10 @@ def _quiet_end() -> int:
     return 1
 
 
-def _say(text: str) -> None:
+def _say(kind: str, text: str) -> None:
+    """One line on the screen: by the launcher, where it is ours, once and with what it knows."""
     if launch_folder.launch_folder() is not None:
-        launch_folder.mark("hung", text)
+        launch_folder.mark(kind, text)
     else:
         logger.error(text)
 

@@ -152,7 +152,7 @@ def test_only_the_first_of_several_errors_is_shown(monkeypatch: pytest.MonkeyPat
     slept: list[float] = []
     said: list[str] = []
     monkeypatch.setattr(watchdog.time, "sleep", slept.append)
-    monkeypatch.setattr(watchdog, "_say", said.append)
+    monkeypatch.setattr(watchdog, "_say", lambda kind, text: said.append(f"{kind}: {text}"))
     guards = []
     for watch in Ranks(WAIT, HANG, WAIT, HANG, monkeypatch=monkeypatch).watches:
         guard = object.__new__(watchdog._Guard)
@@ -182,14 +182,16 @@ def test_the_exit_code_is_that_of_the_end() -> None:
 def test_a_rank_that_lost_another_one_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(watchdog.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(watchdog, "_say", said.append)
+    monkeypatch.setattr(watchdog, "_say", lambda kind, text: said.append(f"{kind}: {text}"))
     ranks = Ranks(WAIT, HANG, monkeypatch=monkeypatch)
     guard = object.__new__(watchdog._Guard)
     guard.watch, guard.ended = ranks.watches[0], threading.Event()
     gone = RuntimeError("[/x/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:24278. GLHF")
     monkeypatch.setattr(watchdog, "has_ended", lambda beat: beat.rank == 1)
     assert guard.after(gone) == 69
-    expected = "rank 1 (process 1 on node1) has ended without a word: it was last at select (mine.py:7) after step 3"
+    expected = (
+        "lost: rank 1 (process 1 on node1) has ended without a word: it was last at select (mine.py:7) after step 3"
+    )
     assert said == [expected]
 
 
