@@ -30,6 +30,10 @@ def vanishes() -> None:
     os._exit(7)
 
 
+def ends() -> None:
+    time.sleep(1.0)
+
+
 def body() -> int:
     import torch.distributed
 
@@ -40,7 +44,7 @@ def body() -> int:
     def work() -> None:
         standing.after_step(7)
         if dist.rank() == 1:
-            {"stopped": stopped, "hung": hung, "fails": fails, "vanishes": vanishes}[sys.argv[1]]()
+            {"stopped": stopped, "hung": hung, "fails": fails, "vanishes": vanishes, "ends": ends}[sys.argv[1]]()
         dist.barrier()
 
     return watchdog.watched(work, TIMEOUT_S, BEAT_S)

@@ -265,7 +265,7 @@ def test_errors_that_come_of_other_ranks(text: str, timeout: bool, others: bool)
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """Exit code and output of launches of two ranks over gloo, of which rank 1 ends in each way; all at once."""
     out = {}
-    for what in ("stopped", "hung", "fails", "vanishes"):
+    for what in ("stopped", "hung", "fails", "vanishes", "ends"):
         folder = tmp_path_factory.mktemp(what)
         env = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "TMPDIR": str(folder)}
         words = [sys.executable, "-c", LAUNCH.replace("launch_worker", "watched_worker"), what]
@@ -304,6 +304,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]
             r"\[rank1\]: Traceback [^T]*KeyError: 'of rank 1'\n"
             r"dataflex: error: a worker, or the launcher, ended with exit code 1; its messages are above\n",
         ),
+        ("ends", 0, ""),
         ("vanishes", 7, r"dataflex: error: a worker, or the launcher, ended with exit code 7; .*\n"),
     ],
 )
