@@ -301,7 +301,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]
         (
             "fails",
             1,
-            r"\[rank1\]: Traceback [^T]*KeyError: 'of rank 1'\n"
+            r"\[rank1\]: Traceback .*KeyError: 'of rank 1'\n"
             r"dataflex: error: a worker, or the launcher, ended with exit code 1; its messages are above\n",
         ),
         ("ends", 0, ""),
