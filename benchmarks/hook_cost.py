@@ -9,8 +9,10 @@ from measure import Variant, relative_error
 from torch import Tensor
 
 from dataflex.ops import Transform, per_sample_loss, shift_labels
+from dataflex.ops.linear_deltas import LinearLossGrad
 from dataflex.scoring.context import scoring_mode
 from dataflex.scoring.coverage import find_targets, parameter_names
+from dataflex.scoring.head_parts import HeadNames
 from dataflex.scoring.sinks import ProjectingSink
 from dataflex.scoring.taps import Taps
 
@@ -27,6 +29,8 @@ class Nothing:
     def rows(self, name: str, row_ids: Tensor, values: Tensor) -> None: ...
 
     def experts(self, name: str, row: Tensor, col: Tensor, tokens: Tensor, counts: list[int]) -> None: ...
+
+    def head(self, names: HeadNames, grad: LinearLossGrad) -> None: ...
 
 
 def features_of(sink: ProjectingSink) -> Tensor:

@@ -7,6 +7,7 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ def module(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def smoke(folder: str) -> list[str]:
+def smoke(folder: str, names: Sequence[str]) -> list[str]:
     """Run the scripts one after the other in this process; returns the CSVs that they wrote."""
     written = []
-    for name in SCRIPTS:
+    for name in names:
         written.append(f"{folder}/{name}.csv")
         sys.argv = [name, "--smoke", "--csv", written[-1]]
         module(name).main()
@@ -41,13 +42,19 @@ def rows_of(file: str) -> list[dict[str, str]]:
 
 
 def test_the_scripts_run(tmp_path: Path) -> None:
-    (files,) = run_ranks("tests.test_benchmarks:smoke", 1, folder=str(tmp_path))
+    (files,) = run_ranks("tests.test_benchmarks:smoke", 1, folder=str(tmp_path), names=SCRIPTS)
     agreement, fidelity, speed = map(rows_of, files)
     assert {row["a"] for row in agreement} >= {"dataflex seed 1", "reference seed 1"}
     assert {row["scoring"] for row in fidelity} == {"exact", *module("fidelity").PROJECTIONS}
     (exact,) = (row for row in fidelity if row["scoring"] == "exact")
     assert float(exact["each_spearman"]) >= 0.999
     assert {"training", "scoring"} <= {row["what"] for row in speed}
+
+
+def test_losses_without_logits_are_measured(tmp_path: Path) -> None:
+    ((file,),) = run_ranks("tests.test_benchmarks:smoke", 1, folder=str(tmp_path), names=["bench_head"])
+    steps = {"lora step", "full step", "LESS, full", "LESS, tied", "frozen head alone", "trained head alone"}
+    assert {row["what"] for row in rows_of(file)} == steps
 
 
 def test_the_reference_scores_by_hand() -> None:

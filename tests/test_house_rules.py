@@ -51,7 +51,7 @@ NUMPY_TOO = ("cli", "launcher", "worker", "config")
 MAY_COMMUNICATE = ("utils.dist", "scoring.gather", "engine")
 COMMUNICATION = ("torch.distributed", "deepspeed.comm")
 MAKES_LOSSES = ("forward", "ops")
-LOSSES = ("dataflex.ops.per_sample_loss", "dataflex.ops.linear_per_sample_loss", "dataflex.ops.loss")
+LOSSES = tuple(f"dataflex.ops.{n}" for n in ("per_sample_loss", "linear_per_sample_loss", "loss", "linear_sweep.sweep"))
 UNSAFE_CALLS = {"yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "pickle.load", "pickle.loads"}
 
 

@@ -148,6 +148,7 @@ class TrainSection(Section):
     ddp_timeout: Seconds = 1800
     group_by_length: Flag = False
     layer_lr_multipliers: Weights = None
+    fused_head: Annotated[Literal["auto", "on", "off"], choice("auto", "on", "off")] = "auto"
     nonfinite: Annotated[Literal["stop", "skip"], choice("stop", "skip")] = "stop"
     nonfinite_limit: Positive = 10
 

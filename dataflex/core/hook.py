@@ -12,7 +12,7 @@ The loop (dataflex/engine/loop.py is the only one) in pseudo-code, with every ev
             for hook in hooks: hook.on_step_start(run, batch)
             for micro in batch.micro_batches:
                 outputs = model(micro.inputs)
-                losses = per_sample_loss(outputs.logits, micro.labels)
+                losses = per_sample_loss(outputs.logits, micro.labels)  # or without logits: `fused_head`
                 for hook in hooks: hook.on_losses(run, micro, losses, outputs)  # look at the training forward
                 weights = micro.weights      # sample_weight x domain weight x 1 / (pool size x q), or 1
                 for hook in weighers: weights *= hook.weigh(run, micro, losses, outputs)
@@ -51,6 +51,14 @@ class Hook:
         """
         return ""
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether `on_losses` or `weigh` may read ``outputs.logits``; False lets them be left out (fused_head).
+
+        Then whatever is done with ``outputs.logits`` is a UserError.
+        """
+        return True
+
     def on_train_start(self, run: Run) -> None:
         """Before the first step, or before the first step after a resume."""
 
@@ -64,7 +72,7 @@ class Hook:
         """After a micro-batch's forward, before its weights are asked for and its backward: look, change nothing.
 
         micro: a `dataflex.engine.batches.MicroBatch`. losses: its `dataflex.ops.SampleLoss`, reduction ``mean``, with
-        gradient. outputs: what the model returned.
+        gradient, but where that of a trained output layer is made with them. outputs: what the model returned.
         """
 
     def on_weights(self, run: Run, micro: Any, weights: Any) -> None:

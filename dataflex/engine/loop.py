@@ -14,33 +14,14 @@ from dataflex.core.context import Run
 from dataflex.core.hook import Hook, Planner, Weigher
 from dataflex.core.plan import Plan, group_by_length
 from dataflex.engine.batches import BatchSource, MicroBatch, StepBatch
+from dataflex.engine.contributions import local_denominator, micro_loss, token_factors
 from dataflex.engine.skip import NonFinite, advance_schedule, dropped_by_deepspeed, step_without_update
-from dataflex.forward.losses import Counted, forward
-from dataflex.ops import SampleLoss
+from dataflex.forward.counted import Counted
+from dataflex.forward.losses import Forward
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 from dataflex.utils.standing import after_step
-
-
-def micro_loss(losses: SampleLoss, weights: Tensor | None, normalization: str) -> Tensor:
-    """The numerator of a micro-batch: sum of w_i l_i over samples, or over tokens. Scalar with gradient.
-
-    losses: mean-reduced. normalization: ``tokens``, ``mean`` or ``sum_weights`` (design section 7).
-    """
-    per_sample = losses.loss * losses.count if normalization == "tokens" else losses.loss
-    return (per_sample if weights is None else weights * per_sample).sum()
-
-
-def local_denominator(batch: StepBatch, normalization: str) -> Tensor:
-    """This rank's part of the step's denominator, float64 scalar: tokens, samples or sum of weights."""
-    micro = batch.micro_batches
-    if normalization == "tokens":
-        return torch.stack([m.counts.sum() for m in micro]).sum().to(torch.float64)
-    if normalization == "sum_weights" and micro[0].weights is not None:
-        return torch.stack([m.weights.sum() for m in micro if m.weights is not None]).sum().to(torch.float64)
-    samples = sum(len(m.sample_ids) for m in micro)
-    return torch.tensor(float(samples), dtype=torch.float64, device=micro[0].labels.device)
 
 
 class Stepper:
@@ -58,14 +39,17 @@ class Stepper:
         normalization: str,
         class_weight: Tensor | None = None,
         nonfinite: NonFinite | None = None,
+        model_forward: Forward | None = None,
     ) -> None:
         """class_weight: float32 [vocabulary] on the device, multiplies the loss of each token by its label's.
 
-        nonfinite: what a loss or gradient that is not finite leads to; without it, to a UserError.
+        nonfinite: what a loss or gradient that is not finite leads to; without it, to a UserError. model_forward: makes
+        the losses, of logits where it is not given.
         """
         self.engine = engine
         self.class_weight = class_weight
         self.nonfinite = nonfinite or NonFinite()
+        self._losses = model_forward or Forward()
         self.run = run
         self.loss = math.nan
         self.watchers = [h for h in hooks if type(h).on_losses is not Hook.on_losses]
@@ -168,7 +152,10 @@ class Stepper:
         counted = Counted(
             micro.labels, micro.cu_seqlens, token_weight=micro.token_weights, class_weight=self.class_weight
         )
-        losses, outputs = forward(self.engine, micro.inputs, counted)
+        known = None
+        if not self.weighers:
+            known = token_factors(micro, micro.weights, self.normalization) / denominator
+        losses, outputs, total = self._losses(self.engine, micro.inputs, counted, factors=known)
         for hook in self.watchers:
             hook.on_losses(self.run, micro, losses, outputs)
         answers = [hook.weigh(self.run, micro, losses, outputs) for hook in self.weighers]
@@ -182,8 +169,9 @@ class Stepper:
             weights = answer if weights is None else weights * answer
         for hook in self.observers:
             hook.on_weights(self.run, micro, weights)
-        loss = micro_loss(losses, weights, self.normalization) / denominator
-        return loss, losses.loss, self._counting(micro, weights)
+        if total is None:
+            total = micro_loss(losses, weights, self.normalization) / denominator
+        return total, losses.loss, self._counting(micro, weights)
 
     def _counting(self, micro: MicroBatch, weights: Tensor | None) -> Tensor:
         """Whether any token is trained on with a weight other than 0, of it, its class and its sample; bool scalar."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dataflex.scoring.coverage import is_plain_linear, kind_of, reads_parameter
+from dataflex.forward.head import is_plain_linear
+from dataflex.scoring.coverage import kind_of, reads_parameter
 from dataflex.utils.errors import UserError, brief, nearest
 from dataflex.utils.logging import logger
 

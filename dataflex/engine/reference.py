@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dataflex.engine.ds_config import given_config
-from dataflex.forward.losses import Counted, forward
+from dataflex.forward.counted import Counted
+from dataflex.forward.losses import Forward
+from dataflex.scoring.context import release_gathered
+from dataflex.scoring.head_check import OpenHead
 from dataflex.scoring.token_losses import TokenLossStore
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -27,10 +31,10 @@ Reference = Callable[[Any], Tensor]
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
 
-def open_reference(path: str, *, engine: Any, pool: Any, model: ModelSection) -> Reference:
+def open_reference(path: str, *, engine: Any, pool: Any, model: ModelSection, open_head: OpenHead) -> Reference:
     """The reference at ``path``: a Hugging Face model or adapter folder, or a `TokenLossStore`; a collective.
 
-    engine: of the model in training, which the reference follows in device, dtype and ZeRO-3.
+    engine: of the model in training, which the reference follows in device, dtype and ZeRO-3. open_head: of a model.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -42,7 +46,7 @@ def open_reference(path: str, *, engine: Any, pool: Any, model: ModelSection) ->
                 "streaming: true does not have; name the folder of a model"
             )
         return StoredReference(dist.together(lambda: TokenLossStore.open(folder, pool)))
-    return FrozenReference(folder, engine, model.trust_remote_code)
+    return FrozenReference(folder, engine, model.trust_remote_code, open_head)
 
 
 class StoredReference:
@@ -63,7 +67,7 @@ class StoredReference:
 class FrozenReference:
     """A forward of a model of its own; under ZeRO-3 it is partitioned too, in an engine without an optimizer."""
 
-    def __init__(self, folder: Path, engine: Any, trust_remote_code: bool) -> None:
+    def __init__(self, folder: Path, engine: Any, trust_remote_code: bool, open_head: OpenHead) -> None:
         own = engine.module
         stage3 = engine.zero_optimization_stage() == 3
         dtype = next(own.parameters()).dtype
@@ -79,12 +83,18 @@ class FrozenReference:
         model.config.use_cache = False
         self.model: nn.Module = _engine(model, engine) if stage3 else model.to(engine.device)
         self.model.eval()
+        release = partial(release_gathered, self.model) if stage3 else _nothing
+        self.losses = Forward(open_head(model, release=release))
         logger.info(f"reference model: {folder}, frozen{', partitioned' if stage3 else ''}")
 
     @torch.no_grad()
     def __call__(self, micro: Any) -> Tensor:
         """float32 [N]."""
-        return forward(self.model, micro.inputs, Counted(micro.labels, micro.cu_seqlens)).losses.token_loss
+        return self.losses(self.model, micro.inputs, Counted(micro.labels, micro.cu_seqlens)).losses.token_loss
+
+
+def _nothing() -> None:
+    """What a whole model gives back after a forward."""
 
 
 def _load(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -70,6 +70,7 @@ SAID = {
     "component_params",
     "model_name_or_path",
     "flash_attn",
+    "fused_head",
     "deepspeed",
     "eval_dataset",
     "mixer_eval_dataset",

@@ -1,46 +1,45 @@
-"""A model's forward and the losses of its samples, together."""
+"""A model's forward and the losses of its samples, together: with logits, or without them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from dataflex.forward.counted import Counted, Forwarded
+from dataflex.forward.fused import FusedHead, Watch
 from dataflex.forward.split import logits_of
 from dataflex.ops import SampleLoss, per_sample_loss
 
 
-@dataclass(frozen=True)
-class Counted:
-    """What a forward's losses are made of, besides its logits.
+class Forward:
+    """How the batches of one model become losses. fused: its output layer, where losses can be made inside of it."""
 
-    labels: [N] int64, shifted; cu_seqlens: [S + 1] int64; token_weight: [N]; class_weight: [V]; reduction: ``mean`` or
-    ``sum``: as `dataflex.ops.per_sample_loss` takes them.
-    """
+    def __init__(self, fused: FusedHead | None = None) -> None:
+        self.fused = fused
 
-    labels: Tensor
-    cu_seqlens: Tensor
-    reduction: str = "mean"
-    token_weight: Tensor | None = None
-    class_weight: Tensor | None = None
+    def __call__(
+        self,
+        run: Callable[..., Any],
+        inputs: Mapping[str, Tensor],
+        counted: Counted,
+        *,
+        factors: Tensor | None = None,
+        watch: Watch | None = None,
+    ) -> Forwarded:
+        """Call ``run(**inputs)``, the model or an engine around it, for the losses of its samples.
 
-
-class Forwarded(NamedTuple):
-    """losses: with gradient where the forward has one; outputs: what the model returned."""
-
-    losses: SampleLoss
-    outputs: Any
-
-
-def forward(run: Callable[..., Any], inputs: Mapping[str, Tensor], counted: Counted) -> Forwarded:
-    """Call ``run(**inputs)``, a model or an engine around it, for the losses of its samples.
-
-    UserError where it returns no logits.
-    """
-    outputs = run(**inputs)
-    return Forwarded(losses_of(logits_of(outputs), counted), outputs)
+        factors: [N], where the backward will be of sum(factors * token_loss) and nothing else: the gradient of a
+        trained output layer without logits is then made with the losses. watch: is shown the call of an output layer
+        without logits. UserError where the model returns no logits.
+        """
+        fused = self.fused
+        if fused is not None and fused.pays(len(counted.labels), backward=torch.is_grad_enabled()):
+            return fused.losses(run, inputs, counted, factors, watch)
+        outputs = run(**inputs)
+        return Forwarded(losses_of(logits_of(outputs), counted), outputs)
 
 
 def losses_of(logits: Tensor, counted: Counted) -> SampleLoss:

@@ -54,3 +54,39 @@ def logits_of(outputs: Any) -> Tensor:
     if not torch.is_tensor(found):
         raise UserError(f"model: returns a {type(outputs).__name__} without logits: {WANTED}")
     return found
+
+
+class NoLogits:
+    """Stands where a model's logits would: whatever is done with it is a UserError."""
+
+    @staticmethod
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise UserError(
+            "outputs.logits: there are none: the losses are made inside of the output layer (fused_head); a hook or "
+            "weighter of needs_logits = True keeps them, and so does fused_head: off"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return self.refuse()
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        return cls.refuse()
+
+
+_USES = "getitem setitem iter len bool float int array add radd sub rsub mul rmul truediv matmul neg pow eq lt gt"
+for _use in _USES.split():
+    setattr(NoLogits, f"__{_use}__", NoLogits.refuse)
+
+
+def without_logits(outputs: Any) -> Any:
+    """What a model returned with `NoLogits` where its logits were; a container is changed in place."""
+    if torch.is_tensor(outputs):
+        return NoLogits()
+    if isinstance(outputs, tuple | list) and not hasattr(outputs, "logits"):
+        return type(outputs)([NoLogits(), *outputs[1:]])
+    if isinstance(outputs, Mapping):
+        outputs["logits"] = NoLogits()  # type: ignore[index]
+    else:
+        outputs.logits = NoLogits()
+    return outputs

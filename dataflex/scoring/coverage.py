@@ -12,12 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dataflex.forward.head import is_plain_linear
 from dataflex.scoring.layers import LayerRule
 from dataflex.scoring.norms import is_norm
 from dataflex.utils.errors import UserError
 
-# Linear layers with a forward of their own that computes x W^T + b and nothing else.
-_PLAIN = ("FalconLinear", "Conv1D")
 # Reading these of a weight is no use of it.
 _LOOKS = r"(?!\.(?:dtype|device|shape|data|size|is_meta|_\w+)\b)"
 _EXPERT_FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
@@ -56,12 +55,6 @@ class Target:
     def groups(self) -> list[dict[str, str]]:
         """The names of its own parameters, and those of each adapter."""
         return [self.names, *(adapter.names for adapter in self.adapters.values())]
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling the module is x W^T + b, or x W + b for a Conv1D."""
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain or type(module).__name__ in _PLAIN
 
 
 def reads_parameter(kind: type, child: str, names: str = "weight") -> bool:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from dataflex.scoring.batches import Ids
 from dataflex.scoring.coverage import find_targets, parameter_names, trained_names
+from dataflex.scoring.direction_sink import DirectionSink
 from dataflex.scoring.gather import merge, sum_over_ranks
 from dataflex.scoring.layers import LayerRule
 from dataflex.scoring.scorer import Floats, Scorer
-from dataflex.scoring.sinks import DirectionSink, Totals
+from dataflex.scoring.sinks import Totals
 
 Directions = dict[str, Tensor]
 

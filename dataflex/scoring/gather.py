@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -19,3 +22,17 @@ def merge(values: NDArray[np.float32], device: torch.device) -> NDArray[np.float
 def sum_over_ranks(tensor: torch.Tensor) -> None:
     """Add up the ranks' tensors of the same shape, in place."""
     dist.all_reduce(tensor)
+
+
+@contextmanager
+def whole(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 has taken apart hold their values on every rank.
+
+    Those that a backward has left whole stay so: DeepSpeed refuses to take them apart before the pass ends.
+    """
+    from deepspeed import zero
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    apart = [p for p in parameters if getattr(p, "ds_status", ZeroParamStatus.AVAILABLE) != ZeroParamStatus.AVAILABLE]
+    with zero.GatheredParameters(apart, enabled=bool(apart)):
+        yield

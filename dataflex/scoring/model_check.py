@@ -38,7 +38,7 @@ def check_model(engine: Any, batch: dict[str, Any]) -> None:
     inputs, labels, raw_labels, _ = split_batch(batch, torch.device(engine.device))
     _check_signature(module, name, inputs)
     leaves: list[Tensor] = []
-    with _probing(engine, leaves):
+    with probing(module, torch.device(engine.device), leaves):
         logits = logits_of(module(**inputs))
         _check_shape(logits, labels, raw_labels, name)
         if logits.requires_grad:
@@ -47,9 +47,8 @@ def check_model(engine: Any, batch: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _probing(engine: Any, leaves: list[Tensor]) -> Iterator[None]:
+def probing(module: nn.Module, device: torch.device, leaves: list[Tensor]) -> Iterator[None]:
     """Scoring mode; the random state stays as it is. ``leaves`` takes the embeddings, where the model has any."""
-    module, device = engine.module, torch.device(engine.device)
     embeds = any(isinstance(m, nn.Embedding) for m in module.modules())
     watched = leaf_embeddings(module, leaves) if embeds else nullcontext()
     modes = (evaluating(module, gradients=embeds), frozen(module), torch.set_grad_enabled(embeds), watched)
@@ -141,11 +140,11 @@ def check_packing(engine: Any, collator: Callable[[list[Any]], dict[str, Any]], 
     module, device = engine.module, torch.device(engine.device)
     name, size = _name(module), len(sample["input_ids"])
     alone, packed = (split_batch(made, device).inputs for made in (collator([sample]), batch))
-    with _probing(engine, []), torch.no_grad():
+    with probing(module, device, []), torch.no_grad():
         wanted = logits_of(module(**alone))[0, :size].float()
     release_gathered(engine)
     leaves: list[Tensor] = []
-    with _probing(engine, leaves):
+    with probing(module, torch.device(engine.device), leaves):
         logits = logits_of(module(**packed))
         found = logits[0, size : 2 * size]
         first = torch.arange(size, device=device)

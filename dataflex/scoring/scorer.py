@@ -17,16 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataflex.forward.losses import Counted, forward
+from dataflex.forward.counted import Counted
+from dataflex.forward.losses import Forward
 from dataflex.forward.split import split_batch
 from dataflex.ops import SampleLoss, Transform
 from dataflex.scoring.batches import MOST_SAMPLES, Ids, bucket, deal, sample_lengths
 from dataflex.scoring.context import release_gathered, scoring_mode
 from dataflex.scoring.coverage import Target, find_targets, parameter_names, trained_names
+from dataflex.scoring.direction_sink import DirectionSink
 from dataflex.scoring.gather import merge
 from dataflex.scoring.layers import LayerRule
 from dataflex.scoring.progress import counted
-from dataflex.scoring.sinks import DirectionSink, Moments, ProjectingSink, Totals
+from dataflex.scoring.sinks import Moments, ProjectingSink, Totals
 from dataflex.scoring.taps import Taps
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -41,7 +43,8 @@ class Scorer:
     """Scores samples of map-style datasets with ``engine.module`` in batches of ``token_budget`` tokens.
 
     engine: a DeepSpeed engine, any ZeRO stage. collator: list of samples to a padded batch. moments: reads
-    Adam's moments and constants of named parameters (a collective under ZeRO). watch: called with the samples and
+    Adam's moments and constants of named parameters (a collective under ZeRO). forward: makes the losses, of logits
+    where it is not given. watch: called with the samples and
     tokens of each of this rank's batches, where it is set; else each pass is logged. tally: called with the samples of
     each pass, those of all ranks.
     """
@@ -52,11 +55,13 @@ class Scorer:
         collator: Callable[[list[Any]], dict[str, Any]],
         token_budget: int,
         moments: MomentReader,
+        forward: Forward | None = None,
     ) -> None:
         self.engine = engine
         self.collator = collator
         self.token_budget = token_budget
         self._read_moments = moments
+        self.forward = forward or Forward()
         self._kept: dict[tuple[str, ...], tuple[Moments, Transform]] | None = None
         self.watch: Callable[[int, int], None] | None = None
         self.tally: Callable[[int], None] = lambda samples: None
@@ -210,7 +215,7 @@ class Scorer:
         sink.scale = 1.0 / _HALF_SCALE if half else 1.0
         sink.start(cu_seqlens)
         taps.start(len(raw_labels), raw_labels.numel(), cu_seqlens)
-        losses = forward(self.engine.module, inputs, Counted(labels, cu_seqlens)).losses.loss
+        losses = self.forward(self.engine.module, inputs, Counted(labels, cu_seqlens), watch=taps.head).losses.loss
         loss = losses.sum() if weights is None else (losses * weights.to(losses)).sum()
         (loss / sink.scale).backward()
         taps.check_fired()
@@ -229,7 +234,7 @@ class Scorer:
 
     def _forward(self, batch: dict[str, Any], reduction: str) -> tuple[SampleLoss, Tensor]:
         inputs, labels, _, cu_seqlens = split_batch(batch, self.device)
-        return forward(self.engine.module, inputs, Counted(labels, cu_seqlens, reduction)).losses, cu_seqlens
+        return self.forward(self.engine.module, inputs, Counted(labels, cu_seqlens, reduction)).losses, cu_seqlens
 
     def moments(self, names: list[str], adam: str | None) -> tuple[Moments, Transform]:
         """({name: (exp_avg, exp_avg_sq)}, transform); no moments for the plain gradient. A collective under ZeRO."""

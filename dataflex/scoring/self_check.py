@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataflex.forward.losses import Counted, forward
+from dataflex.forward.counted import Counted
+from dataflex.forward.losses import Forward
 from dataflex.forward.split import split_batch
 from dataflex.ops import Transform, project_rows_, tensor_id
 from dataflex.scoring.batches import Ids
@@ -165,7 +166,7 @@ def _sample_gradient(scorer: Scorer, sample: Any, names: list[str]) -> dict[str,
         leaf_embeddings(module, ends),
         torch.enable_grad(),
     ):
-        loss = forward(module, inputs, Counted(labels, cu_seqlens)).losses.loss.sum()
+        loss = Forward()(module, inputs, Counted(labels, cu_seqlens)).losses.loss.sum()
         grads = torch.autograd.grad(loss, [*chosen.values(), *ends], allow_unused=True)[: len(chosen)]
     scorer.release()
     shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in chosen.items()}

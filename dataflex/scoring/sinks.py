@@ -1,7 +1,4 @@
-"""Where taps deliver: `ProjectingSink` folds each layer into features while the backward runs.
-
-`DirectionSink` adds up weighted gradients instead, which needs no gradient of a single sample.
-"""
+"""Where taps deliver: `ProjectingSink` folds each layer into features while the backward runs."""
 
 from __future__ import annotations
 
@@ -20,6 +17,9 @@ from dataflex.ops import (
     project_zero,
     tensor_id,
 )
+from dataflex.ops.linear_deltas import LinearLossGrad
+from dataflex.scoring.gather import whole
+from dataflex.scoring.head_parts import HeadNames, Outer, with_lookups
 
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -81,12 +81,13 @@ class ProjectingSink:
     cu_seqlens: Tensor = field(init=False)
     _by_factor: dict[float, Totals] = field(default_factory=dict)
     _waiting: dict[str, list[tuple[str, Tensor, Tensor]]] = field(default_factory=dict)
+    _heads: list[tuple[HeadNames, LinearLossGrad]] = field(default_factory=list)
     _zero: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     per_sample: ClassVar[bool] = True
 
     def start(self, cu_seqlens: Tensor) -> None:
         self.cu_seqlens = cu_seqlens
-        self._by_factor, self._waiting = {}, {}
+        self._by_factor, self._waiting, self._heads = {}, {}, []
 
     def outer(self, name: str, row: Tensor, col: Tensor, per_token: int = 1) -> None:
         if name in self.shared:
@@ -116,6 +117,12 @@ class ProjectingSink:
                 self._outer(name, row[part], col[part], bounds, (e, len(counts)))
             start += count
 
+    def head(self, names: HeadNames, grad: LinearLossGrad) -> None:
+        if self.shared & set(names.weights.values()):
+            self._heads.append((names, grad))
+        else:
+            self._head(names, grad)
+
     def sample(self, name: str, sample: int, grad: Tensor) -> None:
         """The parameter counts as a matrix (`as_matrix`), a vector as one row."""
         part = slice(sample, sample + 1)
@@ -131,13 +138,16 @@ class ProjectingSink:
 
     def finish(self) -> Totals:
         """The batch's totals, after the parameters that waited were added."""
+        for names, grad in self._heads:
+            with whole([weight for _, weight in grad.products.pairs]):
+                self._head(names, grad)
         for name, parts in self._waiting.items():
             self._combined(name, parts)
-        self._waiting = {}
-        whole = self._new_totals(len(self.cu_seqlens) - 1)
+        self._waiting, self._heads = {}, []
+        total = self._new_totals(len(self.cu_seqlens) - 1)
         for factor, totals in self._by_factor.items():
-            whole.add(totals, factor)
-        return whole
+            total.add(totals, factor)
+        return total
 
     def _new_totals(self, samples: int) -> Totals:
         queries = next((len(d) for d in self.directions.values()), 0)
@@ -181,6 +191,27 @@ class ProjectingSink:
         more = self._how(name, part) | {"scale": self.scale, "row_offset": offset}
         self._add(name, project_per_sample_grad_, row, col, bounds, **more)
 
+    def _head(self, names: HeadNames, grad: LinearLossGrad) -> None:
+        """Block by block of the vocabulary; where an embedding is tied to it, with what waits of that."""
+        bounds, biases = grad.bounds(self.cu_seqlens), []
+        uses = [
+            (name, self._how(name), grad.inputs(at), self._waiting.pop(name, [])) for at, name in names.weights.items()
+        ]
+        for columns, delta in grad.blocks():
+            for name, how, col, lookups in uses:
+                part = Outer(delta, col.to(delta.dtype), bounds)
+                for kind, ids, values in lookups:
+                    assert kind == "rows", f"{name} is tied to a layer that is no embedding"
+                    part = with_lookups(part, columns, ids, values, self.cu_seqlens)
+                cut = {key: how[key] for key in ("exp_avg", "exp_avg_sq", "directions")}
+                mine = {key: None if t is None else t[..., columns, :] for key, t in cut.items()}
+                more = how | mine | {"scale": self.scale, "row_offset": columns.start}
+                self._add(name, project_per_sample_grad_, part.row, part.col, part.bounds, **more)
+            if names.bias is not None:
+                biases.append(segment_sums(delta, bounds))
+        if names.bias is not None:
+            self._add(names.bias, project_dense_, torch.cat(biases, 1).mul_(self.scale))
+
     def _combined(self, name: str, parts: list[tuple[str, Tensor, Tensor]]) -> None:
         """A tied matrix: its uses become more tokens of one outer product, sample by sample."""
         vocabulary = max(row.shape[1] for kind, row, _ in parts if kind == "outer")
@@ -219,44 +250,3 @@ class ProjectingSink:
             parts = {"base": base, "base_sqnorm": zero.sqnorm, "base_dots": zero.dots}
             self._zero[name] = {k: v for k, v in parts.items() if v is not None and v.numel()}
         return self._zero[name]
-
-
-class DirectionSink:
-    """Adds up plain gradients over samples; a sample's weight is the factor of its loss.
-
-    sums: {name: float32 of the parameter's shape}, changed in place. factors: of `LayerRule`.
-    """
-
-    per_sample: ClassVar[bool] = False
-
-    def __init__(self, sums: Mapping[str, Tensor], factors: Mapping[str, float]) -> None:
-        self.sums = sums
-        self.factors = factors
-        self.scale = 1.0
-
-    def start(self, cu_seqlens: Tensor) -> None:
-        """Nothing here depends on where samples end."""
-
-    def finish(self) -> None:
-        """Nothing waits."""
-
-    def outer(self, name: str, row: Tensor, col: Tensor, per_token: int = 1) -> None:
-        self.sums[name].addmm_(row.float().T, col.float(), alpha=self._by(name))
-
-    def dense(self, name: str, per_token: Tensor) -> None:
-        self.sums[name].add_(per_token.float().sum(0), alpha=self._by(name))
-
-    def rows(self, name: str, row_ids: Tensor, values: Tensor) -> None:
-        self.sums[name].index_add_(0, row_ids, values.float(), alpha=self._by(name))
-
-    def experts(self, name: str, row: Tensor, col: Tensor, tokens: Tensor, counts: list[int]) -> None:
-        rows, cols = torch.split(row.float(), counts), torch.split(col.float(), counts)
-        parts = self.sums[name].view(len(counts), -1, col.shape[1])
-        for part, left, right in zip(parts, rows, cols, strict=True):
-            part.addmm_(left.T, right, alpha=self._by(name))
-
-    def sample(self, name: str, sample: int, grad: Tensor) -> None:
-        self.sums[name].add_(grad.float(), alpha=self._by(name))
-
-    def _by(self, name: str) -> float:
-        return self.scale * self.factors.get(name, 1.0)

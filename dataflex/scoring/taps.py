@@ -10,8 +10,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from dataflex.forward.fused import HeadCall
+from dataflex.ops.linear_deltas import LinearLossGrad
+from dataflex.ops.linear_sweep import Products
 from dataflex.scoring.coverage import Adapter, Target, parameter_names
 from dataflex.scoring.experts import Routing, run_experts
+from dataflex.scoring.head_parts import HeadNames
 from dataflex.scoring.norms import normalised
 from dataflex.scoring.rerun import Places, gradients, refuse_own_parameters, watch
 from dataflex.scoring.tap import calls_to, tap
@@ -37,6 +41,9 @@ class Sink(Protocol):
         ascending within an expert.
         """
 
+    def head(self, names: HeadNames, grad: LinearLossGrad) -> None:
+        """The parameters of an output layer have the gradient that ``grad`` gives in blocks of the vocabulary."""
+
     # Whether `sample` wants each sample's gradient; else it is called once, with their sum.
     per_sample: ClassVar[bool]
 
@@ -58,6 +65,7 @@ class Taps:
         self.batch_rows, self.tokens = 0, 0
         self._places = Places(0, 0, torch.zeros(1, dtype=torch.int64))
         self._quiet = False
+        self._heads: set[int] = set()
         self._handles: list[Any] = []
         self._replaced: list[nn.Module] = []
 
@@ -84,6 +92,7 @@ class Taps:
         cu_seqlens: [S + 1] int64, where the samples are in the flattened tokens; without it every row is one.
         """
         self.fired.clear()
+        self._heads.clear()
         self.batch_rows, self.tokens = batch_rows, tokens
         if cu_seqlens is None:
             cu_seqlens = torch.arange(batch_rows + 1) * (tokens // batch_rows)
@@ -106,7 +115,25 @@ class Taps:
 
     def _hook(self, target: Target, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
-        return output if self._quiet else self._tap_lookup(target, output, x)
+        return output if self._quiet or id(module) in self._heads else self._tap_lookup(target, output, x)
+
+    def head(self, call: HeadCall) -> Tensor:
+        """The token losses of an output layer without logits, tapped in the layer's place."""
+        places = {id(module): place for place, module in enumerate(call.modules)}
+        self._heads |= set(places)
+        mine = [(places[id(t.module)], t.names) for t in self.targets if id(t.module) in places]
+        biases = [names["bias"] for _, names in mine if "bias" in names]
+        names = HeadNames({at: own["weight"] for at, own in mine if "weight" in own}, *biases)
+        if not names.every():
+            return call.token_loss
+
+        def deliver(by: Tensor, lse: Tensor, *inputs: Tensor) -> None:
+            self.fired.update(names.every())
+            weights = (weight for _, weight in call.products.pairs)
+            products = Products(tuple(zip(inputs, weights, strict=True)), call.products.bias)
+            self.sink.head(names, LinearLossGrad(products, call.labels, lse, by, call.scale, call.softcap))
+
+        return tap(call.token_loss, deliver, call.lse, *(x for x, _ in call.products.pairs))
 
     def _tap_lookup(self, target: Target, output: Tensor, x: Tensor) -> Tensor:
         """A layer's output, tapped; positions that all rows share are looked up for each of them."""

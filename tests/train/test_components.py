@@ -1,4 +1,7 @@
-"""Every registered component, run the same way: two decisions, a resume in mid-phase, one rank and two."""
+"""Every registered component, run the same way: two decisions, a resume in mid-phase, one rank and two.
+
+One rank makes logits, two do not (fused_head).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import yaml
 
 import dataflex
 from dataflex.core.registry import KINDS, REGISTRY
+from dataflex.forward import fused
 from dataflex.train.trainer.components import load_components
 from dataflex.utils import dist
 from tests import tiny_engine as tiny
@@ -42,6 +46,7 @@ def build(case: Case, folder: Path, world: int) -> tuple[Any, Recorder]:
             "component_name": case.name,
             "components_cfg_file": str(components),
             "output_dir": str(folder),
+            "fused_head": "on" if world > 1 else "off",  # with logits or without, the run is the same
             **schedule,
         },
         train_dataset={name: tiny.samples(size, seed=size) for name, size in SIZES.items()},
@@ -77,6 +82,7 @@ def run(case: Case, folder: Path, world: int) -> dict[str, Any]:
 def all_cases(folder: str, world: int) -> dict[str, Any]:
     """Every case in one process group. A case that fails is reported as its text, and by its own test."""
     results: dict[str, Any] = {}
+    fused.CHUNK_TOKENS = {"cpu": 16, "cuda": 16}
     for case in CASES:
         try:
             results[case.id] = run(case, Path(folder, case.id), world)

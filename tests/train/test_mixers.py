@@ -212,7 +212,7 @@ def doremi(**params: Any) -> DoremiMixer:
         (lambda: TemperatureMixer(manager([3]), -1), "temperature mixer: tau: expected a number >= 0, got -1"),
         (lambda: DynamicMoeMixer(manager([3]), POOL, DENSE), "dynamic_moe mixer: a llama model has no experts"),
         (
-            lambda: open_reference("no/such", engine=None, pool=None, model=None),  # type: ignore[arg-type]
+            lambda: open_reference("no/such", engine=None, pool=None, model=None, open_head=None),  # type: ignore[arg-type]
             "reference_model_path: there is no folder 'no/such'",
         ),
     ],

@@ -77,7 +77,7 @@ def test_passes_count_where_a_size_is_known_and_sizes_are_not_to_be_had() -> Non
 def test_stored_token_losses_are_of_known_samples(tmp_path: Any) -> None:
     pool = SimpleNamespace(size=None)
     with pytest.raises(UserError, match="is no model, and stored token losses are of known samples"):
-        open_reference(str(tmp_path), engine=None, pool=pool, model=None)  # type: ignore[arg-type]
+        open_reference(str(tmp_path), engine=None, pool=pool, model=None, open_head=None)  # type: ignore[arg-type]
 
 
 def test_the_planner_warns_of_repeats_and_says_fixed_proportions_once(capsys: pytest.CaptureFixture[str]) -> None:

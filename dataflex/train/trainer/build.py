@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from dataflex.config import Config
 from dataflex.config.components import component_params
@@ -25,10 +26,15 @@ from dataflex.engine.optimizer_state import read_moments
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.engine.reference import open_reference
 from dataflex.engine.skip import NonFinite
+from dataflex.forward.fused import FusedHead
+from dataflex.forward.losses import Forward
+from dataflex.scoring.context import release_gathered
+from dataflex.scoring.head_check import open_head
 from dataflex.scoring.model_check import check_model, check_packing
 from dataflex.scoring.scorer import Scorer
 from dataflex.scoring.sharded import ScoringPasses
 from dataflex.train.trainer.component_hooks import HookBuilder
+from dataflex.train.trainer.training_head import training_head
 from dataflex.train.trainer.weight_trainer import WeightLog
 from dataflex.train.weighter.static_weights import static_weights
 from dataflex.utils.errors import UserError
@@ -65,7 +71,10 @@ def attach(
     check_packing(engine, collator, sample)
     run = _make_run(engine, cfg, pool)
     budget = cfg.flex.scoring_batch_tokens or run.micro_batch * pool.longest
-    scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names))
+    longest = max(budget, run.micro_batch * pool.longest)
+    head_of = partial(_open_head, cfg.train.fused_head, engine, collator([sample]), longest)
+    fused = head_of(engine.module, release=partial(release_gathered, engine))
+    scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names), Forward(fused))
     scorer.tally = lambda samples: run.clock.add_scored(samples)
     device = torch.device(engine.device)
     weights = static_weights(cfg.weighting, pool, tokenizer, _vocabulary(engine.module), device)
@@ -73,7 +82,9 @@ def attach(
     builder.runtime |= {"eval_dataset": eval_pool, "mixer_eval_dataset": mixer_eval_pool, "scorer": scorer}
     builder.runtime["passes"] = _passes(run, cfg, engine)
     builder.runtime["reference_model_path"] = cfg.flex.reference_model_path
-    builder.runtime["open_reference"] = partial(open_reference, engine=engine, pool=pool, model=cfg.model)
+    builder.runtime["open_reference"] = partial(
+        open_reference, engine=engine, pool=pool, model=cfg.model, open_head=head_of
+    )
     every = builder.hooks()
     weighted = any(isinstance(h, Weigher) for h in (*every, *hooks)) or weights.any
     if weighted:
@@ -81,12 +92,20 @@ def attach(
     every += hooks  # after what dataflex keeps itself: a log or a checkpoint among them holds the whole step
     normalization = cfg.flex.weight_normalization if weighted else "tokens"
     policy = NonFinite(cfg.train.nonfinite, cfg.train.nonfinite_limit)
-    stepper = Stepper(engine, run, every, normalization, weights.class_weight, policy)
+    training = Forward(training_head(fused, every, longest))
+    stepper = Stepper(engine, run, every, normalization, weights.class_weight, policy, training)
     source = BatchSource(run, collator, device, workers, weights)
     loop = Loop(run, every, source, stepper, cfg.train.group_by_length)
     wrapped = DataflexEngine(engine, run, loop, scorer, eval_pool, cfg.train.per_device_eval_batch_size)
     run.engine = wrapped
     return wrapped
+
+
+def _open_head(
+    mode: str, engine: Any, batch: dict[str, Any], tokens: int, module: nn.Module, *, release: Callable[[], None]
+) -> FusedHead | None:
+    """`open_head` of the model in training, or of another one on the same device."""
+    return open_head(mode, module, batch, tokens, device=torch.device(engine.device), release=release)
 
 
 def _short_sample(pool: Pool) -> dict[str, Any]:

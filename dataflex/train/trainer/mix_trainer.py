@@ -163,6 +163,11 @@ class LearningPlanner(MixPlanner):
     mixer: LearningMixer
     _sums: Tensor | None = None
 
+    @property
+    def needs_logits(self) -> bool:
+        """A mixer is shown losses only."""
+        return False
+
     def on_losses(self, run: Run, micro: Any, losses: SampleLoss, outputs: Any) -> None:
         if not self._learns(run):
             return

@@ -81,6 +81,10 @@ class WeightHook(Weigher):
             return "global micro-batch"
         return "" if isinstance(self.weighter, SampleWeighter) else "micro-batch"
 
+    @property
+    def needs_logits(self) -> bool:
+        return self.weighter.needs_logits
+
     def state_dict(self) -> dict[str, Any]:
         return self.weighter.state_dict()
 

@@ -68,6 +68,8 @@ class AdaptWeighter(SampleWeighter):
     anchors. What is None is as `DEFAULTS` says for the form of the weights.
     """
 
+    needs_logits = False
+
     def __init__(
         self,
         eval_dataset: Any,

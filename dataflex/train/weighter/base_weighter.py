@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dataflex.forward.losses import Counted, losses_of
+from dataflex.forward.counted import Counted
+from dataflex.forward.losses import losses_of
 from dataflex.ops import shift_labels
 from dataflex.utils.errors import UserError, nearest
 
@@ -22,11 +23,14 @@ class Weighter(ABC):
     of the global batch.
 
     warmup_step: unweighted steps before the first weighted one; the hook sets it. relative: weights compare the
-    samples of a global micro-batch with one another, so that with one sample they can have no effect.
+    samples of a global micro-batch with one another, so that with one sample they can have no effect. needs_logits:
+    False says that the weighter does not look at the logits of the training forward (by a module's hook, say), so that
+    the losses may be made without them (fused_head).
     """
 
     warmup_step: int = 0
     relative: bool = False
+    needs_logits: bool = True
 
     def __init__(self, **kwargs: Any) -> None:
         if kwargs:

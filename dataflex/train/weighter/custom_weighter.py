@@ -15,6 +15,8 @@ from dataflex.utils.errors import UserError
 class CustomWeighter(Weighter):
     """Every sample counts the same. strategy: ``uniform``."""
 
+    needs_logits = False
+
     def __init__(self, strategy: str = "uniform", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if strategy != "uniform":

@@ -47,6 +47,8 @@ class LossWeighter(SampleWeighter):
     of the run: weights are nearly equal at first, then sharper.
     """
 
+    needs_logits = False
+
     def __init__(
         self,
         strategy: str = "linupper",

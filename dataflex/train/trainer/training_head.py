@@ -1,0 +1,42 @@
+"""Whether training steps may do without logits: what the hooks say, and what is said of it on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dataflex.core.hook import Hook, Weigher
+from dataflex.forward.fused import FusedHead
+from dataflex.utils.errors import UserError
+from dataflex.utils.logging import logger
+
+
+def training_head(fused: FusedHead | None, hooks: Sequence[Hook], most_tokens: int) -> FusedHead | None:
+    """``fused``, or None where a hook may read the logits of the training forward.
+
+    Says how the losses of a run are made. most_tokens: of a forward. UserError where a hook reads logits that
+    ``fused_head: on`` shall leave out.
+    """
+    if fused is None:
+        return None
+    weighers = [hook.identity for hook in hooks if isinstance(hook, Weigher)]
+    shown = [h for h in hooks if isinstance(h, Weigher) or type(h).on_losses is not Hook.on_losses]
+    readers = [hook.identity for hook in shown if hook.needs_logits]
+    if readers:
+        text = f"{', '.join(readers)} may read logits (a hook or weighter that does not sets needs_logits = False)"
+        if fused.always:
+            raise UserError(f"fused_head: on: {text}; set auto, or off")
+        logger.info(f"fused_head: scoring makes its losses without logits, training with them: {text}")
+        return None
+    vocabulary, hidden = fused.head.shape
+    least = fused.least_tokens(most_tokens)
+    layer = f"the output layer ({hidden:,} x {vocabulary:,})"
+    which = f"forwards of {least:,} tokens or more" if least else "forwards"
+    text = f"fused_head: {which} make no logits; {layer}"
+    if not fused.head.trained:
+        text += " is frozen"
+    elif weighers:
+        text += f" is trained: {', '.join(weighers)} weighs by the losses, so the backward makes them again in chunks"
+    else:
+        text += " is trained: its gradient is made together with the losses"
+    logger.info(text)
+    return fused
