@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -54,6 +55,12 @@ def logits_of(outputs: Any) -> Tensor:
     if not torch.is_tensor(found):
         raise UserError(f"model: returns a {type(outputs).__name__} without logits: {WANTED}")
     return found
+
+
+def few_logits(module: Any) -> dict[str, int]:
+    """What a forward is called with besides its inputs where its logits are not looked at: one of a row is made."""
+    whole = module.get_base_model() if hasattr(module, "get_base_model") else module
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(whole.forward).parameters else {}
 
 
 class NoLogits:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dataflex.forward.split import split_batch
+from dataflex.forward.split import few_logits, split_batch
 from dataflex.scoring.batches import Ids, bucket, deal
 from dataflex.scoring.context import scoring_mode
 from dataflex.scoring.gather import merge
@@ -108,7 +107,7 @@ def _last_hidden_states(module: nn.Module) -> Iterator[Any]:
         raise UserError(f"embeddings: need a causal language model of transformers, got {type(whole).__name__}")
     seen: list[Tensor] = []
     handle = decoder.register_forward_hook(lambda _module, _inputs, output: seen.append(output[0]))
-    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(whole.forward).parameters else {}
+    few = few_logits(module)
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:
         module(**inputs, **few)

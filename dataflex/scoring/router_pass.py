@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataflex.forward.split import split_batch
+from dataflex.forward.split import few_logits, split_batch
 from dataflex.scoring.batches import Ids, bucket, deal
 from dataflex.scoring.context import scoring_mode
 from dataflex.scoring.scorer import Scorer, sample_lengths
@@ -36,12 +36,13 @@ def expert_loads(scorer: Scorer, dataset: Any, ids: Ids, groups: Ids, count: int
     module, lengths = scorer.engine.module, sample_lengths(dataset, ids)
     batches = bucket(np.arange(len(ids), dtype=np.int64), lengths, scorer.token_budget)
     loads: Tensor | None = None
+    few = few_logits(module)
     with scoring_mode(module, gradients=False):
         for places, counts in deal(batches, dist.rank(), dist.world_size()):
             inputs, _, _, cu_seqlens = split_batch(
                 scorer.collator([dataset[int(i)] for i in ids[places]]), scorer.device
             )
-            routed = module(**inputs, output_router_logits=True).router_logits
+            routed = module(**inputs, **few, output_router_logits=True).router_logits
             chosen = torch.stack(
                 [chosen_experts(r, module.config.num_experts_per_tok) for r in routed if r is not None], dim=1
             )
