@@ -215,6 +215,7 @@ def test_defaults_are_those_of_transformers_and_llama_factory(tmp_path: Path) ->
         "ddp_timeout": 1800,
         "group_by_length": False,
         "layer_lr_multipliers": None,
+        "fused_head": "auto",
         "nonfinite": "stop",
         "nonfinite_limit": 10,
     }
