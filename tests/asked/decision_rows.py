@@ -110,7 +110,7 @@ DOREMI = Build(
         Row(
             "reference_model_path",
             "other",
-            lambda b: first_values(b, DOWN, planner(b).mixer._reference.forward),
+            lambda b: first_values(b, DOWN, planner(b).mixer._reference.model),
             saved("other", DOWN),
         ),
     ),
