@@ -125,6 +125,7 @@ TRAINING = Build(
         Row("group_by_length", True, lengths_apart, True),
         Row("nonfinite", "skip", lambda b: b.engine._loop.stepper.nonfinite.policy, "skip"),
         Row("nonfinite_limit", 3, lambda b: b.engine._loop.stepper.nonfinite.limit, 3),
+        Row("fused_head", "on", lambda b: b.engine._loop.stepper._losses.fused.always, True),
         Row("scoring_batch_tokens", 321, lambda b: b.engine.scorer.token_budget, 321),
     ),
 )
