@@ -138,5 +138,6 @@ def _call(target: str, arguments: dict[str, Any]) -> Any:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     module, function = target.split(":")
     result = getattr(importlib.import_module(module), function)(**arguments)
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # a script may have ended it
+        torch.distributed.destroy_process_group()
     return result

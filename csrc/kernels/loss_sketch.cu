@@ -58,11 +58,12 @@ struct Sketching {
       for (int j = 0; j < kGroup; j++) bucket[g][j] *= by;
     s.max = most;
   }
-  __device__ __forceinline__ void add(float (&x)[kGroup], int g, uint32_t signs, uint32_t key, float cap) {
+  // left: how many of x are of the row; the rest is -inf and stays so, where a logit of -inf becomes -cap.
+  __device__ __forceinline__ void add(float (&x)[kGroup], int g, int64_t left, uint32_t signs, uint32_t key, float cap) {
     float most = -INFINITY;
 #pragma unroll
     for (int j = 0; j < kGroup; j++) {
-      if (cap != 0.0f && x[j] != -INFINITY) x[j] = capped(x[j], cap);
+      if (cap != 0.0f && j < left) x[j] = capped(x[j], cap);
       most = fmaxf(most, x[j]);
     }
     raise(most);
@@ -113,7 +114,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int g = 0; g < kGroups; g++) {
       if (first[g] >= args.vocab) continue;
-      own.add(values[g], g, sketch.signs[first[g] / 32] >> (first[g] % 32), key % kGroup, args.softcap);
+      const uint32_t signs = sketch.signs[first[g] / 32] >> (first[g] % 32);
+      own.add(values[g], g, args.vocab - first[g], signs, key % kGroup, args.softcap);
     }
   }
   if (args.label_smoothing != 0.0f) {  // a pass of its own, from the caches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,7 @@ class Build:
         path = workspace / f"{self.name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         made = settings(workspace, **{key: value for key, value in keys.items() if value is not None or key in keys})
-        temporary = path.with_name(f"{path.name}.{id(made)}")  # ranks write the same file
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")  # ranks write the same file
         temporary.write_text(yaml.safe_dump(made))
         temporary.rename(path)
         return load_config(path, quiet=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -155,6 +156,16 @@ def test_emulated_kernels_over_split_rows_and_large_sketches(order: str, seed: i
     with emulated(order, seed):
         for k1 in (2048, 4096, 8192):
             check_emulated(Case(logits, labels, torch.tensor([0, 1, 3]), {}), k1)
+
+
+def test_an_emulated_softcap_takes_a_logit_of_minus_infinity_for_minus_the_cap() -> None:
+    """The loss of two equal logits, both at the cap's end, is ln 2."""
+    logits = torch.tensor([[-700.0, -700.0], [-torch.inf, -700.0]])
+    with emulated():
+        case = Case(logits, torch.tensor([1, 1]), torch.tensor([0, 1, 2]), {"softcap": 30.0})
+        check_emulated(case, 64)
+        got = loss_and_head_sketch(*case[:3], k1=64, seed=1, tensor_id=2, softcap=30.0)
+    torch.testing.assert_close(got.loss, torch.full((2,), math.log(2)), rtol=1e-6, atol=1e-6)
 
 
 def test_emulated_kernels_leave_a_label_out_of_range_to_its_own_sample() -> None:
