@@ -101,6 +101,12 @@ def _check_flags(request: Request, gpus: int) -> None:
     if "hostfile" in flags and not Path(flags["hostfile"]).is_file():
         raise UserError(f"--hostfile: '{flags['hostfile']}' does not exist")
     if request.hostfile is None:
+        if os.environ.get("NNODES", "1") != "1":
+            raise UserError(
+                f"NNODES={os.environ['NNODES']}: several machines are named in a hostfile, and this command would "
+                "train on one alone; start it on each machine with --hostfile FILE --no_ssh --node_rank N "
+                "--master_addr HOST, or unset NNODES"
+            )
         if "num_nodes" in flags and flags["num_nodes"] != "1":
             raise UserError(f"--num_nodes: {flags['num_nodes']} needs a --hostfile that names the machines")
         if gpus == 0 and ("include" in flags or "exclude" in flags):
