@@ -22,6 +22,10 @@ Where `per_device_train_batch_size` or `lr_scheduler_type` is not given, it is 8
 In `dataset_info.json` further entries are passed over with a note. Where `columns` are given, `query` is read only
 if it is among them. A `.txt` file is one document a line for stage `pt`, in the column `text`. `dataset_dir: ONLINE`
 and `REMOTE:` are refused: entries with `hf_hub_url` read datasets of the hub.
+
+`NNODES` above 1 in the environment is refused where there is no hostfile, since one machine would train alone: start
+the command on each machine with `--hostfile FILE --no_ssh --node_rank N --master_addr HOST`. `FORCE_TORCHRUN` and
+`NODE_RANK` in the environment change nothing.
 """
 
 
