@@ -36,7 +36,7 @@ def wanted() -> list[str]:
     try:
         import torch
 
-        from dataflex.ops.builder import CudaBuilder
+        from dataflex.ops.native.builder import CudaBuilder
     except ImportError as e:
         raise SystemExit(f"DATAFLEX_BUILD: torch is needed, with pip install --no-build-isolation ({e})") from None
     if asked == "1":
@@ -76,8 +76,8 @@ class BuildWithTrees(build_py):
     def _build(self, groups: list[str], folder: Path) -> list[Path]:
         files: list[Path] = []
         for group in groups:
-            from dataflex.ops.builder import BUILDERS, BuildError
-            from dataflex.ops.trust import hash_file
+            from dataflex.ops.native.builder import BUILDERS, BuildError
+            from dataflex.ops.native.trust import hash_file
 
             builder, stamp = BUILDERS[group](), folder / f"{group}.sources"
             try:

@@ -26,9 +26,9 @@ from torch import Tensor
 
 import dataflex
 from dataflex.forward import fused
-from dataflex.ops.linear_sweep import Products, Sweep, Weights
-from dataflex.ops.loss_linear import linear_losses
-from dataflex.ops.loss_options import LossOptions
+from dataflex.ops.losses.linear_sweep import Products, Sweep, Weights
+from dataflex.ops.losses.loss_linear import linear_losses
+from dataflex.ops.losses.loss_options import LossOptions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FEATURES: dict[str, Any] = {"proj_dim": 8192, "seed": 1, "adam": "adam_less"}

@@ -93,7 +93,7 @@ class Subject:
 
     def _batches(self) -> list[Any]:
         """The batches of a scoring pass: under the token budget of a training batch, longest samples first."""
-        from dataflex.data.collate import Collator
+        from dataflex.data.encoding.collate import Collator
         from dataflex.scoring.batches import bucket
 
         ids = np.arange(len(self.pool), dtype=np.int64)

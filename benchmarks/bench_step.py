@@ -79,8 +79,8 @@ def by_domain(pool: list[Any]) -> dict[str, list[Any]]:
 def stored_losses(pool: list[Any], folder: str) -> None:
     """A store of random reference losses for the samples of ``by_domain(pool)``, made by rank 0."""
     from dataflex.data.pool import Pool
-    from dataflex.scoring.store import ShardStore
-    from dataflex.scoring.token_losses import POOL
+    from dataflex.scoring.kept.store import ShardStore
+    from dataflex.scoring.kept.token_losses import POOL
     from dataflex.utils import dist
 
     if dist.is_main():
@@ -98,7 +98,7 @@ def plain_steps(stage: int, pool: list[Any]) -> Iterator[float]:
     import torch
     from torch.utils.data import DataLoader, DistributedSampler
 
-    from dataflex.data.collate import Collator
+    from dataflex.data.encoding.collate import Collator
 
     net = model()
     engine, *_ = deepspeed.initialize(model=net, config=ds_config(stage), model_parameters=net.parameters())
@@ -120,7 +120,7 @@ def plain_steps(stage: int, pool: list[Any]) -> Iterator[float]:
 def dataflex_steps(stage: int, pool: list[Any], flex: dict[str, Any]) -> Iterator[float]:
     """Steps of the same loop through dataflex; yields seconds, the loading of the batch included."""
     import dataflex
-    from dataflex.data.collate import Collator
+    from dataflex.data.encoding.collate import Collator
 
     engine = dataflex.initialize(
         model=model(),
@@ -143,7 +143,7 @@ def check_equal_losses(stage: int, pool: list[Any]) -> float:
     import torch
 
     import dataflex
-    from dataflex.data.collate import Collator
+    from dataflex.data.encoding.collate import Collator
 
     net = model()
     plain, *_ = deepspeed.initialize(model=net, config=ds_config(stage), model_parameters=net.parameters())

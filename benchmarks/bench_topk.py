@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from measure import machine
 
-from dataflex.scoring.store import ShardStore, StoreReader
-from dataflex.scoring.topk import FEATURES, cosine_top_k
+from dataflex.scoring.decide.topk import FEATURES, cosine_top_k
+from dataflex.scoring.kept.store import ShardStore, StoreReader
 
 DIRECTIONS, SHARE, SHARD, SEED = 4, 0.05, 16384, 0
 

@@ -212,7 +212,7 @@ def pools(shared: dict[str, Any], *names: str) -> list[Any]:
     """The tokenised pools of datasets as a run reads them; without names the training pool."""
     from dataflex.config import load_config
     from dataflex.data.load import load_pool
-    from dataflex.engine.model import load_tokenizer
+    from dataflex.engine.models.model import load_tokenizer
 
     cfg = load_config(shared | {"output_dir": "unused", "component_name": "random"}, quiet=True)
     tokenizer = load_tokenizer(cfg)
@@ -226,7 +226,7 @@ def token_loss(folder: Path, pool: Any) -> float:
     import transformers
     from transformers import AutoModelForCausalLM
 
-    from dataflex.data.collate import Collator
+    from dataflex.data.encoding.collate import Collator
 
     transformers.utils.logging.disable_progress_bar()
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

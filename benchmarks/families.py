@@ -104,7 +104,7 @@ class Tokens:
 def load(family: str, how: str) -> nn.Module:
     """The model as a run would load it, with random values where training starts from zeros or ones."""
     from dataflex.config import load_config
-    from dataflex.engine.model import load_model
+    from dataflex.engine.models.model import load_model
 
     settings = {
         "model_name_or_path": family,
@@ -194,8 +194,8 @@ def check(family: str, how: str) -> dict[str, Any]:
 
 def scored(engine: Any, truth: dict[str, Tensor], layers: list[str] | None) -> dict[str, Any]:
     """Result, error and detail of one padded batch against the truth."""
-    from dataflex.scoring.coverage import find_targets
-    from dataflex.scoring.layers import LayerRule
+    from dataflex.scoring.gradients.coverage import find_targets
+    from dataflex.scoring.gradients.layers import LayerRule
     from dataflex.utils.errors import UserError
 
     pool, order = samples(), []

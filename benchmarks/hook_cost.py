@@ -9,12 +9,12 @@ from measure import Variant, relative_error
 from torch import Tensor
 
 from dataflex.ops import Transform, per_sample_loss, shift_labels
-from dataflex.ops.linear_deltas import LinearLossGrad
+from dataflex.ops.losses.linear_deltas import LinearLossGrad
 from dataflex.scoring.context import scoring_mode
-from dataflex.scoring.coverage import find_targets, parameter_names
-from dataflex.scoring.head_parts import HeadNames
-from dataflex.scoring.sinks import ProjectingSink
-from dataflex.scoring.taps import Taps
+from dataflex.scoring.gradients.coverage import find_targets, parameter_names
+from dataflex.scoring.gradients.head_parts import HeadNames
+from dataflex.scoring.gradients.sinks import ProjectingSink
+from dataflex.scoring.gradients.taps import Taps
 
 SEED, PROJ_DIM, VOCABULARY, RANK = 0, 8192, 8192, 8
 

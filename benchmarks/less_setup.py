@@ -24,7 +24,7 @@ def real_text(folder: Path, cutoff_len: int, count: int, targets: int) -> tuple[
     """
     from dataflex.config import load_config
     from dataflex.data.load import load_data
-    from dataflex.engine.model import load_tokenizer
+    from dataflex.engine.models.model import load_tokenizer
 
     settings = {
         "model_name_or_path": str(Path(__file__).resolve().parents[1] / "configs" / "models" / "tiny_llama"),
@@ -88,7 +88,7 @@ def with_lora(net: Any, rank: int) -> Any:
 
 def warm_up(net: Any, samples: Sequence[Sample], steps: int, lr: float, batch: int = 8) -> torch.optim.AdamW:
     """Train what requires grad with plain AdamW; returns the optimizer, which then has moments."""
-    from dataflex.data.collate import Collator
+    from dataflex.data.encoding.collate import Collator
 
     parameters = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
@@ -112,7 +112,7 @@ def engine_for(
 ) -> Any:
     """A dataflex engine at ZeRO-0 over ``net``; bf16 where the model is."""
     import dataflex
-    from dataflex.data.collate import Collator
+    from dataflex.data.encoding.collate import Collator
 
     half = next(net.parameters()).dtype is torch.bfloat16
     config = {

@@ -97,7 +97,7 @@ class Runs:
         import yaml
 
         import dataflex
-        from dataflex.data.collate import Collator
+        from dataflex.data.encoding.collate import Collator
 
         if params is not None:
             path = folder / "components.yaml"

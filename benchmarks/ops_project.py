@@ -13,8 +13,9 @@ import torch
 from measure import Bench, Row, Variant, relative_error
 from torch import Tensor
 
-from dataflex.ops import Transform, project_native, project_per_sample_grad_
-from dataflex.ops import project_reference as reference
+from dataflex.ops import Transform, project_per_sample_grad_
+from dataflex.ops.projection import project_native
+from dataflex.ops.projection import project_reference as reference
 
 SAMPLES, PROJ_DIM = 16, 4096
 TRAK = "TRAK projector alone, sgd"

@@ -51,7 +51,10 @@ NUMPY_TOO = ("cli", "launcher", "worker", "config")
 MAY_COMMUNICATE = ("utils.dist", "scoring.gather", "engine")
 COMMUNICATION = ("torch.distributed", "deepspeed.comm")
 MAKES_LOSSES = ("forward", "ops")
-LOSSES = tuple(f"dataflex.ops.{n}" for n in ("per_sample_loss", "linear_per_sample_loss", "loss", "linear_sweep.sweep"))
+LOSSES = tuple(
+    f"dataflex.ops.{n}"
+    for n in ("per_sample_loss", "linear_per_sample_loss", "losses.loss", "losses.linear_sweep.sweep")
+)
 UNSAFE_CALLS = {"yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "pickle.load", "pickle.loads"}
 
 
@@ -207,7 +210,7 @@ Rule = Callable[[Source], list[str]]
 LONG_FUNCTION = "def f():\n" + "    pass\n" * 52
 BROKEN: list[tuple[Rule, str, str]] = [
     (wrong_way_imports, "ops.loss", "def f():\n    from dataflex.scoring import gather\n"),
-    (wrong_way_imports, "train.selector.base_selector", "import dataflex.engine.loop\n"),
+    (wrong_way_imports, "train.selector.base_selector", "import dataflex.engine.steps.loop\n"),
     (wrong_way_imports, "core.plan", "from dataflex import config\n"),
     (wrong_way_imports, "attic.old", "import os\n"),
     (heavy_imports, "config.load", "import numpy as np\n"),
@@ -216,7 +219,7 @@ BROKEN: list[tuple[Rule, str, str]] = [
     (stray_communication, "driver", "def f():\n    from deepspeed.comm import barrier\n    barrier()\n"),
     (stray_communication, "scoring.taps", "import torch\ntorch.distributed.barrier()\n"),
     (stray_losses, "scoring.scorer", "from dataflex.ops import SampleLoss, per_sample_loss\n"),
-    (stray_losses, "engine.reference", "def f():\n    from dataflex.ops.loss_linear import linear_loss\n"),
+    (stray_losses, "engine.reference", "def f():\n    from dataflex.ops.losses.loss_linear import linear_loss\n"),
     (unsafe_loading, "engine.checkpoint", "import torch\ntorch.load(path)\n"),
     (unsafe_loading, "engine.checkpoint", "from torch import load\nload(path, weights_only=False)\n"),
     (unsafe_loading, "config.load", "import yaml\nyaml.load(text, Loader=yaml.Loader)\n"),

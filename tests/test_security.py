@@ -20,12 +20,12 @@ import torch
 
 from dataflex.config import load_config
 from dataflex.config.schema import Config, DataSection, ModelSection
-from dataflex.data.expression import Expression
-from dataflex.data.info import read_dataset_infos
-from dataflex.data.read import read_rows
+from dataflex.data.sources.expression import Expression
+from dataflex.data.sources.info import read_dataset_infos
+from dataflex.data.sources.read import read_rows
 from dataflex.data.weight_file import WeightFile
-from dataflex.engine.model import load_model, load_model_config, load_tokenizer
-from dataflex.scoring.store import ShardStore, StoreReader
+from dataflex.engine.models.model import load_model, load_model_config, load_tokenizer
+from dataflex.scoring.kept.store import ShardStore, StoreReader
 from dataflex.utils.errors import UserError
 from dataflex.utils.records import FileRecord, write_sealed
 from tests.tiny import byte_tokenizer, tiny_llama

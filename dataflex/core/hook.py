@@ -1,6 +1,6 @@
 """Hooks: what may happen around a training step, and when.
 
-The loop (dataflex/engine/loop.py is the only one) in pseudo-code, with every event::
+The loop (dataflex/engine/steps/loop.py is the only one) in pseudo-code, with every event::
 
     for hook in hooks: hook.on_train_start(run)
     while run.step < run.total_steps:
@@ -66,13 +66,13 @@ class Hook:
         """After the phase's plan is made; not called again for a phase that a resume goes on with."""
 
     def on_step_start(self, run: Run, batch: Any) -> None:
-        """Before the first forward of a step. ``batch`` is a `dataflex.engine.batches.StepBatch`."""
+        """Before the first forward of a step. ``batch`` is a `dataflex.engine.steps.batches.StepBatch`."""
 
     def on_losses(self, run: Run, micro: Any, losses: Any, outputs: Any) -> None:
         """After a micro-batch's forward, before its weights are asked for and its backward: look, change nothing.
 
-        micro: a `dataflex.engine.batches.MicroBatch`. losses: its `dataflex.ops.SampleLoss`, reduction ``mean``, with
-        gradient, but where that of a trained output layer is made with them. outputs: what the model returned.
+        micro: a `dataflex.engine.steps.batches.MicroBatch`. losses: its `dataflex.ops.SampleLoss`, reduction ``mean``,
+        with gradient, but where that of a trained output layer is made with them. outputs: what the model returned.
         """
 
     def on_weights(self, run: Run, micro: Any, weights: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dataflex.data.pool import Pool
-from dataflex.data.source import fingerprint_of
+from dataflex.data.sources.source import fingerprint_of
 from dataflex.utils.errors import UserError
 
 

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataflex.data.cache import cached
-from dataflex.data.convert import Converter
-from dataflex.data.encode import tokenizer_identity
+from dataflex.data.encoding.encode import tokenizer_identity
+from dataflex.data.encoding.tokenize import Encoder, pack_blocks, tokenise
 from dataflex.data.held_out import held_out, part_of
-from dataflex.data.info import DatasetInfo, find_dataset_dir, read_dataset_infos
-from dataflex.data.origin import Origin, origin_of
 from dataflex.data.pool import Pool, TrainingPool
 from dataflex.data.report import DataReport, DomainReport
 from dataflex.data.saved import load_or_make
-from dataflex.data.source import fingerprint_of, read_source
-from dataflex.data.stream_pool import load_streams
-from dataflex.data.tokenize import Encoder, pack_blocks, tokenise
+from dataflex.data.sources.convert import Converter
+from dataflex.data.sources.info import DatasetInfo, find_dataset_dir, read_dataset_infos
+from dataflex.data.sources.origin import Origin, origin_of
+from dataflex.data.sources.source import fingerprint_of, read_source
+from dataflex.data.streams.stream_pool import load_streams
 from dataflex.data.weight_file import WeightFile, token_weights
 from dataflex.utils.dist import is_main, main_first
 from dataflex.utils.errors import UserError

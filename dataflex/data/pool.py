@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from dataflex.data.encode import IGNORE_INDEX
-from dataflex.data.origin import Origin
-from dataflex.data.scan import bounds_of, bounds_of_column, scan_dataset, to_array
+from dataflex.data.encoding.encode import IGNORE_INDEX
+from dataflex.data.sources.origin import Origin
+from dataflex.data.sources.scan import bounds_of, bounds_of_column, scan_dataset, to_array
 from dataflex.utils.errors import UserError
 
 DEFAULT_DOMAIN = "train"
@@ -69,7 +69,7 @@ class TrainingPool(ABC):
     def tokens_of(self, batch: Any) -> np.ndarray:
         """Tokens by domain of the global batch that was just trained on, int64 [domains]; may be a collective.
 
-        batch: a `dataflex.engine.batches.StepBatch`.
+        batch: a `dataflex.engine.steps.batches.StepBatch`.
         """
 
     @abstractmethod

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dataflex.data.scan import check_weights
-from dataflex.data.token_weights import TokenWeights
+from dataflex.data.encoding.token_weights import TokenWeights
+from dataflex.data.sources.scan import check_weights
 from dataflex.utils.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from dataflex.core.plan import generator
 from dataflex.core.registry import REGISTRY
 from dataflex.data.pool import Pool
 from dataflex.driver.setup import build_engine, read_inputs, with_components
-from dataflex.scoring.self_check import check_scoring, require
-from dataflex.scoring.spec import FeatureSpec
+from dataflex.scoring.checks.self_check import check_scoring, require
+from dataflex.scoring.gradients.spec import FeatureSpec
 from dataflex.train.selector.less_selector import LessSelector, feature_spec
 from dataflex.utils.logging import logger
 

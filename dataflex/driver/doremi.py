@@ -15,8 +15,8 @@ from dataflex.config.components import component_params
 from dataflex.config.yaml_reader import read_mapping
 from dataflex.driver.setup import with_components
 from dataflex.driver.training import train
-from dataflex.engine import run_folder
-from dataflex.engine.start_over import changed, said_change
+from dataflex.engine.folder import run_folder
+from dataflex.engine.folder.start_over import changed, said_change
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError, listed
 from dataflex.utils.logging import logger

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataflex.data.pool import Pool
 from dataflex.driver.setup import Inputs
 from dataflex.engine.plugin import DataflexEngine
+from dataflex.scoring.kept.sharded import Probe, ScoringPasses, time_batches
 from dataflex.scoring.progress import duration, memory_in_use, size
-from dataflex.scoring.sharded import Probe, ScoringPasses, time_batches
 from dataflex.train.trainer.select_trainer import SelectPlanner
 from dataflex.utils.logging import logger
 

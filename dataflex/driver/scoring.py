@@ -10,17 +10,17 @@ import numpy as np
 
 from dataflex.config import Config
 from dataflex.config.streaming import needs_known_data
-from dataflex.data.info import find_dataset_dir, read_dataset_infos
 from dataflex.data.pool import Pool
-from dataflex.data.rows import content_of
+from dataflex.data.sources.info import find_dataset_dir, read_dataset_infos
+from dataflex.data.sources.rows import content_of
 from dataflex.driver import scores
 from dataflex.driver.estimate import estimate
 from dataflex.driver.setup import build_engine, read_inputs, stop_of, with_components
 from dataflex.engine import checkpoint
-from dataflex.engine.identity import weights_identity
+from dataflex.engine.folder.identity import weights_identity
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.report.trainer_log import read_log
-from dataflex.scoring.token_losses import write_token_losses
+from dataflex.scoring.kept.token_losses import write_token_losses
 from dataflex.train.trainer.select_trainer import SelectPlanner
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError

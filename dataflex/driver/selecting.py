@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from dataflex.config import Config
 from dataflex.config.streaming import needs_known_data
-from dataflex.data.info import INFO_FILE, DatasetInfo, find_dataset_dir, read_dataset_infos
-from dataflex.data.rows import content_of, entry_for, raw_rows
+from dataflex.data.sources.info import INFO_FILE, DatasetInfo, find_dataset_dir, read_dataset_infos
+from dataflex.data.sources.rows import content_of, entry_for, raw_rows
 from dataflex.driver import scores
-from dataflex.scoring.choose import choose, domain_quotas
-from dataflex.scoring.store import StoreReader
-from dataflex.scoring.topk import FEATURES
+from dataflex.scoring.decide.choose import choose, domain_quotas
+from dataflex.scoring.decide.topk import FEATURES
+from dataflex.scoring.kept.store import StoreReader
 from dataflex.utils.errors import UserError
 from dataflex.utils.files import write_atomically
 from dataflex.utils.logging import logger

@@ -18,13 +18,13 @@ from dataflex.config.paths import resolve
 from dataflex.core.hook import Hook
 from dataflex.core.plan import Schedule
 from dataflex.core.registry import REGISTRY
-from dataflex.data.collate import Collator
+from dataflex.data.encoding.collate import Collator
 from dataflex.data.load import LoadedData, load_data, load_pool
 from dataflex.data.pool import Pool, describe_sample
-from dataflex.engine.adapter import with_adapter_keys
 from dataflex.engine.ds_config import check_accepted, deepspeed_config, zero_stage
-from dataflex.engine.handover import Handover, handover
-from dataflex.engine.model import load_model, load_model_config, load_tokenizer
+from dataflex.engine.models.adapter import with_adapter_keys
+from dataflex.engine.models.handover import Handover, handover
+from dataflex.engine.models.model import load_model, load_model_config, load_tokenizer
 from dataflex.engine.optimizer import forget_dry_step, make_optimizer, make_scheduler, warmup_steps
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.train.trainer.build import attach, make_schedule

@@ -12,8 +12,8 @@ from dataflex.core.run_files import RunFile
 from dataflex.driver.ending import said_stop
 from dataflex.driver.estimate import estimate
 from dataflex.driver.setup import Inputs, build_engine, read_inputs, stop_of, with_components
-from dataflex.engine import own_files, run_folder
-from dataflex.engine.export import export
+from dataflex.engine.folder import own_files, run_folder
+from dataflex.engine.models.export import export
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.report.model_card import model_card
 from dataflex.report.plot import plot_loss

@@ -14,9 +14,9 @@ from dataflex.core.context import Run
 from dataflex.core.hook import Planner
 from dataflex.core.plan import Plan
 from dataflex.engine import checkpoint
-from dataflex.engine.batches import MicroBatch, StepBatch
-from dataflex.engine.loop import Loop
-from dataflex.engine.micro_loop import MicroLoop
+from dataflex.engine.steps.batches import MicroBatch, StepBatch
+from dataflex.engine.steps.loop import Loop
+from dataflex.engine.steps.micro_loop import MicroLoop
 from dataflex.scoring.scorer import Scorer
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError

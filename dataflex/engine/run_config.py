@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataflex.config.schema import OutputSection
 from dataflex.config.score_section import ScoreSection
-from dataflex.data.info import find_dataset_dir
+from dataflex.data.sources.info import find_dataset_dir
 
 if TYPE_CHECKING:
     from dataflex.config import Config

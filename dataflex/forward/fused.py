@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from dataflex.forward.counted import Counted, Forwarded
 from dataflex.forward.head import Head
 from dataflex.forward.split import without_logits
-from dataflex.ops.linear_sweep import Products, Sweep, Weights, sweep_losses
-from dataflex.ops.loss_linear import sample_loss
-from dataflex.ops.loss_options import LossOptions, check_loss
+from dataflex.ops.losses.linear_sweep import Products, Sweep, Weights, sweep_losses
+from dataflex.ops.losses.loss_linear import sample_loss
+from dataflex.ops.losses.loss_options import LossOptions, check_loss
 
 # Tokens whose logits exist at once: GPUs need more of them to be busy, and to add up the weight's gradient less often.
 CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}

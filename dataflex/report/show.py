@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from dataflex.config.yaml_reader import read_mapping
-from dataflex.data.convert import Converter
-from dataflex.data.info import read_dataset_infos
-from dataflex.data.rows import content_of, rows_in_files
+from dataflex.data.sources.convert import Converter
+from dataflex.data.sources.info import read_dataset_infos
+from dataflex.data.sources.rows import content_of, rows_in_files
 from dataflex.report.decision_table import Facts, read_facts, read_parts
 from dataflex.report.summary import Decision
 from dataflex.utils.errors import UserError

@@ -23,13 +23,13 @@ from dataflex.forward.split import split_batch
 from dataflex.ops import SampleLoss, Transform
 from dataflex.scoring.batches import MOST_SAMPLES, Ids, bucket, deal, sample_lengths
 from dataflex.scoring.context import release_gathered, scoring_mode
-from dataflex.scoring.coverage import Target, find_targets, parameter_names, trained_names
-from dataflex.scoring.direction_sink import DirectionSink
 from dataflex.scoring.gather import merge
-from dataflex.scoring.layers import LayerRule
+from dataflex.scoring.gradients.coverage import Target, find_targets, parameter_names, trained_names
+from dataflex.scoring.gradients.direction_sink import DirectionSink
+from dataflex.scoring.gradients.layers import LayerRule
+from dataflex.scoring.gradients.sinks import Moments, ProjectingSink, Totals
+from dataflex.scoring.gradients.taps import Taps
 from dataflex.scoring.progress import counted
-from dataflex.scoring.sinks import Moments, ProjectingSink, Totals
-from dataflex.scoring.taps import Taps
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
@@ -154,7 +154,7 @@ class Scorer:
         """Call ``consume(places, features)`` for each of this rank's batches.
 
         adam: None for the plain gradient, or a `Transform` kind for the optimizer's view of it. projection: one of
-        `dataflex.ops.project_kinds.PROJECTIONS`. layers: which parameters, all by default.
+        `dataflex.ops.projection.project_kinds.PROJECTIONS`. layers: which parameters, all by default.
         places: int64 [b], positions in ``ids``; features: float32 [b, proj_dim] on the device.
         """
         targets = find_targets(self.engine.module, layers)

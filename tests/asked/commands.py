@@ -11,16 +11,16 @@ import numpy as np
 import torch
 
 from dataflex import driver
-from dataflex.data.info import find_dataset_dir, read_dataset_infos
 from dataflex.data.load import load_data
-from dataflex.data.rows import content_of
+from dataflex.data.sources.info import find_dataset_dir, read_dataset_infos
+from dataflex.data.sources.rows import content_of
 from dataflex.driver import doremi, scores
 from dataflex.driver.selecting import select
 from dataflex.driver.setup import stop_of
 from dataflex.engine.ds_config import deepspeed_config
-from dataflex.engine.model import load_model, load_model_config, load_tokenizer
-from dataflex.scoring.store import ShardStore
-from dataflex.scoring.topk import FEATURES
+from dataflex.engine.models.model import load_model, load_model_config, load_tokenizer
+from dataflex.scoring.decide.topk import FEATURES
+from dataflex.scoring.kept.store import ShardStore
 from tests.asked.table import Build, Built, Row
 
 OWN_MODEL = """

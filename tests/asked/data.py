@@ -8,7 +8,7 @@ from unittest import mock
 
 from dataflex.data import load
 from dataflex.driver import setup
-from dataflex.engine.model import load_tokenizer
+from dataflex.engine.models.model import load_tokenizer
 from tests.asked.table import Build, Built, Row
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from dataflex.config import Config
-from dataflex.data import source as source_module
-from dataflex.data.tokenize import Encoder
+from dataflex.data.encoding.tokenize import Encoder
+from dataflex.data.sources import source as source_module
 from dataflex.utils.errors import UserError
 from tests.data.helpers import load, numbered, prompts
 from tests.processes import PATIENCE_S
@@ -108,7 +108,7 @@ import torch.distributed as dist
 from dataflex.config import Config
 from dataflex.config.schema import DataSection
 from dataflex.data.load import load_data
-from dataflex.data.tokenize import Encoder
+from dataflex.data.encoding.tokenize import Encoder
 from tests.tiny import byte_tokenizer
 rank, folder, rendezvous = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)

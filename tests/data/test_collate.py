@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from dataflex.data.collate import Collator
+from dataflex.data.encoding.collate import Collator
 from dataflex.utils.errors import UserError
 from tests.tiny import tiny_llama
 

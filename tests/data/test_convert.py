@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dataflex.data.convert import Converter
-from dataflex.data.info import Columns, DatasetInfo, Tags
+from dataflex.data.sources.convert import Converter
+from dataflex.data.sources.info import Columns, DatasetInfo, Tags
 from dataflex.utils.errors import UserError
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.data.encode import digest_of, encode_pairs, share_room, tokenizer_identity, trained_count
+from dataflex.data.encoding.encode import digest_of, encode_pairs, share_room, tokenizer_identity, trained_count
 from tests.tiny import byte_tokenizer
 
 PAIRS = [([1, 2, 3], [11, 12]), ([4, 5], [13, 14, 15])]

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.data.encode import IGNORE_INDEX, encode_pairs, trained_count
-from dataflex.data.template import get_template
-from dataflex.data.token_weights import TokenWeights
-from dataflex.data.tokenize import Encoder, Settings
+from dataflex.data.encoding.encode import IGNORE_INDEX, encode_pairs, trained_count
+from dataflex.data.encoding.template import get_template
+from dataflex.data.encoding.token_weights import TokenWeights
+from dataflex.data.encoding.tokenize import Encoder, Settings
 from tests.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -14,13 +14,13 @@ import pytest
 from dataflex.config import Config
 from dataflex.config.schema import DataSection, MethodSection, TrainSection
 from dataflex.config.weighting import WeightingSection
-from dataflex.data import source
-from dataflex.data.encode import tokenizer_identity
-from dataflex.data.info import Columns, DatasetInfo, Tags
+from dataflex.data.encoding.encode import tokenizer_identity
+from dataflex.data.encoding.token_weights import TokenWeights
+from dataflex.data.encoding.tokenize import Encoder, Settings
 from dataflex.data.load import load_data
 from dataflex.data.pool import Pool
-from dataflex.data.token_weights import TokenWeights
-from dataflex.data.tokenize import Encoder, Settings
+from dataflex.data.sources import source
+from dataflex.data.sources.info import Columns, DatasetInfo, Tags
 from tests import tiny_engine as tiny
 from tests.data.conftest import ROWS
 from tests.tiny import byte_tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dataflex.data.info import Columns, DatasetInfo, Tags, find_dataset_dir, read_dataset_infos
+from dataflex.data.sources.info import Columns, DatasetInfo, Tags, find_dataset_dir, read_dataset_infos
 from dataflex.utils.errors import UserError
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from dataflex.config import Config
 from dataflex.data.load import LoadedData
-from dataflex.data.read import column_names, list_files, read_rows
+from dataflex.data.sources.read import column_names, list_files, read_rows
 from dataflex.utils.errors import UserError
 from tests.data.conftest import ROWS
 from tests.data.helpers import load

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dataflex.config import Config
-from dataflex.data.stream_pool import load_streams
+from dataflex.data.streams.stream_pool import load_streams
 from dataflex.utils import files
 from dataflex.utils.files import BLOCK, sample_digest
 from tests.data.helpers import numbered

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dataflex.config import Config
 from dataflex.config.schema import WeightingSection
 from dataflex.data.pool import Pool, TrainingPool, describe_sample
-from dataflex.data.stream_pool import StreamPool
+from dataflex.data.streams.stream_pool import StreamPool
 from dataflex.engine import checkpoint
 from dataflex.train.weighter.static_weights import static_weights
 from dataflex.utils.errors import UserError

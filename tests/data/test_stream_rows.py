@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dataflex.data.convert import Converter
-from dataflex.data.info import DatasetInfo, read_dataset_infos
-from dataflex.data.read import FILE_TYPES, Cursor, read_rows
-from dataflex.data.stream_rows import Chunks, FileRows, HubRows
+from dataflex.data.sources.convert import Converter
+from dataflex.data.sources.info import DatasetInfo, read_dataset_infos
+from dataflex.data.sources.read import FILE_TYPES, Cursor, read_rows
+from dataflex.data.streams.stream_rows import Chunks, FileRows, HubRows
 from dataflex.utils.errors import UserError
 from tests.data.helpers import numbered
 

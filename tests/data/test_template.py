@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from jinja2 import TemplateError
 
-from dataflex.data import template as template_module
-from dataflex.data.builtin_templates import FORMATS
-from dataflex.data.encode import IGNORE_INDEX, tokenizer_identity
+from dataflex.data.encoding import template as template_module
+from dataflex.data.encoding.builtin_templates import FORMATS
+from dataflex.data.encoding.encode import IGNORE_INDEX, tokenizer_identity
+from dataflex.data.encoding.template import BuiltInTemplate, get_template
+from dataflex.data.encoding.tokenize import Encoder, Settings
 from dataflex.data.pool import mark_trained
-from dataflex.data.template import BuiltInTemplate, get_template
-from dataflex.data.tokenize import Encoder, Settings
 from dataflex.utils.errors import UserError
 from tests.tiny import byte_tokenizer
 

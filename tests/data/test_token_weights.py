@@ -12,10 +12,10 @@ import torch
 
 from dataflex.config import Config
 from dataflex.config.weighting import WeightingSection
-from dataflex.data.collate import Collator
-from dataflex.data.expression import Expression, is_expression
+from dataflex.data.encoding.collate import Collator
+from dataflex.data.encoding.token_weights import TokenWeights, span_factors
 from dataflex.data.pool import Pool
-from dataflex.data.token_weights import TokenWeights, span_factors
+from dataflex.data.sources.expression import Expression, is_expression
 from dataflex.utils.errors import UserError
 from tests.data.helpers import load, numbered
 

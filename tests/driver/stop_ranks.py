@@ -15,7 +15,7 @@ from dataflex.config import load_config
 from dataflex.core.hook import Hook
 from dataflex.driver import scoring, training
 from dataflex.report.trainer_log import read_log
-from dataflex.scoring.store import ShardStore
+from dataflex.scoring.kept.store import ShardStore
 from dataflex.train.trainer.run_hooks import CheckpointHook
 from dataflex.utils import dist, stopping
 from dataflex.utils.errors import UserError

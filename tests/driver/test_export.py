@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from dataflex.config import load_config
-from dataflex.engine.adapter import with_adapter_keys
-from dataflex.engine.handover import handover
-from dataflex.engine.model import load_model_config
+from dataflex.engine.models.adapter import with_adapter_keys
+from dataflex.engine.models.handover import handover
+from dataflex.engine.models.model import load_model_config
 from dataflex.utils.errors import UserError
 from tests.distributed import run_ranks
 from tests.driver.workspace import TEMPLATE, settings

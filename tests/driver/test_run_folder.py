@@ -135,7 +135,7 @@ def test_a_run_starts_from_what_deepspeed_alone_has_saved(runs: dict[str, Any]) 
 
 
 def test_a_folder_without_a_run_is_never_cleared(workspace: Path, tmp_path: Path) -> None:
-    from dataflex.engine import run_folder
+    from dataflex.engine.folder import run_folder
 
     (tmp_path / "decisions.txt").write_text("mine")
     (tmp_path / "config.json").write_text("mine")
@@ -151,7 +151,7 @@ def test_changes_are_told_from_the_config_beside_a_checkpoint(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also where the checkpoint is of a version without a copy in it, or without a key."""
-    from dataflex.engine.resumed import check_resume
+    from dataflex.engine.folder.resumed import check_resume
 
     start = tmp_path / "checkpoint-2"
     start.mkdir()
@@ -170,8 +170,8 @@ def test_changes_are_told_from_the_config_beside_a_checkpoint(
 def test_a_resume_says_changed_params_and_takes_the_policy_that_a_stopped_run_advises(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dataflex.engine import start_over
-    from dataflex.engine.resumed import check_resume
+    from dataflex.engine.folder import start_over
+    from dataflex.engine.folder.resumed import check_resume
     from dataflex.engine.run_config import run_config
 
     start = tmp_path / "checkpoint-2"
@@ -195,7 +195,7 @@ def test_a_resume_says_changed_params_and_takes_the_policy_that_a_stopped_run_ad
 def test_another_global_batch_is_refused_before_data_and_model_are_read(
     runs: dict[str, Any], out: Path, workspace: Path
 ) -> None:
-    from dataflex.engine import run_folder
+    from dataflex.engine.folder import run_folder
 
     before = sorted(out.iterdir())
     with pytest.raises(UserError) as error:
@@ -246,7 +246,7 @@ def test_a_run_of_one_process_goes_on_on_two(keys: dict[str, Any], workspace: Pa
     "content", [b"", b"a: [", b"\xff\xfe\xff", b"- a", b"!!python/object:os.system {}", b"[" * 3000]
 )
 def test_a_damaged_config_of_a_checkpoint_is_one_line(workspace: Path, tmp_path: Path, content: bytes) -> None:
-    from dataflex.engine.resumed import check_resume
+    from dataflex.engine.folder.resumed import check_resume
 
     start = tmp_path / "checkpoint-2"
     start.mkdir()

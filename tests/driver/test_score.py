@@ -16,7 +16,7 @@ import yaml
 from dataflex.config import load_config
 from dataflex.driver import scores
 from dataflex.driver.selecting import select
-from dataflex.scoring.store import StoreReader
+from dataflex.scoring.kept.store import StoreReader
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 from dataflex.utils.records import write_sealed
@@ -167,7 +167,7 @@ def test_the_best_rows_are_written_as_they_were(scored: Scored) -> None:
         assert row.pop("dataflex_score") == pytest.approx(float(table["score"][place]))
         assert row == (raw["a"] + raw["b"])[place]
     assert lines[-1].startswith("chose 16 of 64 samples (a ")
-    from dataflex.data.info import read_dataset_infos
+    from dataflex.data.sources.info import read_dataset_infos
 
     assert {i.name for i in read_dataset_infos(json.loads((where / "dataset_info.json").read_text()), where)} <= {
         "a",

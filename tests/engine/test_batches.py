@@ -11,9 +11,9 @@ import torch
 
 from dataflex.core.plan import Plan
 from dataflex.core.weights import NO_WEIGHTS, StaticWeights
-from dataflex.data.collate import Collator
+from dataflex.data.encoding.collate import Collator
 from dataflex.data.pool import Pool
-from dataflex.engine.batches import BatchSource, StepBatch
+from dataflex.engine.steps.batches import BatchSource, StepBatch
 
 SIZE, MICRO, ACCUMULATION, WORLD, STEPS = 24, 2, 2, 2, 3
 BATCH = MICRO * ACCUMULATION * WORLD

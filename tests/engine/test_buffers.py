@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import dataflex
-from dataflex.engine.identity import saved_buffers, weights_identity
+from dataflex.engine.folder.identity import saved_buffers, weights_identity
 from tests import tiny_engine as tiny
 from tests.distributed import run_ranks
 

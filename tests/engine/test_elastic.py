@@ -14,7 +14,7 @@ import dataflex
 from dataflex.core.plan import rank_slices
 from dataflex.engine.checkpoint.resharding import Piece, resharded, sharded_layout
 from dataflex.engine.checkpoint.split import Split, check_split
-from dataflex.engine.identity import bits_digest
+from dataflex.engine.folder.identity import bits_digest
 from dataflex.engine.optimizer_state import read_moments
 from dataflex.utils.errors import UserError
 from tests import tiny_engine as tiny

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from dataflex.engine.model import freeze_routers
+from dataflex.engine.models.model import freeze_routers
 from dataflex.utils.errors import UserError
 from tests.tiny import tiny_llama
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from dataflex.engine import checkpoint, run_folder
+from dataflex.engine import checkpoint
+from dataflex.engine.folder import run_folder
 from dataflex.utils.errors import UserError
 from tests.engine.test_manifest import make
 

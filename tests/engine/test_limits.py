@@ -11,7 +11,7 @@ import transformers
 from datasets import Dataset
 
 from dataflex.data.pool import Pool
-from dataflex.engine.limits import check_limits
+from dataflex.engine.folder.limits import check_limits
 from dataflex.utils.errors import UserError
 from tests import families
 from tests.tiny import tiny_llama

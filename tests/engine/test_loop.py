@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from dataflex.core.clock import Clock
 from dataflex.core.hook import Planner, Weigher
 from dataflex.core.plan import Phase, Plan, epoch_schedule, group_by_length
-from dataflex.engine.loop import Loop, Stepper
-from dataflex.engine.skip import NonFinite
+from dataflex.engine.steps.loop import Loop, Stepper
+from dataflex.engine.steps.skip import NonFinite
 from dataflex.utils.errors import UserError
 from dataflex.utils.stopping import Stop
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dataflex.config import load_config
-from dataflex.engine.lora import with_lora
+from dataflex.engine.models.lora import with_lora
 from dataflex.utils.errors import UserError
 from tests import families
 

@@ -11,7 +11,7 @@ import pytest
 from dataflex.core.clock import Clock
 from dataflex.engine import checkpoint
 from dataflex.engine.checkpoint.manifest import random_state_file
-from dataflex.engine.own_files import CONFIG
+from dataflex.engine.folder.own_files import CONFIG
 from dataflex.train.trainer.run_hooks import CheckpointHook
 from dataflex.utils.files import write_atomically
 from dataflex.utils.records import FileRecord, write_sealed

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dataflex.config import load_config
-from dataflex.engine import own_files, run_folder, start_over
+from dataflex.engine.folder import own_files, run_folder, start_over
 from dataflex.utils.errors import UserError
 from tests.engine.test_manifest import make
 

@@ -14,9 +14,9 @@ import torch
 
 import dataflex
 from dataflex.core.hook import Hook
-from dataflex.engine import run_folder
 from dataflex.engine.checkpoint.split import Split
 from dataflex.engine.checkpoint.state import check_identity, random_state, state_of
+from dataflex.engine.folder import run_folder
 from dataflex.report.trainer_log import LogHook, read_log
 from dataflex.train.trainer.run_hooks import EvalHook
 from dataflex.utils import dist

@@ -15,7 +15,7 @@ from dataflex.core.hook import Hook, Planner
 from dataflex.core.plan import Plan, epoch_schedule
 from dataflex.engine import checkpoint
 from dataflex.engine.checkpoint.state import random_state, restore, set_random_state, state_of
-from dataflex.engine.loop import Loop
+from dataflex.engine.steps.loop import Loop
 from dataflex.utils.errors import UserError
 
 STATE: dict[str, Any] = {

@@ -13,7 +13,7 @@ from dataflex.forward import fused as rule
 from dataflex.forward.fused import FusedHead
 from dataflex.forward.head import UnknownHead, find_head
 from dataflex.forward.losses import Forward
-from dataflex.scoring.head_check import open_head
+from dataflex.scoring.checks.head_check import open_head
 from dataflex.utils.errors import UserError
 from tests.forward import models
 

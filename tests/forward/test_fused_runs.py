@@ -14,9 +14,9 @@ from dataflex.data.pool import Pool
 from dataflex.forward import fused as rule
 from dataflex.forward.fused import FusedHead
 from dataflex.forward.head import find_head
-from dataflex.scoring import self_check
-from dataflex.scoring.exact import exact_dots, mean_directions
-from dataflex.scoring.spec import FeatureSpec
+from dataflex.scoring.checks import self_check
+from dataflex.scoring.gradients.exact import exact_dots, mean_directions
+from dataflex.scoring.gradients.spec import FeatureSpec
 from dataflex.train.trainer.training_head import training_head
 from dataflex.utils.errors import UserError
 from tests import tiny_engine as tiny

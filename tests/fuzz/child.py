@@ -10,10 +10,10 @@ import signal
 import sys
 from pathlib import Path
 
-from dataflex.data.convert import Converter
-from dataflex.data.info import read_dataset_infos
-from dataflex.data.read import Cursor, list_files
-from dataflex.data.source import check_table, rows_of_file
+from dataflex.data.sources.convert import Converter
+from dataflex.data.sources.info import read_dataset_infos
+from dataflex.data.sources.read import Cursor, list_files
+from dataflex.data.sources.source import check_table, rows_of_file
 from dataflex.utils.errors import UserError
 
 SECONDS_EACH = 20

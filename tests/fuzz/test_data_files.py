@@ -18,10 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dataflex.data.convert import Converter
-from dataflex.data.expression import Expression
-from dataflex.data.info import read_dataset_infos
-from dataflex.data.source import record_of
+from dataflex.data.sources.convert import Converter
+from dataflex.data.sources.expression import Expression
+from dataflex.data.sources.info import read_dataset_infos
+from dataflex.data.sources.source import record_of
 from dataflex.utils.errors import UserError
 from tests.fuzz.mutate import WHOLE, damaged
 

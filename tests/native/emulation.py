@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dataflex.ops import _ext
+from dataflex.ops.native import _ext
 
 ORDERS: tuple[tuple[str, int], ...] = (("forward", 1), ("reverse", 1), ("random", 1), ("random", 2))
 if os.environ.get("DATAFLEX_SANITIZE") == "thread":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dataflex.ops._build import BuildError, Library, Unit, obtain
+from dataflex.ops.native._build import BuildError, Library, Unit, obtain
 from tests.processes import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]

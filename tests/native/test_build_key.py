@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dataflex.ops import builder, toolchain
-from dataflex.ops._build import Library, Unit
-from dataflex.ops.builder import BUILDERS, CpuBuilder, EmuBuilder
+from dataflex.ops.native import builder, toolchain
+from dataflex.ops.native._build import Library, Unit
+from dataflex.ops.native.builder import BUILDERS, CpuBuilder, EmuBuilder
 
 SOURCES = {
     "a.cpp": '#include "x.h"\n',

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataflex.ops.toolchain import compiler, csrc
+from dataflex.ops.native.toolchain import compiler, csrc
 from tests.native.emulation import BIG_POISON, NAN_POISON, ORDERS, emulated
 from tests.processes import PATIENCE_S
 

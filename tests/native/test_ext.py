@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataflex.ops import _ext, builder, implementations, toolchain
+from dataflex.ops import implementations
+from dataflex.ops.native import _ext, builder, toolchain
 from dataflex.utils.errors import UserError
 from tests.processes import PATIENCE_S
 
@@ -24,7 +25,7 @@ CSRC = (
     *("include/dataflex/portable.cuh", "include/dataflex/cpu.h", "kernels/api.h", "kernels/probe.cu", "cpu/isa.cpp"),
     *("bindings/common.h", "bindings/probe_cpu.cpp", "bindings/probe_cuda.cpp", "host/module.cpp"),
 )
-LOAD = "from dataflex.ops import _ext; print(_ext.load('cpu')); _ext.load('cpu')"
+LOAD = "from dataflex.ops.native import _ext; print(_ext.load('cpu')); _ext.load('cpu')"
 LOSS = """
 import torch
 from dataflex.ops import per_sample_loss
@@ -66,7 +67,7 @@ def test_the_first_use_builds_and_the_second_finds(checkout: Path, cache: Path) 
     assert first.stdout.startswith("Loaded(group='cpu'") and first.stdout == second.stdout
     assert first.stderr == f"Building the native cpu ops (once; kept in {cache})\n"
     assert second.stderr == ""
-    facts = "from dataflex.ops import _ext; h = _ext.host(); print(h.cpu_features(), h.build_facts())"
+    facts = "from dataflex.ops.native import _ext; h = _ext.host(); print(h.cpu_features(), h.build_facts())"
     told = python(facts, checkout, DATAFLEX_CACHE=str(cache), CXX="g++")
     assert "-fno-trapping-math" in told.stdout and told.stderr == "", "the host helper was built in the same run"
 
@@ -122,7 +123,7 @@ def test_the_native_ops_run_on_torchs_own_threads() -> None:
         pytest.skip("no native cpu ops here")
     x = torch.rand(1 << 21)
     program = (
-        "import os, torch; from dataflex.ops import _ext; _ext.load('cpu'); torch.set_num_threads(3)\n"
+        "import os, torch; from dataflex.ops.native import _ext; _ext.load('cpu'); torch.set_num_threads(3)\n"
         "x = torch.rand(1 << 21); (x + 1).sum(); before = len(os.listdir('/proc/self/task'))\n"
         "torch.ops.dataflex.probe(x); print(len(os.listdir('/proc/self/task')) - before)"
     )

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.ops import _ext, loss_and_head_sketch, per_sample_loss
-from dataflex.ops import loss_native as native
-from dataflex.ops.loss_options import LossOptions
+from dataflex.ops import loss_and_head_sketch, per_sample_loss
+from dataflex.ops.losses import loss_native as native
+from dataflex.ops.losses.loss_options import LossOptions
+from dataflex.ops.native import _ext
 from tests.native.emulation import ORDERS, emulated
 from tests.ops.loss_cases import DTYPES, Case, by_hand, cases, within_budget
 from tests.processes import PATIENCE_S

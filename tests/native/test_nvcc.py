@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from dataflex.ops.builder import CudaBuilder
-from dataflex.ops.toolchain import csrc, nvcc
+from dataflex.ops.native.builder import CudaBuilder
+from dataflex.ops.native.toolchain import csrc, nvcc
 
 ARCHITECTURES = ("80", "90", "100")
 MOST_REGISTERS = 255

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dataflex.ops import Transform, _ext, loss_and_head_sketch, per_sample_loss
+from dataflex.ops import Transform, loss_and_head_sketch, per_sample_loss
+from dataflex.ops.native import _ext
 from tests.native.emulation import emulated
 from tests.ops.loss_cases import Case as LossCase
 from tests.ops.loss_cases import by_hand, within_budget

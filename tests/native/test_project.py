@@ -12,8 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from dataflex.ops import Transform, _ext, project_native, project_per_sample_grad_, project_rows_
-from dataflex.ops import project_reference as reference
+from dataflex.ops import Transform, project_per_sample_grad_, project_rows_
+from dataflex.ops.native import _ext
+from dataflex.ops.projection import project_native
+from dataflex.ops.projection import project_reference as reference
 from tests.native.emulation import ORDERS, emulated
 from tests.ops.project_cases import Case, cases, error, project
 
@@ -69,7 +71,7 @@ def test_cpu_bits_of_a_sample_do_not_depend_on_its_batch(native_cpu: Any) -> Non
 
 INSTRUCTIONS = """
 import torch
-from dataflex.ops import _ext
+from dataflex.ops.native import _ext
 from tests.native.test_project import compare, fixed_cases
 from tests.ops.project_cases import project
 assert isinstance(_ext.load("cpu"), _ext.Loaded)

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from dataflex.ops.builder import CpuBuilder
-from dataflex.ops.toolchain import compiler
+from dataflex.ops.native.builder import CpuBuilder
+from dataflex.ops.native.toolchain import compiler
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = "from dataflex.ops.builder import *; CpuBuilder().build(); EmuBuilder().build()"
+BUILD = "from dataflex.ops.native.builder import *; CpuBuilder().build(); EmuBuilder().build()"
 OVERRUN = """
 import ctypes, torch
-from dataflex.ops import _ext
+from dataflex.ops.native import _ext
 library = ctypes.CDLL(str(_ext.load("emu").path))
 x, y = torch.zeros(500), torch.zeros(500)
 library.dataflex_probe(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(501), None)

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from dataflex.ops import _build, _ext, trust
-from dataflex.ops._build import BuildError
-from dataflex.ops.builder import CpuBuilder
+from dataflex.ops.native import _build, _ext, trust
+from dataflex.ops.native._build import BuildError
+from dataflex.ops.native.builder import CpuBuilder
 from dataflex.utils.logging import logger
 from tests.native.test_build import built_in, compiled, folder  # noqa: F401 - a fixture
 
@@ -113,8 +113,8 @@ def test_a_prebuilt_library_that_was_changed_is_not_loaded(
     builder = CpuBuilder()
     site = tmp_path / "dataflex"
     (site / "_lib").mkdir(parents=True)
-    (site / "ops").mkdir()
-    monkeypatch.setattr(_ext, "__file__", str(site / "ops" / "_ext.py"))
+    (site / "ops" / "native").mkdir(parents=True)
+    monkeypatch.setattr(_ext, "__file__", str(site / "ops" / "native" / "_ext.py"))
     library = site / "_lib" / builder.file_name()
     library.write_bytes(b"library")
     (site / "_lib" / "cpu.sources").write_text(builder.source_digest())

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dataflex.ops import Transform, project_per_sample_grad_
-from dataflex.ops.hashing import buckets, count_buckets, dense_signs, factor_signs, signs, sparse_buckets, tile_shape
+from dataflex.ops.projection.hashing import (
+    buckets,
+    count_buckets,
+    dense_signs,
+    factor_signs,
+    signs,
+    sparse_buckets,
+    tile_shape,
+)
 from tests.ops.by_hand import FORMULAS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dataflex.ops.hashing import buckets, philox, signs, tensor_id, tile_shape
+from dataflex.ops.projection.hashing import buckets, philox, signs, tensor_id, tile_shape
 
 ALL_ONES = 0xFFFFFFFF
 

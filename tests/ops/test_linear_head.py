@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dataflex.ops import linear_deltas, linear_per_sample_loss, per_sample_loss
-from dataflex.ops.linear_deltas import LinearLossGrad
-from dataflex.ops.linear_sweep import Products, Sweep, Weights
-from dataflex.ops.loss_linear import linear_losses
-from dataflex.ops.loss_options import LossOptions
+from dataflex.ops import linear_per_sample_loss, per_sample_loss
+from dataflex.ops.losses import linear_deltas
+from dataflex.ops.losses.linear_deltas import LinearLossGrad
+from dataflex.ops.losses.linear_sweep import Products, Sweep, Weights
+from dataflex.ops.losses.loss_linear import linear_losses
+from dataflex.ops.losses.loss_options import LossOptions
 
 N, V, H, R = 30, 2111, 12, 3
 CU = torch.tensor([0, 11, 12, 12, N])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dataflex.ops import linear_per_sample_loss, loss_and_head_sketch, merge_vocab_shards, per_sample_loss
-from dataflex.ops.loss_native import native_ops
+from dataflex.ops.losses.loss_native import native_ops
 
 LOGITS, LABELS, CU = torch.zeros(6, 3), torch.zeros(6, dtype=torch.int64), torch.tensor([0, 6])
 HIDDEN, WEIGHT = torch.zeros(6, 4), torch.zeros(3, 4)

@@ -16,7 +16,7 @@ from dataflex.ops import (
     merge_vocab_shards,
     per_sample_loss,
 )
-from dataflex.ops.loss_reference import fold
+from dataflex.ops.losses.loss_reference import fold
 from tests.ops.loss_cases import DTYPES, Case, by_hand, cases, plain_token_losses, within_budget
 
 

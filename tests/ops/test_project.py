@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dataflex.ops import Transform, project_dense_, project_per_sample_grad_, project_rows_, project_zero
-from dataflex.ops import project_reference as implementation
-from dataflex.ops.hashing import buckets, signs, tile_shape
+from dataflex.ops.projection import project_reference as implementation
+from dataflex.ops.projection.hashing import buckets, signs, tile_shape
 from tests.ops.by_hand import FORMULAS
 
 M, K = 37, 70

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from dataflex.ops import Transform, project_dense_, project_per_sample_grad_, project_rows_, project_zero
-from dataflex.ops.project_kinds import PROJECTIONS
+from dataflex.ops.projection.project_kinds import PROJECTIONS
 from tests.ops.project_cases import Case, cases, error, gradients, matrix_of, project
 
 SGD: dict[str, Any] = {"transform": Transform(), "seed": 5, "tensor_id": 6}

@@ -10,8 +10,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from dataflex.data.origin import Origin
 from dataflex.data.pool import Pool
+from dataflex.data.sources.origin import Origin
 from dataflex.report import decision_table as tables
 from dataflex.utils.errors import UserError
 

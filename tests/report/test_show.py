@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from dataflex import cli
-from dataflex.data.info import read_dataset_infos
-from dataflex.data.origin import Origin
 from dataflex.data.pool import Pool
-from dataflex.data.rows import content_of
+from dataflex.data.sources.info import read_dataset_infos
+from dataflex.data.sources.origin import Origin
+from dataflex.data.sources.rows import content_of
 from dataflex.report import decision_table as tables
 from dataflex.report.show import show
 from dataflex.utils.errors import UserError

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.data.collate import Collator
+from dataflex.data.encoding.collate import Collator
 from dataflex.ops import Transform, project_per_sample_grad_, tensor_id
-from dataflex.scoring.coverage import find_targets, kind_of
-from dataflex.scoring.exact import exact_dots, mean_directions
-from dataflex.scoring.layers import LayerRule
+from dataflex.scoring.gradients.coverage import find_targets, kind_of
+from dataflex.scoring.gradients.exact import exact_dots, mean_directions
+from dataflex.scoring.gradients.layers import LayerRule
 from dataflex.scoring.scorer import Scorer
 from dataflex.utils.errors import UserError
 from tests import families
@@ -313,7 +313,7 @@ def test_a_parameter_that_its_module_hands_out_is_named() -> None:
 
 
 def test_layers_that_have_tokens_first_are_named() -> None:
-    from dataflex.scoring.rerun import Places
+    from dataflex.scoring.gradients.rerun import Places
 
     places = Places(3, 42, torch.arange(4) * 14)
     with pytest.raises(UserError, match=r"layer of w sees \(14, 3, 8\), tokens first, for 3 rows of 14 tokens"):

@@ -10,7 +10,7 @@ import torch
 
 import dataflex
 from dataflex.ops import Transform, project_dense_, project_per_sample_grad_, tensor_id
-from dataflex.scoring.exact import exact_dots
+from dataflex.scoring.gradients.exact import exact_dots
 from tests import families
 from tests import tiny_engine as tiny
 from tests.distributed import run_ranks

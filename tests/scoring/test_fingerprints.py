@@ -21,10 +21,10 @@ from dataflex.config.schema import FlexSection, ModelSection, OutputSection
 from dataflex.config.score_section import ScoreSection
 from dataflex.core.registry import REGISTRY
 from dataflex.data.pool import Pool
-from dataflex.engine import identity
+from dataflex.engine.folder import identity
 from dataflex.ops import Transform
-from dataflex.scoring import sharded, token_losses
-from dataflex.scoring.store import read_manifest
+from dataflex.scoring.kept import sharded, token_losses
+from dataflex.scoring.kept.store import read_manifest
 from dataflex.train.trainer.build import _passes
 from dataflex.train.trainer.components import RUNTIME, load_components
 from dataflex.utils.stopping import Stop

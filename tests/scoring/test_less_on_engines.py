@@ -10,10 +10,10 @@ import torch
 
 import dataflex
 from dataflex.data.pool import Pool
-from dataflex.scoring import self_check
-from dataflex.scoring.layers import LayerRule
-from dataflex.scoring.sharded import ScoringPasses
-from dataflex.scoring.spec import FeatureSpec
+from dataflex.scoring.checks import self_check
+from dataflex.scoring.gradients.layers import LayerRule
+from dataflex.scoring.gradients.spec import FeatureSpec
+from dataflex.scoring.kept.sharded import ScoringPasses
 from dataflex.train.selector.less_selector import LessSelector
 from tests import families
 from tests import tiny_engine as tiny

@@ -10,8 +10,8 @@ import torch
 import transformers
 
 import dataflex
-from dataflex.data.collate import Collator
-from dataflex.scoring.model_check import check_model, check_packing
+from dataflex.data.encoding.collate import Collator
+from dataflex.scoring.checks.model_check import check_model, check_packing
 from dataflex.utils.errors import UserError
 from tests import families
 from tests import tiny_engine as tiny

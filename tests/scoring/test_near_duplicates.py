@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataflex.scoring import choose as choosing
-from dataflex.scoring.choose import BLOCK, choose
+from dataflex.scoring.decide import choose as choosing
+from dataflex.scoring.decide.choose import BLOCK, choose
 
 ALIKE = 0.9
 

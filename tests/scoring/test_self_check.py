@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.scoring import self_check, taps
-from dataflex.scoring.spec import FeatureSpec
+from dataflex.scoring.checks import self_check
+from dataflex.scoring.gradients import taps
+from dataflex.scoring.gradients.spec import FeatureSpec
 from dataflex.utils.errors import UserError
 from tests import families
 from tests.scoring.test_coverage import pool, scorer

@@ -16,9 +16,9 @@ import torch
 
 import dataflex
 from dataflex.data.pool import Pool
-from dataflex.engine.identity import bits_digest, weights_identity
+from dataflex.engine.folder.identity import bits_digest, weights_identity
+from dataflex.scoring.kept.sharded import ScoringPasses
 from dataflex.scoring.progress import counted, duration, size
-from dataflex.scoring.sharded import ScoringPasses
 from dataflex.utils import dist, room, run_lock
 from dataflex.utils.errors import UserError
 from tests import tiny_engine as tiny

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataflex.scoring.store import (
+from dataflex.scoring.kept.store import (
     MANIFEST,
     ShardStore,
     StoreReader,

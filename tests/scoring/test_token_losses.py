@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import dataflex
-from dataflex.data.collate import Collator
+from dataflex.data.encoding.collate import Collator
 from dataflex.data.pool import Pool
-from dataflex.scoring.store import MANIFEST
-from dataflex.scoring.token_losses import TokenLossStore, write_token_losses
+from dataflex.scoring.kept.store import MANIFEST
+from dataflex.scoring.kept.token_losses import TokenLossStore, write_token_losses
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from tests import tiny_engine as tiny

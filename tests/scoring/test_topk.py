@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.scoring.choose import choose, domain_quotas
-from dataflex.scoring.store import ShardStore, StoreReader
-from dataflex.scoring.topk import FEATURES, blocks, cosine_top_k, stream_scores
+from dataflex.scoring.decide.choose import choose, domain_quotas
+from dataflex.scoring.decide.topk import FEATURES, blocks, cosine_top_k, stream_scores
+from dataflex.scoring.kept.store import ShardStore, StoreReader
 from dataflex.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -46,8 +46,8 @@ def exact_cosines(rows: np.ndarray, directions: np.ndarray) -> np.ndarray:
 def test_top_k_is_that_of_a_float64_sort(
     monkeypatch: pytest.MonkeyPatch, rows: int, count: int, shard: int, merge: int
 ) -> None:
-    monkeypatch.setattr("dataflex.scoring.topk.MERGE", merge)
-    monkeypatch.setattr("dataflex.scoring.topk.BLOCK_BYTES", 16 * 2 * 3)  # three rows a block
+    monkeypatch.setattr("dataflex.scoring.decide.topk.MERGE", merge)
+    monkeypatch.setattr("dataflex.scoring.decide.topk.BLOCK_BYTES", 16 * 2 * 3)  # three rows a block
     draw = np.random.default_rng(rows + count)
     features = draw.standard_normal((rows, 16)).astype(np.float16)
     directions = draw.standard_normal((3, 16))
@@ -61,8 +61,8 @@ def test_top_k_is_that_of_a_float64_sort(
 
 
 def test_ties_go_to_the_earlier_row_and_zeros_score_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dataflex.scoring.topk.BLOCK_BYTES", 4 * 2 * 2)
-    monkeypatch.setattr("dataflex.scoring.topk.MERGE", 1)
+    monkeypatch.setattr("dataflex.scoring.decide.topk.BLOCK_BYTES", 4 * 2 * 2)
+    monkeypatch.setattr("dataflex.scoring.decide.topk.MERGE", 1)
     features = np.zeros((9, 4), dtype=np.float16)
     features[[1, 4, 7], 0] = [2, 1, 3]  # the same direction, so the same cosine
     features[8, 0] = -1
@@ -71,7 +71,7 @@ def test_ties_go_to_the_earlier_row_and_zeros_score_zero(monkeypatch: pytest.Mon
 
 
 def test_blocks_of_a_store_are_its_rows_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dataflex.scoring.topk.BLOCK_BYTES", 8 * 2 * 4)
+    monkeypatch.setattr("dataflex.scoring.decide.topk.BLOCK_BYTES", 8 * 2 * 4)
     rows = np.random.default_rng(0).standard_normal((21, 8)).astype(np.float16)
     store = ShardStore(tmp_path, {}, np.arange(21), 10)
     for index in range(len(store)):

@@ -13,8 +13,8 @@ import yaml
 import dataflex
 from dataflex.core.hook import Hook
 from dataflex.data.pool import Pool
-from dataflex.scoring.store import ShardStore
-from dataflex.scoring.token_losses import POOL, write_token_losses
+from dataflex.scoring.kept.store import ShardStore
+from dataflex.scoring.kept.token_losses import POOL, write_token_losses
 from dataflex.utils import dist
 from tests import tiny_engine as tiny
 from tests.tiny import tiny_llama

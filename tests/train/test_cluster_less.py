@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import dataflex
-from dataflex.data.collate import Collator
+from dataflex.data.encoding.collate import Collator
 from dataflex.data.pool import Pool
-from dataflex.scoring.embed_pass import embeddings, pooled
+from dataflex.scoring.passes.embed_pass import embeddings, pooled
 from dataflex.train.selector import cluster_less_selector
 from dataflex.train.selector.cluster_less_selector import (
     ClusterLessSelector,

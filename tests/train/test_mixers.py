@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from dataflex.core.plan import decision_schedule
-from dataflex.data.collate import Collator
+from dataflex.data.encoding.collate import Collator
 from dataflex.data.pool import Pool
-from dataflex.engine.reference import open_reference
-from dataflex.scoring.router_pass import expert_loads
+from dataflex.engine.models.reference import open_reference
+from dataflex.scoring.passes.router_pass import expert_loads
 from dataflex.scoring.scorer import Scorer
 from dataflex.train.mixer.doremi_mixer import DoremiMixer, updated_weights
 from dataflex.train.mixer.dynamic_moe_mixer import DynamicMoeMixer, domain_order, mean_distances

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dataflex.data.pool import Pool
-from dataflex.ops.project_kinds import PROJECTIONS
-from dataflex.scoring.layers import LayerRule
+from dataflex.ops.projection.project_kinds import PROJECTIONS
+from dataflex.scoring.gradients.layers import LayerRule
 from dataflex.scoring.scorer import Scorer
 from dataflex.train.selector import cluster_less_selector, less_selector
 from dataflex.train.selector.cluster_less_selector import ClusterLessSelector, Clusters

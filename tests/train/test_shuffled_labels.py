@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import dataflex
-from dataflex.data.collate import Collator
+from dataflex.data.encoding.collate import Collator
 from tests import tiny_engine as tiny
 from tests.distributed import run_ranks
 from tests.train.weighting_runs import Watch

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataflex.config.schema import FlexSection
-from dataflex.engine.reference import open_reference
+from dataflex.engine.models.reference import open_reference
 from dataflex.train.mixer.mixture import Mixture, MixtureManager, StreamMixture, rounded_counts
 from dataflex.train.mixer.odm_mixer import OdmMixer
 from dataflex.train.mixer.static_mixer import StratifiedMixer

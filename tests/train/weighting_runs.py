@@ -12,7 +12,7 @@ import yaml
 
 import dataflex
 from dataflex.core.hook import Hook
-from dataflex.data.collate import Collator
+from dataflex.data.encoding.collate import Collator
 from dataflex.utils import dist
 from tests import tiny_engine as tiny
 

@@ -22,7 +22,7 @@ from dataflex.utils.stopping import Stopped
 from tests.distributed import run_ranks
 from tests.test_launcher import LAUNCH, LINUX, ROOT
 
-WAIT = Standing("_agree (dataflex/engine/loop.py:241)", "all_reduce", 3, 1)
+WAIT = Standing("_agree (dataflex/engine/steps/loop.py:241)", "all_reduce", 3, 1)
 HANG = Standing("select (mine.py:7)", "", 3, 2)
 TIMEOUT_S, BEAT_S = 600.0, 5.0
 
@@ -106,7 +106,7 @@ def test_a_hung_rank_is_named_after_ddp_timeout(monkeypatch: pytest.MonkeyPatch)
     assert ranks.beat(TIMEOUT_S) == []
     assert ranks.beat(2 * BEAT_S)[0] == (
         "no step has ended for 600 s (ddp_timeout): rank 2 (process 2 on node1) is at select (mine.py:7) after step 3; "
-        "ranks 0, 1 are waiting in all_reduce, at _agree (dataflex/engine/loop.py:241) after step 3"
+        "ranks 0, 1 are waiting in all_reduce, at _agree (dataflex/engine/steps/loop.py:241) after step 3"
     )
 
 

@@ -21,7 +21,7 @@ from dataflex.engine.checkpoint.state import (
     set_random_state,
     split_of,
 )
-from dataflex.engine.loop import Loop
+from dataflex.engine.steps.loop import Loop
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError, cut
 from dataflex.utils.logging import logger

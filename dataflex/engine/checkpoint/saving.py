@@ -10,9 +10,9 @@ import torch
 from dataflex import __version__
 from dataflex.engine.checkpoint.manifest import MANIFEST, POINTER, STATE, Manifest, random_state_file
 from dataflex.engine.checkpoint.state import encode, random_state, state_of
-from dataflex.engine.export import size_of
-from dataflex.engine.finite import check_finite
-from dataflex.engine.loop import Loop
+from dataflex.engine.models.export import size_of
+from dataflex.engine.steps.finite import check_finite
+from dataflex.engine.steps.loop import Loop
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.files import write_atomically

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from dataflex.core.plan import Plan
 from dataflex.engine.checkpoint.split import Split, compared_by
-from dataflex.engine.loop import Loop
+from dataflex.engine.steps.loop import Loop
 from dataflex.utils.errors import UserError, cut, shown
 
 

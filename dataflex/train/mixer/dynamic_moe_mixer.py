@@ -8,7 +8,7 @@ import numpy as np
 
 from dataflex.core.plan import Floats, Ids, generator
 from dataflex.core.registry import register_mixer
-from dataflex.scoring.router_pass import expert_loads, has_routers
+from dataflex.scoring.passes.router_pass import expert_loads, has_routers
 from dataflex.train.mixer.base_mixer import Mixer, check_variant
 from dataflex.train.mixer.mixture import Mixture
 from dataflex.utils.errors import UserError

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dataflex.core.plan import Floats, Ids, Plan, check_proportions, generator
 from dataflex.data.pool import Pool, TrainingPool
-from dataflex.data.stream_pool import StreamPool
+from dataflex.data.streams.stream_pool import StreamPool
 from dataflex.train.mixer.permutation import domain_stream
 from dataflex.utils.errors import UserError
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from dataflex.core.registry import register_selector
-from dataflex.scoring.embed_pass import POOLINGS, embeddings
+from dataflex.scoring.passes.embed_pass import POOLINGS, embeddings
 from dataflex.scoring.scorer import Scorer
 from dataflex.train.selector.less_selector import LessSelector, cosine_scores
 from dataflex.utils import dist

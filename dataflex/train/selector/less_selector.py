@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataflex.core.registry import register_selector
-from dataflex.ops.project_kinds import PROJECTIONS, check_proj_dim
-from dataflex.scoring.exact import exact_dots, mean_directions
-from dataflex.scoring.layers import LayerRule
+from dataflex.ops.projection.project_kinds import PROJECTIONS, check_proj_dim
+from dataflex.scoring.checks.self_check import check_one_sample
+from dataflex.scoring.gradients.exact import exact_dots, mean_directions
+from dataflex.scoring.gradients.layers import LayerRule
+from dataflex.scoring.gradients.spec import FeatureSpec
+from dataflex.scoring.kept.sharded import ScoringPasses
 from dataflex.scoring.scorer import Scorer
-from dataflex.scoring.self_check import check_one_sample
-from dataflex.scoring.sharded import ScoringPasses
-from dataflex.scoring.spec import FeatureSpec
 from dataflex.train.selector.base_selector import Selector
 from dataflex.utils.errors import UserError, nearest
 
@@ -111,10 +111,10 @@ class LessSelector(Selector):
     its samples. gradient_type: adam (as the paper) or sgd for the train side. adam_form: ``official`` (as the
     paper's code: no bias correction, eps inside the root) or ``optimizer`` (the true update of this run's
     optimizer). scoring: ``projected`` (to proj_dim numbers by ``projection``; the kinds are those of
-    `dataflex.ops.project_kinds`, seed: of the projection) or ``exact`` (no projection; one direction of the trained
-    parameters' size for each subtask stays in memory). layers, layer_weights: see `LayerRule`. accumulate: rank by
-    the sum over this run's decisions so far of learning rate x score (equation 3 of the paper, over decisions instead
-    of epochs). self_check: compare one sample with plain autograd before the first decision.
+    `dataflex.ops.projection.project_kinds`, seed: of the projection) or ``exact`` (no projection; one direction of the
+    trained parameters' size for each subtask stays in memory). layers, layer_weights: see `LayerRule`. accumulate: rank
+    by the sum over this run's decisions so far of learning rate x score (equation 3 of the paper, over decisions
+    instead of epochs). self_check: compare one sample with plain autograd before the first decision.
     passes: runs the pass over the pool shard by shard.
     """
 

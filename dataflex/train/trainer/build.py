@@ -19,20 +19,20 @@ from dataflex.core.hook import Hook, Weigher
 from dataflex.core.plan import Schedule, decision_schedule, epoch_schedule, steps_of_epochs
 from dataflex.core.registry import REGISTRY
 from dataflex.data.pool import Pool, TrainingPool
-from dataflex.engine.identity import weights_identity
-from dataflex.engine.limits import check_limits
-from dataflex.engine.loop import BatchSource, Loop, Stepper
+from dataflex.engine.folder.identity import weights_identity
+from dataflex.engine.folder.limits import check_limits
+from dataflex.engine.models.reference import open_reference
 from dataflex.engine.optimizer_state import read_moments
 from dataflex.engine.plugin import DataflexEngine
-from dataflex.engine.reference import open_reference
-from dataflex.engine.skip import NonFinite
+from dataflex.engine.steps.loop import BatchSource, Loop, Stepper
+from dataflex.engine.steps.skip import NonFinite
 from dataflex.forward.fused import FusedHead
 from dataflex.forward.losses import Forward
+from dataflex.scoring.checks.head_check import open_head
+from dataflex.scoring.checks.model_check import check_model, check_packing
 from dataflex.scoring.context import release_gathered
-from dataflex.scoring.head_check import open_head
-from dataflex.scoring.model_check import check_model, check_packing
+from dataflex.scoring.kept.sharded import ScoringPasses
 from dataflex.scoring.scorer import Scorer
-from dataflex.scoring.sharded import ScoringPasses
 from dataflex.train.trainer.component_hooks import HookBuilder
 from dataflex.train.trainer.training_head import training_head
 from dataflex.train.trainer.weight_trainer import WeightLog

@@ -13,7 +13,7 @@ from dataflex.core.context import Accelerator, Run
 from dataflex.core.hook import Hook, Planner
 from dataflex.core.registry import REGISTRY
 from dataflex.core.weights import StaticWeights
-from dataflex.data.stream_pool import StreamPool
+from dataflex.data.streams.stream_pool import StreamPool
 from dataflex.train.mixer.mixture import mixture_of
 from dataflex.train.trainer.components import KIND_NAMES, RUNTIME
 from dataflex.train.trainer.mix_trainer import mix_planner

@@ -14,7 +14,7 @@ import torch
 
 from dataflex.config import Config, deepspeed_json, load_config
 from dataflex.core.hook import Hook
-from dataflex.data.collate import Collator
+from dataflex.data.encoding.collate import Collator
 from dataflex.data.pool import Pool
 from dataflex.engine.ds_config import given_config
 from dataflex.engine.plugin import DataflexEngine

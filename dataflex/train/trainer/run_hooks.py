@@ -10,9 +10,9 @@ from dataflex.core.clock import EVALUATE, SAVE
 from dataflex.core.context import Run
 from dataflex.core.hook import Hook
 from dataflex.engine import checkpoint
-from dataflex.engine.export import export
-from dataflex.engine.handover import Handover
-from dataflex.engine.own_files import CONFIG
+from dataflex.engine.folder.own_files import CONFIG
+from dataflex.engine.models.export import export
+from dataflex.engine.models.handover import Handover
 from dataflex.report.trainer_log import LogHook
 from dataflex.utils import dist
 from dataflex.utils.files import finish_removals, remove, write_atomically

@@ -6,7 +6,7 @@ from typing import Any
 
 from dataflex.core.context import Run
 from dataflex.core.hook import Hook
-from dataflex.data.stream_pool import StreamPool
+from dataflex.data.streams.stream_pool import StreamPool
 
 
 class StreamHook(Hook):

@@ -12,7 +12,7 @@ from torch import Tensor
 from dataflex.core.plan import generator
 from dataflex.core.registry import register_weighter
 from dataflex.ops import shift_labels
-from dataflex.scoring.embed_pass import POOLINGS, LastHidden, counted_positions, embeddings, pooled
+from dataflex.scoring.passes.embed_pass import POOLINGS, LastHidden, counted_positions, embeddings, pooled
 from dataflex.scoring.scorer import Scorer
 from dataflex.train.weighter.base_weighter import SampleWeighter
 from dataflex.utils import dist

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dataflex.core.plan import Floats
 from dataflex.core.weights import StaticWeights
-from dataflex.data.encode import IGNORE_INDEX
+from dataflex.data.encoding.encode import IGNORE_INDEX
 from dataflex.data.pool import Pool, TrainingPool
-from dataflex.data.scan import check_weights
+from dataflex.data.sources.scan import check_weights
 from dataflex.utils.errors import UserError, cut, nearest
 from dataflex.utils.logging import logger
 

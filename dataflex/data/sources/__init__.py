@@ -1,0 +1,1 @@
+"""From files and hubs to rows of text, each with its origin."""

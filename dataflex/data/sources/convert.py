@@ -1,0 +1,273 @@
+"""A raw row becomes turns: (role, content) pairs, the role being system, user, assistant or tool.
+
+A value of the wrong type stops with the row's place, since the whole column is then suspect. A row that is
+well-typed but unusable (no answer, roles that do not alternate) gets a reason instead: the loader counts
+these aloud. Function calls are plain assistant turns that are trained, their results plain `tool` turns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dataflex.data.sources.expression import Expression, is_expression
+from dataflex.data.sources.info import DatasetInfo
+from dataflex.data.sources.values import as_text, content_of, number_of, wrong_type
+from dataflex.utils.errors import UserError, cut, listed, nearest, shown
+
+Turn = tuple[str, str]
+TEXT_ROLE = "text"
+
+
+class BadRow(Exception):
+    """A well-typed row that cannot be trained on; the message is the reason that is counted."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    turns: tuple[Turn, ...]
+    problem: str = ""
+    weight: float = 1.0
+    token_weight: tuple[float, ...] = ()
+    kept: str = ""
+
+
+class Converter:
+    """Converts the rows of one dataset.
+
+    Args:
+        info: the dataset's entry.
+        stage: `sft` (turns) or `pt` (one turn of the role `text`).
+        weight_column: a column of sample weights (finite, not negative), arithmetic over columns, or None.
+        token_column: a column of lists of token weights (finite, not negative), or None.
+        kept_column: a column that travels with the samples as text, or None.
+    """
+
+    def __init__(
+        self,
+        info: DatasetInfo,
+        stage: str,
+        weight_column: str | None = None,
+        token_column: str | None = None,
+        kept_column: str | None = None,
+    ) -> None:
+        if stage == "pt" and info.formatting != "alpaca":
+            raise UserError(
+                f"{info.where}.formatting: '{info.formatting}' has no plain text for stage pt; "
+                'use "formatting": "alpaca" with "columns": {"prompt": "text"}'
+            )
+        self.info = info
+        self.stage = stage
+        self.weight_column = weight_column
+        self.token_column = token_column
+        self.expression = Expression(weight_column) if weight_column and is_expression(weight_column) else None
+        self.kept_column = kept_column
+        self.required, self.optional = self._needed_columns()
+
+    def _needed_columns(self) -> tuple[dict[str, str], dict[str, str]]:
+        columns = self.info.columns
+        if self.stage == "pt":
+            keys: tuple[str, ...] = ("prompt",)
+            extra: tuple[str, ...] = ()
+        elif self.info.formatting == "alpaca":
+            keys, extra = ("prompt", "response"), ("query", "history", "system")
+        else:
+            keys, extra = ("messages",), ("system",)
+        required: dict[str, str] = {}
+        optional: dict[str, str] = {}
+        for key in keys + extra:
+            name = getattr(columns, key)
+            if name is None and key in keys:
+                raise UserError(f"{self.info.where}.columns.{key}: stage {self.stage} cannot do without it")
+            if name is not None:
+                (required if key in keys or key in columns.given else optional)[key] = name
+        if self.expression is not None:
+            required |= {f"sample_weight: {name}": name for name in self.expression.columns}
+        elif self.weight_column is not None:
+            required["sample_weight"] = self.weight_column
+        if self.token_column is not None:
+            required["token_weight"] = self.token_column
+        if self.kept_column is not None:
+            required["subtask_column"] = self.kept_column
+        return required, optional
+
+    @property
+    def wanted(self) -> set[str]:
+        """Every column that is read."""
+        return {*self.required.values(), *self.optional.values()}
+
+    def check_columns(self, found: Collection[str], where: str) -> None:
+        """Raise UserError where a needed column is not among those found."""
+        missing = {key: name for key, name in self.required.items() if name not in found}
+        if not missing:
+            return
+        name = next(iter(missing.values()))
+        hint = nearest(name, found)
+        if self.stage == "sft" and "text" in found and self.info.formatting == "alpaca":
+            hint = ' (plain text is for stage: pt with "columns": {"prompt": "text"})'
+        needed = ", ".join(f"{cut(name)} ({key})" for key, name in self.required.items())
+        raise UserError(
+            f"{where}: no column '{cut(name)}'{hint}; it has {listed(found)}; "
+            f"stage {self.stage} needs {needed}: name them in {self.info.where}.columns"
+        )
+
+    def __call__(self, row: Mapping[str, Any], where: str) -> Converted:
+        """Convert one row; ``where`` (file:row) goes into the text of a UserError."""
+        weight, tokens = self._weight(row, where), self._token_weight(row, where)
+        try:
+            if self.stage == "pt":
+                turns = self._plain_text(row, where)
+            elif self.info.formatting == "alpaca":
+                turns = self._alpaca(row, where)
+            else:
+                turns = self._messages(row, where)
+            kept = (
+                "" if self.kept_column is None else as_text(row.get(self.kept_column), f"{where}: {self.kept_column}")
+            )
+            for content in (*(content for _, content in turns), kept):
+                if not content.isascii():
+                    content.encode("utf-8")
+        except BadRow as reason:
+            return Converted((), str(reason), weight, tokens)
+        except UnicodeEncodeError:
+            return Converted((), "text with half a surrogate pair", weight, tokens)
+        return Converted(tuple(turns), "", weight, tokens, kept)
+
+    def _weight(self, row: Mapping[str, Any], where: str) -> float:
+        if self.weight_column is None:
+            return 1.0
+        if self.expression is None:
+            value = _cell(row, self.weight_column, "sample_weight", where)
+            weight = number_of(value)
+            if not (math.isfinite(weight) and weight >= 0):
+                raise UserError(f"{where}: {cut(self.weight_column)}: expected a number >= 0, got {shown(value)}")
+            return weight
+        numbers = {}
+        for name in self.expression.columns:
+            value = _cell(row, name, "sample_weight", where)
+            numbers[name] = number_of(value)
+            if not math.isfinite(numbers[name]):
+                raise UserError(f"{where}: {cut(name)} (in sample_weight): expected a number, got {shown(value)}")
+        weight = self.expression(numbers)
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"{where}: sample_weight: '{self.weight_column}' is {weight:g}, expected a number >= 0")
+        return weight
+
+    def _token_weight(self, row: Mapping[str, Any], where: str) -> tuple[float, ...]:
+        if self.token_column is None:
+            return ()
+        values = _cell(row, self.token_column, "token_weight", where)
+        if not isinstance(values, list):
+            raise wrong_type(where, self.token_column, "a list of numbers", values)
+        weights = tuple(number_of(value) for value in values)
+        for place, weight in enumerate(weights):
+            if not (math.isfinite(weight) and weight >= 0):
+                got = f"got {shown(values[place])} at {place}"
+                raise UserError(f"{where}: {self.token_column}: expected numbers >= 0, {got}")
+        return weights
+
+    def _text(self, row: Mapping[str, Any], key: str, where: str) -> str | None:
+        name = self.required.get(key) or self.optional.get(key)
+        value = row.get(name) if name is not None else None
+        if value is not None and not isinstance(value, str):
+            raise wrong_type(where, str(name), "text", value)
+        return value
+
+    def _plain_text(self, row: Mapping[str, Any], where: str) -> list[Turn]:
+        text = self._text(row, "prompt", where)
+        if not text:
+            raise BadRow("no text")
+        return [(TEXT_ROLE, text)]
+
+    def _alpaca(self, row: Mapping[str, Any], where: str) -> list[Turn]:
+        prompt, query = self._text(row, "prompt", where), self._text(row, "query", where)
+        answer, system = self._text(row, "response", where), self._text(row, "system", where)
+        turns: list[Turn] = [("system", system)] if system else []
+        for question, reply in self._history(row, where):
+            turns += [("user", question), ("assistant", reply)]
+        if not answer:
+            raise BadRow("no answer")
+        return [*turns, ("user", "\n".join(part for part in (prompt, query) if part)), ("assistant", answer)]
+
+    def _history(self, row: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
+        name = self.required.get("history")
+        value = row.get(name) if name is not None else None
+        if value is None or value == "":
+            return []
+        pairs: list[Any] = value if isinstance(value, list) else [None]
+        for pair in pairs:
+            if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)):
+                raise wrong_type(where, str(name), "a list of [question, answer] pairs of text", value)
+        return [(question, answer) for question, answer in pairs]
+
+    def _messages(self, row: Mapping[str, Any], where: str) -> list[Turn]:
+        name = self.required["messages"]
+        messages = row.get(name)
+        if messages is None:
+            raise BadRow("no messages")
+        if not isinstance(messages, list):
+            raise wrong_type(where, name, "a list of messages", messages)
+        turns = [self._message(message, f"{where}: {name}[{i}]") for i, message in enumerate(messages)]
+        turns = _join_tool_results(turns)
+        system = self._text(row, "system", where)
+        if turns and turns[0][0] == "system":
+            system, turns = turns[0][1], turns[1:]
+        _check_order([role for role, _ in turns])
+        return ([("system", system)] if system else []) + turns
+
+    def _message(self, message: Any, where: str) -> Turn:
+        tags = self.info.tags
+        if not isinstance(message, dict):
+            raise UserError(f"{where}: expected an object, got {shown(message)}")
+        for tag in (tags.role_tag, tags.content_tag):
+            if tag not in message:
+                raise UserError(
+                    f"{where}: no key '{tag}'{nearest(tag, message)}; it has {listed(message)}; "
+                    f"name the keys in {self.info.where}.tags"
+                )
+        roles = {
+            tags.user_tag: "user",
+            tags.assistant_tag: "assistant",
+            tags.function_tag: "assistant",
+            tags.observation_tag: "tool",
+            tags.system_tag: "system",
+        }
+        given = message[tags.role_tag]
+        role = roles.get(given) if isinstance(given, str) else None
+        if role is None:
+            raise BadRow(f"unknown role {shown(given)}{nearest(given, roles)}")
+        content = content_of(message[tags.content_tag], message.get("tool_calls"), where)
+        if not content and role in ("assistant", "user"):
+            raise BadRow("no answer" if role == "assistant" else "an empty question")
+        return role, content
+
+
+def _cell(row: Mapping[str, Any], name: str, key: str, where: str) -> Any:
+    """The row's value in a column that ``key`` names; UserError where it has none."""
+    if name not in row:
+        raise UserError(f"{where}: no column '{cut(name)}' ({key}){nearest(name, row)}; it has {listed(row)}")
+    return row[name]
+
+
+def _join_tool_results(turns: list[Turn]) -> list[Turn]:
+    joined: list[Turn] = []
+    for role, content in turns:
+        if role == "tool" and joined and joined[-1][0] == "tool":
+            joined[-1] = (role, f"{joined[-1][1]}\n{content}")
+        else:
+            joined.append((role, content))
+    return joined
+
+
+def _check_order(roles: list[str]) -> None:
+    if not roles:
+        raise BadRow("no messages")
+    if "system" in roles:
+        raise BadRow("a system message that is not the first")
+    for i, role in enumerate(roles):
+        if (role == "assistant") != (i % 2 == 1):
+            raise BadRow("roles do not alternate")
+    if roles[-1] != "assistant":
+        raise BadRow("does not end with an answer")

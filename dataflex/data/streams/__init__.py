@@ -1,0 +1,1 @@
+"""Data that is read while it is trained on."""

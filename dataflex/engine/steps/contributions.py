@@ -1,0 +1,37 @@
+"""What samples and tokens contribute to the loss of a step (design section 7)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dataflex.engine.steps.batches import MicroBatch, StepBatch
+from dataflex.ops import SampleLoss
+
+
+def micro_loss(losses: SampleLoss, weights: Tensor | None, normalization: str) -> Tensor:
+    """The numerator of a micro-batch: sum of w_i l_i over samples, or over tokens. Scalar with gradient.
+
+    losses: mean-reduced. normalization: ``tokens``, ``mean`` or ``sum_weights``.
+    """
+    per_sample = losses.loss * losses.count if normalization == "tokens" else losses.loss
+    return (per_sample if weights is None else weights * per_sample).sum()
+
+
+def token_factors(micro: MicroBatch, weights: Tensor | None, normalization: str) -> Tensor:
+    """What each token's loss is multiplied with in `micro_loss`, float32 [N]."""
+    by_sample = torch.ones_like(micro.counts, dtype=torch.float32) if weights is None else weights.float()
+    if normalization != "tokens":
+        by_sample = by_sample / micro.counts.clamp(min=1)
+    return by_sample.repeat_interleave(micro.cu_seqlens.diff(), output_size=len(micro.labels))
+
+
+def local_denominator(batch: StepBatch, normalization: str) -> Tensor:
+    """This rank's part of the step's denominator, float64 scalar: tokens, samples or sum of weights."""
+    micro = batch.micro_batches
+    if normalization == "tokens":
+        return torch.stack([m.counts.sum() for m in micro]).sum().to(torch.float64)
+    if normalization == "sum_weights" and micro[0].weights is not None:
+        return torch.stack([m.weights.sum() for m in micro if m.weights is not None]).sum().to(torch.float64)
+    samples = sum(len(m.sample_ids) for m in micro)
+    return torch.tensor(float(samples), dtype=torch.float64, device=micro[0].labels.device)

@@ -1,0 +1,1 @@
+"""Masked losses of samples, from logits or from hidden states."""

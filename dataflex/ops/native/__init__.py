@@ -1,0 +1,1 @@
+"""Building, checking and loading the C++ and CUDA libraries."""

@@ -1,0 +1,1 @@
+"""Random projections of weight gradients that are never written to memory."""

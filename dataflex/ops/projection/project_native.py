@@ -1,0 +1,195 @@
+"""Which implementation of the projection ops runs, and the chunked form of CUDA."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dataflex.ops.native import _ext
+from dataflex.ops.projection import project_reference as reference
+from dataflex.ops.projection.hashing import tile_shape
+from dataflex.ops.projection.project_kinds import PROJECTIONS
+
+NATIVE_KINDS = ("xorfold", "countsketch", "sjlt")
+_BUFFER_BYTES = 24 << 20
+_FUSED_DIMS = (512, 16384)
+_FUSED_DIRECTIONS = 8
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """The fake of an op that only changes its arguments."""
+
+
+for _schema in (reference.OUTER_SCHEMA, reference.VALUES_SCHEMA):
+    _ext.define(_schema, fake=_nothing)
+
+
+def native_ops(out: Tensor, kind: int) -> Any | None:
+    """The namespace whose ops can add to ``out``, or None for the reference."""
+    if out.dtype is not torch.float32 or (out.shape[1] and PROJECTIONS[kind] not in NATIVE_KINDS):
+        return None
+    return _ext.ops_for(out.device)
+
+
+def implementation(device: torch.device) -> str:
+    """One line for `dataflex.ops.implementations`."""
+    space = _ext.ops_for(device)
+    if space is None:
+        return "portable PyTorch"
+    return f"native {device.type} ({', '.join(NATIVE_KINDS)}; the other projections portable)"
+
+
+def outer(
+    out: Tensor,
+    sqnorm: Tensor,
+    dots: Tensor,
+    row: Tensor,
+    col: Tensor,
+    cu_seqlens: Tensor,
+    scale: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    coefficients: Sequence[float],
+    directions: Tensor | None,
+    kind: int,
+    *where: int,
+) -> None:
+    """`project_reference.project_outer`, by the fastest implementation that takes these arguments."""
+    ops = native_ops(out, kind)
+    op: Any = reference.project_outer
+    if ops is not None:
+        op = ops.project_outer
+        exp_avg, exp_avg_sq, directions = (_plain(x) for x in (exp_avg, exp_avg_sq, directions))
+        row, col = (row, col) if row.dtype is col.dtype else (row.float(), col.float())
+        row, col = _inner_contiguous(row), _inner_contiguous(col)
+        kernels = out.device.type == "cuda" or ops is torch.ops.dataflex_emu
+        matrices = [x for x in (exp_avg, exp_avg_sq, directions) if x is not None]
+        if kernels and not fused_fits(out, dots, row, col, matrices, kind, where[2], where[3]):
+            op = functools.partial(chunked, ops)
+    op(out, sqnorm, dots, row, col, cu_seqlens, scale, exp_avg, exp_avg_sq, coefficients, directions, kind, *where)
+
+
+def fused_fits(
+    out: Tensor,
+    dots: Tensor,
+    row: Tensor,
+    col: Tensor,
+    matrices: Sequence[Tensor],
+    kind: int,
+    row_offset: int,
+    col_offset: int,
+) -> bool:
+    """Whether the tensor-core kernel takes these: 16-bit inputs whose rows lie at multiples of 16 bytes."""
+    proj_dim = out.shape[1]
+    sizes = (row.shape[1], col.shape[1], row.stride(0), col.stride(0), row_offset, col_offset)
+    return (
+        PROJECTIONS[kind] == "xorfold"
+        and (proj_dim == 0 or _FUSED_DIMS[0] <= proj_dim <= _FUSED_DIMS[1])
+        and dots.shape[1] <= _FUSED_DIRECTIONS
+        and row.dtype in (torch.bfloat16, torch.float16)
+        and all(size % 8 == 0 for size in sizes)
+        and all(x.data_ptr() % 16 == 0 for x in (row, col, *matrices))
+    )
+
+
+def chunked(
+    ops: Any,
+    out: Tensor,
+    sqnorm: Tensor,
+    dots: Tensor,
+    row: Tensor,
+    col: Tensor,
+    cu_seqlens: Tensor,
+    scale: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    coefficients: Sequence[float],
+    directions: Tensor | None,
+    kind: int,
+    seed: int,
+    tensor_id: int,
+    row_offset: int,
+    col_offset: int,
+) -> None:
+    """A library product into a buffer that stays in the L2 cache, then the epilogue kernel, rows by rows."""
+    bounds: list[int] = cu_seqlens.tolist()
+    samples, m, k = len(scale), row.shape[1], col.shape[1]
+    step = tile_shape(out.shape[1])[0] if PROJECTIONS[kind] == "xorfold" and out.shape[1] else 1
+    per_chunk = max(1, _BUFFER_BYTES // max(1, 4 * samples * k * step)) * step
+    pieces = torch.arange(samples + 1, device=out.device)
+    for start in range(0, m, per_chunk):
+        part = slice(start, min(start + per_chunk, m))
+        grad = _products(row[:, part], col, bounds)
+        ops.project_values(
+            out,
+            sqnorm,
+            dots,
+            grad,
+            None,
+            pieces,
+            scale,
+            None if exp_avg is None else exp_avg[part],
+            None if exp_avg_sq is None else exp_avg_sq[part],
+            coefficients,
+            None if directions is None else directions[:, part].contiguous(),
+            kind,
+            seed,
+            tensor_id,
+            row_offset + start,
+            col_offset,
+            False,
+        )
+
+
+def _products(row: Tensor, col: Tensor, bounds: list[int]) -> Tensor:
+    """float32 [S, m, K]; 16-bit inputs are multiplied as they are and summed in float32 where torch can."""
+    if row.dtype is torch.float32 or row.device.type != "cuda":
+        return reference.outer_sums(row.float(), col.float(), bounds)
+    samples, tokens = len(bounds) - 1, len(row)
+    if samples and tokens and bounds == list(range(0, tokens + 1, max(1, tokens // samples))):
+        left = row.view(samples, -1, row.shape[1]).transpose(1, 2)
+        return torch.bmm(left, col.view(samples, -1, col.shape[1]), out_dtype=torch.float32)
+    grad = torch.zeros(samples, row.shape[1], col.shape[1], device=row.device)
+    for s, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if b > a:
+            grad[s] = torch.mm(row[a:b].T, col[a:b], out_dtype=torch.float32)
+    return grad
+
+
+def values(
+    out: Tensor,
+    sqnorm: Tensor,
+    dots: Tensor,
+    grad: Tensor,
+    row_ids: Tensor | None,
+    bounds: Tensor,
+    scale: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    coefficients: Sequence[float],
+    directions: Tensor | None,
+    kind: int,
+    *rest: Any,
+) -> None:
+    """`project_reference.project_values`, by the fastest implementation that takes these arguments."""
+    ops = native_ops(out, kind)
+    op: Any = reference.project_values
+    if ops is not None:
+        op, grad = ops.project_values, grad.float().contiguous()
+        exp_avg, exp_avg_sq, directions = (_plain(x) for x in (exp_avg, exp_avg_sq, directions))
+    op(out, sqnorm, dots, grad, row_ids, bounds, scale, exp_avg, exp_avg_sq, coefficients, directions, kind, *rest)
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _inner_contiguous(tensor: Tensor) -> Tensor:
+    """[N, M] with neighbouring columns side by side, in a dtype that the kernels read; a view where it is so."""
+    known = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    tensor = tensor if known else tensor.float()
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()

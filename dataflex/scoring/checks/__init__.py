@@ -1,0 +1,1 @@
+"""Whether a model can be trained and scored: tried on the model itself."""

@@ -1,0 +1,86 @@
+"""Exact LESS scores: inner products with directions in the space of the parameters themselves, no projection.
+
+With v the mean over a subtask's targets of their unit gradients, a sample's mean cosine with the targets is
+<g, v> / |g| (arXiv 2402.04333, section 4.2). One direction for each subtask is all that is kept: float32 of the
+trained parameters' size, whole on every rank at any ZeRO stage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dataflex.scoring.batches import Ids
+from dataflex.scoring.gather import merge, sum_over_ranks
+from dataflex.scoring.gradients.coverage import find_targets, parameter_names, trained_names
+from dataflex.scoring.gradients.direction_sink import DirectionSink
+from dataflex.scoring.gradients.layers import LayerRule
+from dataflex.scoring.gradients.sinks import Totals
+from dataflex.scoring.scorer import Floats, Scorer
+
+Directions = dict[str, Tensor]
+
+
+def mean_directions(
+    scorer: Scorer, target: Any, subtasks: NDArray[Any], *, layers: LayerRule | None = None
+) -> Directions:
+    """{name: float32 [Q, *shape]}: the mean unit gradient of each subtask; subtasks: [len(target)], Q values.
+
+    Two passes over the target: its gradients' norms, then one backward of the losses weighted by 1 / norm, whose
+    ordinary gradient is the sum of unit gradients. A sample whose gradient is zero adds nothing, and counts.
+    """
+    ids = np.arange(len(subtasks), dtype=np.int64)
+    _, sqnorm = exact_dots(scorer, target, {}, ids, adam=None, layers=layers)
+    norm = np.sqrt(sqnorm)
+    kinds, place = np.unique(subtasks, return_inverse=True)
+    share = np.bincount(place)[place].astype(np.float32)
+    weights = np.divide(1.0, norm * share, out=np.zeros_like(norm), where=norm > 0)
+    module = scorer.engine.module
+    targets = find_targets(module, layers)
+    shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in module.named_parameters()}
+    names = dict.fromkeys(parameter_names(targets))
+    sums = {n: torch.zeros(len(kinds), *shapes[n], device=scorer.device) for n in names}
+    factors = {} if layers is None else layers.factors(trained_names(module))
+    for k in range(len(kinds)):
+        sink = DirectionSink({n: total[k] for n, total in sums.items()}, factors)
+        mine = ids[place == k]
+        scorer.run_backward(
+            target, mine, targets, sink, lambda places, _: None, "adding up target gradients", weights[mine]
+        )
+    for total in sums.values():
+        sum_over_ranks(total)
+    return sums
+
+
+def exact_dots(
+    scorer: Scorer,
+    dataset: Any,
+    directions: Directions,
+    ids: Ids | None = None,
+    *,
+    adam: str | None,
+    layers: LayerRule | None = None,
+) -> tuple[Floats, Floats]:
+    """Inner products with the directions [n, Q] and squared norms [n] of the samples' transformed gradients, float32.
+
+    directions: from `mean_directions` with the same ``layers``; {} for norms only.
+    """
+    ids = np.arange(len(dataset), dtype=np.int64) if ids is None else ids
+    queries = next((len(d) for d in directions.values()), 0)
+    out = np.zeros((len(ids), queries + 1), dtype=np.float32)
+
+    def keep(places: Ids, totals: Totals) -> None:
+        assert totals.sqnorm is not None
+        out[places, queries] = totals.sqnorm.cpu().numpy()
+        if totals.dots is not None:
+            out[places, :queries] = totals.dots.cpu().numpy()
+
+    targets = find_targets(scorer.engine.module, layers)
+    sink = scorer.sink(targets, adam=adam, layers=layers, proj_dim=0, seed=0, directions=directions)
+    scorer.run_backward(dataset, ids, targets, sink, keep, "scoring gradients exactly")
+    merged = merge(out, scorer.device)
+    return merged[:, :queries], merged[:, queries]

@@ -1,0 +1,252 @@
+"""Where taps deliver: `ProjectingSink` folds each layer into features while the backward runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dataflex.ops import (
+    Transform,
+    project_dense_,
+    project_per_sample_grad_,
+    project_rows_,
+    project_zero,
+    tensor_id,
+)
+from dataflex.ops.losses.linear_deltas import LinearLossGrad
+from dataflex.scoring.gather import whole
+from dataflex.scoring.gradients.head_parts import HeadNames, Outer, with_lookups
+
+Moments = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def segment_sums(per_token: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[N, K] to [S, K], summed in float32 at least."""
+    wide = per_token if per_token.dtype is torch.float64 else per_token.float()
+    return torch.segment_reduce(wide, "sum", lengths=cu_seqlens.diff(), axis=0, unsafe=True)
+
+
+def as_matrix(parameter: Tensor) -> Tensor:
+    """How the projections see a parameter: [M, K], all but the last dimension flattened; a vector or scalar is [K]."""
+    return parameter.reshape(-1, parameter.shape[-1]) if parameter.dim() > 1 else parameter.reshape(-1)
+
+
+class Totals(NamedTuple):
+    """out [S, proj_dim], sqnorm [S] and dots [S, Q]; None where not wanted."""
+
+    out: Tensor | None
+    sqnorm: Tensor | None
+    dots: Tensor | None
+
+    @classmethod
+    def zeros(cls, samples: int, proj_dim: int, directions: int, **like: Any) -> Totals:
+        """Features where proj_dim > 0, else norms, and inner products where directions > 0."""
+        if proj_dim:
+            return cls(torch.zeros(samples, proj_dim, **like), None, None)
+        dots = torch.zeros(samples, directions, **like) if directions else None
+        return cls(None, torch.zeros(samples, **like), dots)
+
+    def add(self, other: Totals, factor: float) -> None:
+        """Add what parameters with ``factor`` contribute; their directions have the factor in them already."""
+        for mine, theirs, by in zip(self, other, (factor, factor * factor, factor), strict=True):
+            if mine is not None and theirs is not None:
+                mine.add_(theirs, alpha=by)
+
+
+@dataclass
+class ProjectingSink:
+    """Adds every layer's transformed per-sample gradient to the batch's totals as soon as it is delivered.
+
+    With proj_dim > 0 its projection becomes part of the features ``totals.out``; with proj_dim 0 nothing is
+    projected, but its squared norm and its inner products with ``directions`` {name: [Q, ...]} are added.
+    Call `start` before each batch and `finish` after its backward. A parameter that several modules share (tied
+    embeddings) waits for `finish`, because the transform needs the complete gradient. factors: of `LayerRule`.
+    dtype: of the totals and of what is summed into them.
+    """
+
+    transform: Transform
+    seed: int
+    proj_dim: int
+    moments: Moments
+    projection: str = "xorfold"
+    shared: frozenset[str] = frozenset()
+    factors: Mapping[str, float] = field(default_factory=dict)
+    directions: Mapping[str, Tensor] = field(default_factory=dict)
+    scale: float = 1.0
+    dtype: torch.dtype = torch.float32
+    cu_seqlens: Tensor = field(init=False)
+    _by_factor: dict[float, Totals] = field(default_factory=dict)
+    _waiting: dict[str, list[tuple[str, Tensor, Tensor]]] = field(default_factory=dict)
+    _heads: list[tuple[HeadNames, LinearLossGrad]] = field(default_factory=list)
+    _zero: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    per_sample: ClassVar[bool] = True
+
+    def start(self, cu_seqlens: Tensor) -> None:
+        self.cu_seqlens = cu_seqlens
+        self._by_factor, self._waiting, self._heads = {}, {}, []
+
+    def outer(self, name: str, row: Tensor, col: Tensor, per_token: int = 1) -> None:
+        if name in self.shared:
+            assert per_token == 1, f"{name} is tied and has several rows for a token"
+            self._waiting.setdefault(name, []).append(("outer", row, col))
+        else:
+            self._outer(name, row, col, self.cu_seqlens * per_token)
+
+    def dense(self, name: str, per_token: Tensor) -> None:
+        grad = segment_sums(per_token, self.cu_seqlens).mul_(self.scale)
+        self._add(name, project_dense_, grad)
+
+    def rows(self, name: str, row_ids: Tensor, values: Tensor) -> None:
+        if name in self.shared:
+            self._waiting.setdefault(name, []).append(("rows", row_ids, values))
+        else:
+            base = self._zero_of(name, values.shape[1])
+            self._add(name, project_rows_, row_ids, values, self.cu_seqlens, scale=self.scale, **base)
+
+    def experts(self, name: str, row: Tensor, col: Tensor, tokens: Tensor, counts: list[int]) -> None:
+        """The parameter counts as the matrix [E * M, K] of its experts one below the other."""
+        start = 0
+        for e, count in enumerate(counts):
+            if count or self.transform.needs_moments:
+                part = slice(start, start + count)
+                bounds = torch.searchsorted(tokens[part].contiguous(), self.cu_seqlens)
+                self._outer(name, row[part], col[part], bounds, (e, len(counts)))
+            start += count
+
+    def head(self, names: HeadNames, grad: LinearLossGrad) -> None:
+        if self.shared & set(names.weights.values()):
+            self._heads.append((names, grad))
+        else:
+            self._head(names, grad)
+
+    def sample(self, name: str, sample: int, grad: Tensor) -> None:
+        """The parameter counts as a matrix (`as_matrix`), a vector as one row."""
+        part = slice(sample, sample + 1)
+        totals = Totals(*(None if t is None else t[part] for t in self._totals(name)))
+        if grad.dim() < 2:
+            self._add(name, project_dense_, grad.reshape(1, -1) * self.scale, totals=totals)
+            return
+        values = as_matrix(grad)
+        rows = torch.arange(len(values), device=values.device)
+        bounds = torch.tensor([0, len(values)], device=values.device)
+        base = self._zero_of(name, values.shape[1])
+        self._add(name, project_rows_, rows, values, bounds, totals=totals, scale=self.scale, **base)
+
+    def finish(self) -> Totals:
+        """The batch's totals, after the parameters that waited were added."""
+        for names, grad in self._heads:
+            with whole([weight for _, weight in grad.products.pairs]):
+                self._head(names, grad)
+        for name, parts in self._waiting.items():
+            self._combined(name, parts)
+        self._waiting, self._heads = {}, []
+        total = self._new_totals(len(self.cu_seqlens) - 1)
+        for factor, totals in self._by_factor.items():
+            total.add(totals, factor)
+        return total
+
+    def _new_totals(self, samples: int) -> Totals:
+        queries = next((len(d) for d in self.directions.values()), 0)
+        return Totals.zeros(samples, self.proj_dim, queries, device=self.cu_seqlens.device, dtype=self.dtype)
+
+    def _totals(self, name: str) -> Totals:
+        factor = self.factors.get(name, 1.0)
+        if factor not in self._by_factor:
+            self._by_factor[factor] = self._new_totals(len(self.cu_seqlens) - 1)
+        return self._by_factor[factor]
+
+    def _how(self, name: str, part: tuple[int, int] | None = None) -> dict[str, Any]:
+        """The arguments that every projection of parameter ``name`` shares; part: (e, E) of experts' matrices."""
+        m, v = self.moments.get(name, (None, None))
+        toward = self.directions.get(name)
+        if part is not None:
+            e, count = part
+            m, v = (None if x is None else x.reshape(count, -1, x.shape[-1])[e] for x in (m, v))
+            toward = None if toward is None else toward.reshape(len(toward), count, -1, toward.shape[-1])[:, e]
+        else:
+            m, v = (None if x is None else as_matrix(x) for x in (m, v))
+            toward = None if toward is None else torch.stack([as_matrix(d) for d in toward])
+        return {
+            "transform": self.transform,
+            "seed": self.seed,
+            "tensor_id": tensor_id(name),
+            "exp_avg": m,
+            "exp_avg_sq": v,
+            "projection": self.projection,
+            "directions": toward,
+        }
+
+    def _add(
+        self, name: str, project: Callable[..., Any], *args: Any, totals: Totals | None = None, **more: Any
+    ) -> None:
+        out, sqnorm, dots = self._totals(name) if totals is None else totals
+        project(out, *args, sqnorm=sqnorm, dots=dots, **(self._how(name) | more))
+
+    def _outer(self, name: str, row: Tensor, col: Tensor, bounds: Tensor, part: tuple[int, int] | None = None) -> None:
+        offset = 0 if part is None else part[0] * row.shape[1]
+        more = self._how(name, part) | {"scale": self.scale, "row_offset": offset}
+        self._add(name, project_per_sample_grad_, row, col, bounds, **more)
+
+    def _head(self, names: HeadNames, grad: LinearLossGrad) -> None:
+        """Block by block of the vocabulary; where an embedding is tied to it, with what waits of that."""
+        bounds, biases = grad.bounds(self.cu_seqlens), []
+        uses = [
+            (name, self._how(name), grad.inputs(at), self._waiting.pop(name, [])) for at, name in names.weights.items()
+        ]
+        for columns, delta in grad.blocks():
+            for name, how, col, lookups in uses:
+                part = Outer(delta, col.to(delta.dtype), bounds)
+                for kind, ids, values in lookups:
+                    assert kind == "rows", f"{name} is tied to a layer that is no embedding"
+                    part = with_lookups(part, columns, ids, values, self.cu_seqlens)
+                cut = {key: how[key] for key in ("exp_avg", "exp_avg_sq", "directions")}
+                mine = {key: None if t is None else t[..., columns, :] for key, t in cut.items()}
+                more = how | mine | {"scale": self.scale, "row_offset": columns.start}
+                self._add(name, project_per_sample_grad_, part.row, part.col, part.bounds, **more)
+            if names.bias is not None:
+                biases.append(segment_sums(delta, bounds))
+        if names.bias is not None:
+            self._add(names.bias, project_dense_, torch.cat(biases, 1).mul_(self.scale))
+
+    def _combined(self, name: str, parts: list[tuple[str, Tensor, Tensor]]) -> None:
+        """A tied matrix: its uses become more tokens of one outer product, sample by sample."""
+        vocabulary = max(row.shape[1] for kind, row, _ in parts if kind == "outer")
+        out, sqnorm, dots = self._totals(name)
+        bounds: list[int] = self.cu_seqlens.tolist()
+        for sample, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            one = slice(sample, sample + 1)
+            row, col = [], []
+            for kind, left, right in parts:
+                mine = left[a:b]
+                if kind == "rows":
+                    mine = torch.zeros(b - a, vocabulary, device=left.device, dtype=self.dtype).scatter_(
+                        1, mine[:, None], 1.0
+                    )
+                row.append(mine.to(self.dtype))
+                col.append(right[a:b].to(self.dtype))
+            project_per_sample_grad_(
+                None if out is None else out[one],
+                torch.cat(row),
+                torch.cat(col),
+                torch.tensor([0, len(parts) * (b - a)], device=left.device),
+                scale=self.scale,
+                sqnorm=None if sqnorm is None else sqnorm[one],
+                dots=None if dots is None else dots[one],
+                **self._how(name),
+            )
+
+    def _zero_of(self, name: str, columns: int) -> dict[str, Any]:
+        """What the rows of an embedding that a sample does not touch contribute; once per pass."""
+        if not self.transform.needs_moments:
+            return {}
+        if name not in self._zero:
+            zero = self._new_totals(1)
+            shape = (as_matrix(self.moments[name][0]).shape[0], columns)
+            base = project_zero(shape, self.proj_dim, sqnorm=zero.sqnorm, dots=zero.dots, **self._how(name))
+            parts = {"base": base, "base_sqnorm": zero.sqnorm, "base_dots": zero.dots}
+            self._zero[name] = {k: v for k, v in parts.items() if v is not None and v.numel()}
+        return self._zero[name]

@@ -1,0 +1,1 @@
+"""Results of scoring passes on disk."""

@@ -1,0 +1,258 @@
+"""A pool pass of a selection, shard by shard: what is finished is on disk, and a resumed run takes it up.
+
+A shard is a fixed range of the samples, and its samples are put into batches among themselves, so neither which shards
+exist already nor the number of ranks changes a number.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dataflex import __version__
+from dataflex.scoring.batches import Ids, sample_lengths
+from dataflex.scoring.decide.topk import FEATURES, stream_scores
+from dataflex.scoring.kept.store import DEFAULT_SHARD, ShardStore, folder_for, ids_part
+from dataflex.scoring.progress import Progress, counted, size
+from dataflex.scoring.scorer import Scorer
+from dataflex.utils import dist
+from dataflex.utils.errors import UserError
+from dataflex.utils.logging import logger
+from dataflex.utils.room import check_room
+from dataflex.utils.run_lock import held
+from dataflex.utils.stopping import Stop, Stopped
+
+Floats = NDArray[np.float32]
+WeightsReader = Callable[[bool], dict[str, str]]
+SCORES = "scores"
+TIMED_CALLS = 3
+
+
+def no_weights(moments: bool) -> dict[str, str]:
+    """Where nothing is kept, nothing must be known of the weights."""
+    return {}
+
+
+@dataclass
+class Probe:
+    """Set in `ScoringPasses.probe`: a pass scores a few batches' worth of samples only, and notes what that took.
+
+    row_bytes: what the pass would keep of a sample.
+    """
+
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    row_bytes: int = 4
+
+
+@dataclass
+class ScoringPasses:
+    """Runs a component's scoring passes and keeps their results under its run folder.
+
+    folder: the run's, or None to keep nothing. component: its name and params, part of every fingerprint.
+    weights: reads the parts of a fingerprint that name the weights as they are now (with Adam's moments where its
+    argument is true); a collective. keep_features: write the features too, in fp16, and score those. features_dir:
+    where, by default ``features`` in ``folder``. step: optimizer steps done, for the screen. features: on rank 0, the
+    store of the last pass that kept features. probe: where it is set, nothing is kept and the scores are zeros. stop:
+    of the run as it is now.
+    """
+
+    folder: Path | None = None
+    component: str = ""
+    weights: WeightsReader = no_weights
+    shard_samples: int = DEFAULT_SHARD
+    keep_features: bool = False
+    features_dir: Path | None = None
+    step: Callable[[], int] = lambda: 0
+    features: Path | None = None
+    probe: Probe | None = None
+    stop: Callable[[], Stop] = Stop
+    _said: bool = False
+
+    def gradient_scores(
+        self,
+        scorer: Scorer,
+        dataset: Any,
+        score: Callable[[Tensor], Tensor],
+        *,
+        target: str,
+        proj_dim: int,
+        adam: str | None = None,
+        **how: Any,
+    ) -> Floats:
+        """`Scorer.gradient_scores` of the whole of ``dataset``, float32 [n]; a collective.
+
+        score: features [b, proj_dim] to [b]. target: what ``score`` was made from, for the fingerprint. With
+        ``keep_features`` the features are stored as fp16 and the scores are those of the stored ones.
+        """
+        ids = np.arange(len(dataset), dtype=np.int64)
+        how |= {"proj_dim": proj_dim, "adam": adam}
+        if self.probe is not None and self.keep_features:
+            self.probe.row_bytes = 2 * proj_dim
+        if not self.keep_features or self.probe is not None:
+            call = lambda part: scorer.gradient_scores(dataset, score, part, **how)  # noqa: E731
+            return self._scores(scorer, dataset, call, target, adam is not None)
+        store = self._store(dataset, ids, {}, adam is not None, FEATURES)
+        what = f"{self._who()}: features"
+
+        def write(index: int) -> None:
+            rows = scorer.gradient_features(dataset, ids[store.places(index)], **how)
+            if dist.is_main():
+                store.write(index, {FEATURES: rows.astype(np.float16)})
+
+        with held(store.folder, "features_dir") if self.features_dir is not None else nullcontext():
+            self._take_up(store, FEATURES)
+            self._each_missing(scorer, dataset, store, write, what, 2 * proj_dim)
+        self.features = store.folder
+        mine = stream_scores(store, len(ids), score, scorer.device) if dist.is_main() else np.empty(0, np.float32)
+        return dist.broadcast_object(mine)
+
+    def scores(
+        self, scorer: Scorer, dataset: Any, call: Callable[[Ids], Floats], *, target: str = "", moments: bool = False
+    ) -> Floats:
+        """``call(ids)`` float32 [len(ids)] for the shards of ``dataset``, put together: float32 [n]; a collective.
+
+        moments: whether the answer depends on Adam's moments. UserError with ``keep_features``: there are none.
+        """
+        if self.keep_features:
+            raise UserError(
+                f"keep_features: {self._name()} makes no features with these params (exact scores?); drop it"
+            )
+        return self._scores(scorer, dataset, call, target, moments)
+
+    def _scores(
+        self, scorer: Scorer, dataset: Any, call: Callable[[Ids], Floats], target: str, moments: bool
+    ) -> Floats:
+        ids = np.arange(len(dataset), dtype=np.int64)
+        out = np.zeros(len(ids), dtype=np.float32)
+        if self.probe is not None:
+            time_batches(self.probe, scorer, dataset, call)
+            return out
+        store = self._store(dataset, ids, {"target": target}, moments, SCORES)
+
+        def score(index: int) -> None:
+            where = store.places(index)
+            out[where] = call(ids[where])
+            if dist.is_main() and self.folder is not None:
+                store.write(index, {SCORES: out[where]})
+
+        self._take_up(store, SCORES)
+        kept = dist.broadcast_object({i: np.array(store.read(i, SCORES)) for i in store.shards})
+        for index, values in kept.items():
+            out[store.places(index)] = values
+        self._each_missing(scorer, dataset, store, score, f"{self._who()}: scores", 4)
+        return out
+
+    def _who(self) -> str:
+        return f"step {self.step()}: {self._name()}"
+
+    def _name(self) -> str:
+        return self.component.partition(" ")[0] or "the selector"
+
+    def _store(self, dataset: Any, ids: Ids, more: dict[str, str], moments: bool, kind: str) -> ShardStore:
+        """The store of this pass, without shards."""
+        parent = self._parent(kind)
+        if parent is None:
+            if kind == FEATURES:
+                raise UserError("keep_features: needs output_dir (or features_dir), a folder to keep them in")
+            return ShardStore(Path(), {}, ids, self.shard_samples)
+        parts = {
+            **self.weights(moments),
+            "pool": str(getattr(dataset, "fingerprint", "")),
+            "samples": ids_part(ids, len(dataset)),
+            "component": self.component,
+            "dataflex": __version__,
+            **more,
+        }
+        folder = folder_for(parent, parts, self.shard_samples, say=dist.is_main() and not self._said)
+        self._said = True
+        return ShardStore(folder, parts, ids, self.shard_samples)
+
+    def _take_up(self, store: ShardStore, kind: str) -> None:
+        """Find the shards that are there already, on rank 0."""
+        if dist.is_main() and self._parent(kind) is not None:
+            store.resume(kind)
+
+    def _parent(self, kind: str) -> Path | None:
+        if kind == FEATURES and self.features_dir is not None:
+            return self.features_dir
+        return None if self.folder is None else self.folder / kind
+
+    def _each_missing(
+        self,
+        scorer: Scorer,
+        dataset: Any,
+        store: ShardStore,
+        make: Callable[[int], None],
+        what: str,
+        row_bytes: int,
+    ) -> None:
+        """Call ``make`` for every shard that is not there yet, the same ones on every rank.
+
+        Stopped where the run is asked to end, after the shard at hand.
+        """
+        done = dist.broadcast_object(sorted(store.shards))
+        missing = [index for index in range(len(store)) if index not in done]
+        lengths = sample_lengths(dataset, store.ids)
+        samples = sum(store.places(i).stop - store.places(i).start for i in missing)
+        tokens = int(sum(lengths[store.places(i)].sum() for i in missing))
+        taken_up = f", {len(done)} of them taken up from {store.folder}" if done else ""
+        if store.folder != Path():
+            wanted = samples * row_bytes
+            dist.together(lambda: check_room(store.folder, wanted, "the pass") if dist.is_main() else None)
+        disk = f", {size(len(store.ids) * row_bytes)} on disk" if self.folder is not None else ""
+        whole = f"{counted(len(store.ids), 'sample')}, {int(lengths.sum()):,} tokens in {counted(len(store), 'shard')}"
+        logger.info(f"{what} of {whole}{taken_up}{disk}")
+        stop = self.stop()
+        with stop.heeding(), watched(scorer, Progress(what, samples, tokens)), scorer.keep_moments():
+            for place, index in enumerate(missing, start=1):
+                make(index)
+                end_here(stop, store, len(done) + place)
+
+
+def end_here(stop: Stop, store: ShardStore, done: int) -> None:
+    """Between two shards: wait for all ranks; Stopped where one was asked to end and shards are missing."""
+    if sum(dist.gather_objects(stop.vote(dist.world_size()))) and done < len(store):
+        raise Stopped(
+            f"stopped inside a scoring pass ({stop.reason}): {done} of {len(store)} shards are kept in {store.folder}; "
+            "the same command goes on with the next one"
+        )
+
+
+@contextmanager
+def watched(scorer: Scorer, progress: Progress) -> Iterator[None]:
+    """Inside, the scorer's batches move ``progress`` instead of being logged call by call."""
+    with progress:
+        scorer.watch = progress.batch
+        try:
+            yield
+        finally:
+            scorer.watch = None
+
+
+def time_batches(probe: Probe, scorer: Scorer, dataset: Any, call: Callable[[Ids], Any]) -> None:
+    """Time ``call`` on about one batch of every rank, its samples taken from all over the pool; a collective.
+
+    The median of a few calls after the first, which allocates and compiles.
+    """
+    lengths = sample_lengths(dataset, np.arange(len(dataset), dtype=np.int64))
+    room = scorer.token_budget * dist.world_size()
+    count = int(np.clip(room // max(1, int(lengths.mean())), 1, len(dataset)))
+    ids = np.unique(np.linspace(0, len(dataset) - 1, count).astype(np.int64))
+    seconds: list[float] = []
+    with scorer.keep_moments():
+        while len(seconds) <= TIMED_CALLS:
+            started = time.monotonic()
+            call(ids)
+            seconds.append(max(dist.gather_objects(time.monotonic() - started)))
+    probe.samples, probe.tokens = len(ids), int(lengths[ids].sum())
+    probe.seconds = float(np.median(seconds[1:]))

@@ -1,0 +1,1 @@
+"""Passes that keep something else than losses and gradients: embeddings, expert counts."""
