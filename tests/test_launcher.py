@@ -293,17 +293,6 @@ def test_requests_that_cannot_be_met(processes: int | None, flags: dict[str, str
     assert str(caught.value) == line
 
 
-def test_variables_of_several_machines_do_not_start_one_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("NNODES", "2")
-    with pytest.raises(UserError, match="NNODES=2: several machines are named in a hostfile, and this command would"):
-        command("m", [], Request(None, {}), gpus=4)
-    hosts = tmp_path / "hosts"
-    hosts.write_text("a slots=4\nb slots=4\n")
-    command("m", [], Request(None, {"hostfile": str(hosts), "no_ssh": "", "node_rank": "1"}), gpus=4)
-    monkeypatch.setenv("NNODES", "1")
-    command("m", [], Request(None, {}), gpus=4)
-
-
 def test_gpus_named_by_uuid_are_passed_on_to_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5a1f, GPU-77b0,GPU-01")
     words, env = command("m", [], Request(2, {}), gpus=3)

@@ -17,9 +17,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from dataflex.launcher.machines import machines
 from dataflex.launcher.outcome import outcome
 from dataflex.launcher.processes import run
-from dataflex.launcher.request import Request, command, free_port, gpu_count, python_path
+from dataflex.launcher.request import Request, command, free_port, gpu_count, one_of_several, python_path
 from dataflex.utils.launch_folder import LAUNCH_DIR, show_life
 from dataflex.worker import WORK_DIR
 
@@ -34,8 +35,12 @@ def launch(module: str, args: Sequence[str], request: Request) -> int:
     """
     folder = Path(tempfile.mkdtemp(prefix="dataflex-"))
     try:
-        words, env = command(module, args, request, gpu_count())
-        env[LAUNCH_DIR] = str(folder)
+        gpus, more = gpu_count(), dict[str, str]()
+        several = machines(request.flags, request.num_processes, gpus) if request.hostfile is None else None
+        if several is not None:
+            request, more = one_of_several(request, several, gpus, folder)
+        words, env = command(module, args, request, gpus)
+        env |= {**more, LAUNCH_DIR: str(folder)}
         here = Path.cwd()
         if not request.uses_ssh:  # other machines know the user's folder only
             env |= {WORK_DIR: str(here), "PYTHONPATH": python_path()}

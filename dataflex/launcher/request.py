@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataflex.launcher.machines import Machines
 from dataflex.utils.errors import UserError
 from dataflex.worker import DEVICES
 
@@ -101,12 +102,6 @@ def _check_flags(request: Request, gpus: int) -> None:
     if "hostfile" in flags and not Path(flags["hostfile"]).is_file():
         raise UserError(f"--hostfile: '{flags['hostfile']}' does not exist")
     if request.hostfile is None:
-        if os.environ.get("NNODES", "1") != "1":
-            raise UserError(
-                f"NNODES={os.environ['NNODES']}: several machines are named in a hostfile, and this command would "
-                "train on one alone; start it on each machine with --hostfile FILE --no_ssh --node_rank N "
-                "--master_addr HOST, or unset NNODES"
-            )
         if "num_nodes" in flags and flags["num_nodes"] != "1":
             raise UserError(f"--num_nodes: {flags['num_nodes']} needs a --hostfile that names the machines")
         if gpus == 0 and ("include" in flags or "exclude" in flags):
@@ -144,10 +139,26 @@ def _local_flags(request: Request, gpus: int, env: dict[str, str]) -> dict[str, 
             flags["num_gpus"], env[DEVICES] = str(len(named)), ",".join(named)
         else:
             flags["num_gpus"] = str(count)
-        env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+        env.setdefault("OMP_NUM_THREADS", _threads(count))
     if "master_port" not in request.flags:
         flags["master_port"] = str(free_port())
     return flags
+
+
+def one_of_several(request: Request, several: Machines, gpus: int, folder: Path) -> tuple[Request, dict[str, str]]:
+    """The request of one machine among those of torchrun's environment, and what its workers' environment has more.
+
+    folder: the launch folder, for the hostfile. DeepSpeed numbers a machine's GPUs from 0; where CUDA_VISIBLE_DEVICES
+    chooses some, the workers put it back.
+    """
+    env: dict[str, str] = {}
+    if gpus == 0:
+        env["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpus and visible:
+        env[DEVICES] = ",".join(_devices(visible)[: several.processes])
+    env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or _threads(several.processes)
+    return Request(None, {**request.flags, **several.flags(folder)}), env
 
 
 def _devices(visible: str) -> list[str]:
@@ -162,6 +173,11 @@ def _devices(visible: str) -> list[str]:
 
 def _numbered(visible: str | None) -> bool:
     return not visible or _devices(visible)[0].isdigit()
+
+
+def _threads(processes: int) -> str:
+    """OMP_NUM_THREADS of one of this machine's processes."""
+    return str(max(1, _cores() // processes))
 
 
 def _cores() -> int:

@@ -23,9 +23,9 @@ In `dataset_info.json` further entries are passed over with a note. Where `colum
 if it is among them. A `.txt` file is one document a line for stage `pt`, in the column `text`. `dataset_dir: ONLINE`
 and `REMOTE:` are refused: entries with `hf_hub_url` read datasets of the hub.
 
-`NNODES` above 1 in the environment is refused where there is no hostfile, since one machine would train alone: start
-the command on each machine with `--hostfile FILE --no_ssh --node_rank N --master_addr HOST`. `FORCE_TORCHRUN` and
-`NODE_RANK` in the environment change nothing.
+Several machines: the same command on each, with `NNODES=2 NODE_RANK=0 MASTER_ADDR=... MASTER_PORT=29500` (29500 where
+it is not given) and `NPROC_PER_NODE` (by default all GPUs) in its environment, trains on all of them; a variable that
+is missing is named, and none trains alone. Or name the machines in a `--hostfile`. `FORCE_TORCHRUN` changes nothing.
 """
 
 
