@@ -78,7 +78,8 @@ inline void check_launch(int code, const char* op) { STD_TORCH_CHECK(code == 0, 
 #elif defined(DATAFLEX_EMU)
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor&) {}
+  explicit OnDevice(const Tensor&) { emu::devices_set++; }
+  ~OnDevice() { emu::devices_set--; }
   void* stream() const { return nullptr; }
 };
 inline void check_launch(int code, const char* op) { STD_TORCH_CHECK(code == 0, op, ": ", emu::last_error()); }

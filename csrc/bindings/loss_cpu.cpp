@@ -3,8 +3,10 @@
 
 namespace dataflex {
 namespace {
-// Segments of rows that exist, else the driver would read past them.
+// Segments of all rows and of no others, else the driver would read past them, or leave rows as they are.
 void check_segments(const DataflexLoss& args) {
+  STD_TORCH_CHECK(args.cu_seqlens[0] == 0 && args.cu_seqlens[args.samples] == args.rows,
+                  "cu_seqlens: expected to rise from 0 to ", args.rows);
   for (int64_t s = 0; s < args.samples; s++)
     STD_TORCH_CHECK(args.cu_seqlens[s] >= 0 && args.cu_seqlens[s] <= args.cu_seqlens[s + 1] &&
                         args.cu_seqlens[s + 1] <= args.rows,

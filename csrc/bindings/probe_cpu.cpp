@@ -6,7 +6,7 @@ namespace dataflex {
 int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 void parallel_ranges(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, body, context));
 }
 
 namespace {

@@ -7,6 +7,7 @@
 using cudaError_t = int;
 using cudaStream_t = struct EmuStream*;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9,
+                      cudaErrorInvalidDevice = 101,
                       cudaErrorLaunchFailure = 719;
 
 namespace emu {
@@ -35,6 +36,8 @@ struct Settings {
 void configure(const Settings& settings);
 
 constexpr size_t kMaxShared = 232448;  // bytes a block can have on sm_90 and sm_100, static and dynamic
+extern size_t shared_limit;           // what a block can have on the device that is emulated, at most kMaxShared
+extern int devices_set;               // how many callers have made a device theirs (OnDevice of the bindings)
 constexpr size_t kDefaultShared = 48 * 1024;
 constexpr int kMultiprocessors = 4;
 
@@ -114,10 +117,14 @@ enum cudaDeviceAttr {
   cudaDevAttrL2CacheSize,
 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
+// Before a device is set the answer would be another device's.
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return emu::devices_set > 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount            ? emu::kMultiprocessors
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? static_cast<int>(emu::kMaxShared)
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? static_cast<int>(emu::shared_limit)
            : attribute == cudaDevAttrComputeCapabilityMajor       ? 9
                                                                   : 50 << 20;
   return cudaSuccess;

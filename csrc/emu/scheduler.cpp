@@ -179,8 +179,11 @@ void configure(const Settings& wanted) {
 
 const char* last_error() { return last.c_str(); }
 
+size_t shared_limit = kMaxShared;
+int devices_set = 0;
+
 cudaError_t allow_shared(const void* function, size_t bytes) {
-  if (bytes > kMaxShared) return cudaErrorInvalidValue;
+  if (bytes > shared_limit) return cudaErrorInvalidValue;
   allowed_shared[function] = bytes;
   return cudaSuccess;
 }
@@ -225,6 +228,11 @@ extern "C" __attribute__((visibility("default"))) void dataflex_emu_configure(in
   settings.seed = seed;
   settings.poison = static_cast<unsigned char>(poison);
   emu::configure(settings);
+}
+
+// bytes: what a block can have from now on.
+extern "C" __attribute__((visibility("default"))) void dataflex_emu_limit_shared(size_t bytes) {
+  emu::shared_limit = bytes < emu::kMaxShared ? bytes : emu::kMaxShared;
 }
 
 extern "C" __attribute__((visibility("default"))) const char* dataflex_emu_last_error() { return emu::last_error(); }

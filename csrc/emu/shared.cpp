@@ -78,7 +78,7 @@ void* shared_variable(const void* key, const char* name, size_t bytes, size_t al
   static_bytes += bytes;
   const size_t offset = carve(key, name, bytes, align < kAlign ? kAlign : align);
   if (static_bytes > kDefaultShared) fail("more than 48 KiB of static shared memory", {name, 0});
-  if (static_bytes + dynamic > kMaxShared || offset == SIZE_MAX) fail("more shared memory than a block has", {name, 0});
+  if (static_bytes + dynamic > shared_limit || offset == SIZE_MAX) fail("more shared memory than a block has", {name, 0});
   return arena + offset;
 }
 

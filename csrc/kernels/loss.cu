@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 int forward(const DataflexLoss& args, const DataflexLossOut& out, float* scratch, cudaStream_t stream) {
   const int64_t parts = parts_of(args);
-  const auto blocks = static_cast<unsigned>(args.rows * parts), samples = static_cast<unsigned>(args.samples);
+  const auto blocks = static_cast<unsigned>(args.rows * parts), samples = static_cast<unsigned>(max(args.samples, int64_t{1}));
   auto* states = reinterpret_cast<float4*>(scratch);
   const bool plain = args.softcap == 0.0f && args.label_smoothing == 0.0f;
   int code = cudaSuccess;
@@ -90,7 +90,7 @@ int forward(const DataflexLoss& args, const DataflexLossOut& out, float* scratch
     code = DATAFLEX_LAUNCH((scan_rows<T, true>), dim3(blocks), dim3(kThreads), 0, stream, args, out, states, parts);
   else if (blocks > 0)
     code = DATAFLEX_LAUNCH((scan_rows<T, false>), dim3(blocks), dim3(kThreads), 0, stream, args, out, states, parts);
-  if (code != cudaSuccess || samples == 0) return code;
+  if (code != cudaSuccess) return code;
   return DATAFLEX_LAUNCH((sum_samples<T>), dim3(samples), dim3(kThreads), 0, stream, args, out, states, parts);
 }
 }  // namespace

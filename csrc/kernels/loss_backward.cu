@@ -10,21 +10,17 @@ namespace dataflex {
 namespace {
 constexpr int kPerThread = 4;  // vectors
 
-// One block a sample: {lse, soft, uniform, hit} of each of its rows, zeros for rows without a gradient.
+// One block a sample: {lse, soft, uniform, hit} of each of its rows, zeros for rows without a gradient. A row of no
+// sample has its token's gradient only.
 __global__ void __launch_bounds__(kThreads) find_factors(DataflexLoss args, DataflexLossGrad grad, float4* factors) {
   DATAFLEX_SHARED(float, shared, [kWarps]);
-  const int64_t sample = blockIdx.x, count = grad.count[sample];
-  const int64_t begin = max(args.cu_seqlens[sample], static_cast<int64_t>(0));
-  const int64_t end = min(args.cu_seqlens[sample + 1], args.rows);
   float weights = args.class_weight == nullptr ? static_cast<float>(args.vocab) : 0.0f;
   if (args.class_weight != nullptr && args.label_smoothing != 0.0f) {
     for (int64_t v = threadIdx.x; v < args.vocab; v += kThreads) weights += args.class_weight[v];
     weights = block_sum(weights, shared);
   }
   const float spread = args.label_smoothing / static_cast<float>(args.vocab);
-  float of_sample = grad.loss == nullptr ? 0.0f : grad.loss[sample];
-  if (args.mean && count > 0) of_sample /= static_cast<float>(count);
-  for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) {
+  auto find = [&](int64_t row, float of_sample) {
     float from = of_sample + (grad.token == nullptr ? 0.0f : grad.token[row]);
     if (args.token_weight != nullptr) from *= args.token_weight[row];
     const int64_t column = column_of(args, row);
@@ -38,7 +34,15 @@ __global__ void __launch_bounds__(kThreads) find_factors(DataflexLoss args, Data
     const bool none = soft == 0.0f && hit == 0.0f && from == 0.0f;
     const bool kept = counts(args, row) && !none;
     factors[row] = kept ? make_float4(lse, soft, from * spread, hit) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  }
+  };
+  for_each_row_outside(args, [&](int64_t row) { find(row, 0.0f); });
+  const int64_t sample = blockIdx.x;
+  if (sample >= args.samples) return;
+  float of_sample = grad.loss == nullptr ? 0.0f : grad.loss[sample];
+  if (args.mean && grad.count[sample] > 0) of_sample /= static_cast<float>(grad.count[sample]);
+  const int64_t begin = max(args.cu_seqlens[sample], static_cast<int64_t>(0));
+  const int64_t end = min(args.cu_seqlens[sample + 1], args.rows);
+  for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) find(row, of_sample);
 }
 
 // plain: neither softcap nor label smoothing.
@@ -119,8 +123,8 @@ template <typename T>
 int backward(const DataflexLoss& args, const DataflexLossGrad& grad, float* scratch, cudaStream_t stream) {
   constexpr int64_t kPart = static_cast<int64_t>(kThreads) * kPerThread * Vector<T>::kSize;
   auto* factors = reinterpret_cast<float4*>(scratch);
-  if (args.rows == 0 || args.samples == 0) return cudaSuccess;
-  const auto samples = static_cast<unsigned>(args.samples);
+  if (args.rows == 0) return cudaSuccess;
+  const auto samples = static_cast<unsigned>(max(args.samples, int64_t{1}));
   const int code = DATAFLEX_LAUNCH(find_factors, dim3(samples), dim3(kThreads), 0, stream, args, grad, factors);
   if (code != cudaSuccess) return code;
   const int64_t parts = (args.vocab + kPart - 1) / kPart;

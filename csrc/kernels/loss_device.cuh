@@ -188,11 +188,28 @@ __device__ __forceinline__ void for_each_vector(const T* row, int64_t begin, int
   for (int64_t v = tail + threadIdx.x; v < end; v += kThreads) one(v);
 }
 
+// Calls f(row) for the rows of no sample: before the first and behind the last, by the blocks of those two. A row
+// between cu_seqlens[0] and cu_seqlens[samples] is in some sample whatever lies between, so every row is seen to.
+template <typename F>
+__device__ __forceinline__ void for_each_row_outside(const DataflexLoss& args, const F& f) {
+  if (blockIdx.x == 0) {
+    const int64_t end = min(args.cu_seqlens[0], args.rows);
+    for (int64_t row = threadIdx.x; row < end; row += kThreads) f(row);
+  }
+  if (blockIdx.x + 1 < args.samples) return;
+  const int64_t begin = max(args.cu_seqlens[args.samples], static_cast<int64_t>(0));
+  for (int64_t row = begin + threadIdx.x; row < args.rows; row += kThreads) f(row);
+}
+
 // A loss is the sum of its tokens' in a fixed order. Rows outside [0, rows) are not touched, whatever cu_seqlens says.
 template <typename Token>
 __device__ __forceinline__ void sum_sample(const DataflexLoss& args, const DataflexLossOut& out, float (&parts)[kWarps],
                                            const Token& token) {
   const int64_t sample = blockIdx.x;
+  for_each_row_outside(args, [&](int64_t row) {
+    if (counts(args, row)) token(row);
+  });
+  if (sample >= args.samples) return;
   const int64_t begin = max(args.cu_seqlens[sample], static_cast<int64_t>(0));
   const int64_t end = min(args.cu_seqlens[sample + 1], args.rows);
   float sum = 0.0f, count = 0.0f;  // a thread's count is below 2^24

@@ -8,8 +8,11 @@ typedef struct {
   int64_t features, exact;
 } DataflexProjectScratch;
 
+// The largest dim of the fused kernel on the current device: 16384, less where a block has less than 103 KiB of shared
+// memory (sm_86, sm_89, sm_120), 0 where it can only have none.
+DATAFLEX_API int64_t dataflex_project_fused_limit();
 // Source kOuterProducts: the fused kernel. 16-bit inputs with rows at multiples of 16 bytes; dim 0 or a power of two
-// from 512 to 16384; queries at most 8; m, k and the offsets multiples of 8.
+// from 512 to that limit; queries at most 8; m, k and the offsets multiples of 8.
 DATAFLEX_API DataflexProjectScratch dataflex_project_outer_scratch(const dataflex::ProjectCall* call);
 DATAFLEX_API int dataflex_project_outer(const dataflex::ProjectCall* call, float* features, double* exact,
                                         void* stream);

@@ -8,6 +8,15 @@ namespace dataflex {
 // of a result do not depend on the device.
 constexpr int64_t kBlocks = 132;
 
+// Bytes of shared memory that a block can have on the current device: 99 KiB on sm_86, 163 on an A100, 227 on an H100.
+inline int64_t largest_shared() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+    return 48 << 10;
+  return bytes;
+}
+
 __host__ __device__ __forceinline__ int64_t clamp_groups(int64_t groups, int64_t tiles) {
   return groups < 1 ? 1 : groups > tiles ? (tiles < 1 ? 1 : tiles) : groups;
 }

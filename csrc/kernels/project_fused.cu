@@ -83,25 +83,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// Bytes that a block can have: 163 KiB on an A100, 227 on H100 and B200.
-int64_t largest_shared() {
-#ifdef DATAFLEX_EMU
-  return 227 << 10;
-#else
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
-    return 48 << 10;
-  return bytes;
-#endif
-}
+// Floats of shared memory for the outputs of a sample.
+int64_t outputs_of(int64_t dim) { return dim == 0 ? 0 : dim < kTileSize ? kTileSize : dim; }
 
 Grid grid_of(const ProjectCall& call) {
   const int64_t down = call.row_offset / kTileRows, across = call.col_offset / kTileColumns;
   const int64_t last_down = (call.row_offset + call.m - 1) / kTileRows;
   const int64_t last_across = (call.col_offset + call.k - 1) / kTileColumns;
   const int64_t wide = last_across - across + 1;
-  const int outputs = call.dim == 0 ? 0 : call.dim < kTileSize ? kTileSize : static_cast<int>(call.dim);
+  const auto outputs = static_cast<int>(outputs_of(call.dim));
   const int64_t room = (largest_shared() - static_cast<int64_t>(sizeof(Shared<__half>))) / (4 * max(outputs, 1));
   const auto at_once = static_cast<int>(room < 1 ? 1 : room < kMostSamples ? room : kMostSamples);
   return {down, across, wide, (last_down - down + 1) * wide, at_once, outputs};
@@ -126,6 +116,14 @@ bool nothing(const ProjectCall& call) { return call.samples == 0 || call.m == 0 
 }  // namespace
 }  // namespace dataflex
 
+int64_t dataflex_project_fused_limit() {
+  using namespace dataflex;
+  const int64_t room = largest_shared() - static_cast<int64_t>(sizeof(Shared<__half>));
+  int64_t dim = 16384;
+  while (dim >= 512 && outputs_of(dim) * 4 > room) dim /= 2;
+  return dim < 512 ? 0 : dim;
+}
+
 DataflexProjectScratch dataflex_project_outer_scratch(const dataflex::ProjectCall* call) {
   using namespace dataflex;
   if (nothing(*call)) return {0, 0};
@@ -135,7 +133,8 @@ DataflexProjectScratch dataflex_project_outer_scratch(const dataflex::ProjectCal
 
 int dataflex_project_outer(const dataflex::ProjectCall* call, float* features, double* exact, void* stream) {
   using namespace dataflex;
-  const bool wrong_dim = call->dim && (call->dim < 512 || call->dim > 16384 || call->kind != kXorfold);
+  const bool too_large = call->dim > dataflex_project_fused_limit();
+  const bool wrong_dim = call->dim && (call->dim < 512 || too_large || call->kind != kXorfold);
   const int64_t sizes = call->m | call->k | call->row_offset | call->col_offset | call->row_stride | call->col_stride;
   if (wrong_dim || sizes % 8 || call->queries > kMostQueries || call->dtype == 0) return cudaErrorInvalidValue;
   if (nothing(*call)) return cudaSuccess;

@@ -9,7 +9,8 @@
 namespace dataflex {
 namespace {
 constexpr int kWarps = 4;
-constexpr int64_t kMostBuckets = 8192, kElementsInGroup = 1 << 15;
+constexpr int64_t kElementsInGroup = 1 << 15;
+constexpr uint32_t kMostBuckets = 8192;
 
 __device__ __forceinline__ uint32_t xorfold_slot(const ProjectCall& call, TileShape shape, uint32_t row,
                                                  uint32_t column) {
@@ -32,12 +33,12 @@ __device__ __forceinline__ void add_in_order(float* sums, bool here, uint32_t bu
   }
 }
 
-// Grid: (samples, groups, slices of kMostBuckets buckets). features [groups, samples, dim].
-__global__ void __launch_bounds__(32 * kWarps) scatter_values(ProjectCall call, float* features) {
+// Grid: (samples, groups, slices of `slice` buckets). features [groups, samples, dim].
+__global__ void __launch_bounds__(32 * kWarps) scatter_values(ProjectCall call, uint32_t slice, float* features) {
   DATAFLEX_DYNAMIC_SHARED(float, shared);
   const auto dim = static_cast<uint32_t>(call.dim);
-  const uint32_t low = blockIdx.z * static_cast<uint32_t>(kMostBuckets);
-  const uint32_t size = min(dim - low, static_cast<uint32_t>(kMostBuckets));
+  const uint32_t low = blockIdx.z * slice;
+  const uint32_t size = min(dim - low, slice);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t sample = blockIdx.x;
   for (uint32_t b = threadIdx.x; b < kWarps * size; b += blockDim.x) shared[b] = 0.0f;
@@ -96,12 +97,14 @@ int64_t scatter_groups(const ProjectCall& call) {
 }
 
 int launch_scatter(const ProjectCall& call, float* features, int64_t groups, cudaStream_t stream) {
-  const int64_t size = call.dim < kMostBuckets ? call.dim : kMostBuckets;
-  const size_t bytes = static_cast<size_t>(size) * kWarps * sizeof(float);
+  uint32_t slice = kMostBuckets;
+  while (slice * kWarps * sizeof(float) > static_cast<size_t>(largest_shared())) slice /= 2;
+  if (call.dim < slice) slice = static_cast<uint32_t>(call.dim);
+  const size_t bytes = slice * kWarps * sizeof(float);
   const int code = DATAFLEX_ALLOW_SHARED(scatter_values, bytes);
   if (code != cudaSuccess) return code;
   const dim3 grid(static_cast<unsigned>(call.samples), static_cast<unsigned>(groups),
-                  static_cast<unsigned>((call.dim + kMostBuckets - 1) / kMostBuckets));
-  return DATAFLEX_LAUNCH(scatter_values, grid, dim3(32 * kWarps), bytes, stream, call, features);
+                  static_cast<unsigned>((call.dim + slice - 1) / slice));
+  return DATAFLEX_LAUNCH(scatter_values, grid, dim3(32 * kWarps), bytes, stream, call, slice, features);
 }
 }  // namespace dataflex

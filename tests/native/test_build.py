@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dataflex.ops.native._build import BuildError, Library, Unit, obtain
+from dataflex.ops.native._build import FAILURE_KEPT_S, BuildError, Library, Unit, obtain
 from tests.processes import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,10 @@ for word in "$@"; do case "$word" in
   *.cpp)
     echo "$word" >> {folder}/compiled
     while [ -e {folder}/wait-$(basename "$word") ]; do sleep 0.1; done
-    if [ -e {folder}/fail-$(basename "$word") ]; then echo "$word:3: error: no such thing" >&2; exit 1; fi;;
+    if [ -e {folder}/fail-$(basename "$word") ]; then
+      cat {folder}/fail-$(basename "$word") >&2
+      echo "$word:3: error: no such thing" >&2; exit 1
+    fi;;
 esac; done
 exec g++ "$@"
 """
@@ -140,7 +143,18 @@ def test_a_failed_build_says_the_compilers_error_once_for_all_who_waited(folder:
     assert text.count("\n") == 1 and "a.cpp:3: error: no such thing (log: " in text
     assert compiled(folder).count("a.cpp") == 1
     (folder / "fail-a.cpp").unlink()
-    assert isinstance(built_in(folder), Path), "a later start tries again"
+    assert str(built_in(folder)) == text.strip(), "a later start does not try the same again"
+    assert compiled(folder).count("a.cpp") == 1 and "removed" in text
+    (failure,) = (folder / "cache").glob("*/libtiny.failed")
+    os.utime(failure, (time.time() - FAILURE_KEPT_S - 60,) * 2)
+    assert isinstance(built_in(folder), Path), "but after a day it does"
+
+
+def test_a_failure_of_the_machine_is_not_remembered(folder: Path) -> None:
+    (folder / "fail-a.cpp").write_text("No space left on device\n")
+    assert "no such thing" in str(built_in(folder))
+    (folder / "fail-a.cpp").unlink()
+    assert isinstance(built_in(folder), Path)
 
 
 def test_sources_that_change_while_they_are_built_are_not_kept(folder: Path) -> None:

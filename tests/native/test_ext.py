@@ -77,6 +77,8 @@ def test_a_failing_compiler_falls_back_with_its_reason_on_one_line(checkout: Pat
     assert "[1.609437" in done.stdout and done.stdout.endswith("[2, 0]\n")
     (line,) = done.stderr.splitlines()
     assert line.startswith("dataflex: no native cpu ops, PyTorch runs instead: `false` ended with an error"), line
+    next_start = python(LOAD, checkout, DATAFLEX_CACHE=str(tmp_path), CXX="false", DATAFLEX_LOG_LEVEL="INFO")
+    assert next_start.stderr.splitlines() == [line], "said once more, and not built once more"
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,39 @@ def test_opcheck_of_the_backward(dtype: torch.dtype) -> None:
     assert torch.equal(logits, want)
 
 
+@pytest.mark.parametrize(("bounds", "vocabulary"), [((2, 5), 9), ((0, 3), 40_000), ((0,), 40_000), ((4, 1), 9)])
+def test_rows_of_no_sample_have_their_own_loss_and_gradient_and_no_other(
+    bounds: tuple[int, ...], vocabulary: int
+) -> None:
+    """On a device nothing looks at cu_seqlens: rows that it leaves out are as without samples, never as memory was."""
+    draw = torch.Generator().manual_seed(2)
+    logits, labels = torch.randn(6, vocabulary, generator=draw), torch.randint(0, vocabulary, (6,), generator=draw)
+    labels[5] = -100
+    token = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    of_token = torch.softmax(logits.double(), 1) - torch.nn.functional.one_hot(labels.clamp(min=0), vocabulary)
+    of_token[5] = 0.0
+    inside = torch.zeros(6, dtype=torch.float64)
+    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+        inside[a:b] = 1 / max(1, int((labels[a:b] >= 0).sum()))
+    scalars = LossOptions().scalars()
+    torch.use_deterministic_algorithms(True)  # new memory holds NaN
+    try:
+        with emulated():
+            ops, inputs = torch.ops.dataflex_emu, (labels, torch.tensor(bounds), None, None)
+            loss, count, token_loss, lse, low = ops.loss_forward(logits, *inputs, *scalars, False)
+            for each in (None, torch.ones(6)):
+                grads = torch.ones(len(loss)), each, None
+                gradient = ops.loss_backward(logits, *inputs, lse, low, count, *grads, *scalars)
+                want = (inside + (0 if each is None else 1))[:, None] * of_token
+                torch.testing.assert_close(gradient.double(), want, rtol=1e-4, atol=1e-6)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(token_loss.double(), token, rtol=1e-5, atol=1e-5)
+    if bounds == (0, 3):
+        with pytest.raises(RuntimeError, match="cu_seqlens: expected to rise from 0 to 6"):
+            needs_native().loss_forward(logits, labels, torch.tensor(bounds), None, None, *scalars, False)
+
+
 def test_the_same_bits_again_and_for_any_number_of_threads_and_any_batch() -> None:
     needs_native()
     draw = torch.Generator().manual_seed(1)

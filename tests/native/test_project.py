@@ -144,6 +144,30 @@ def no_chunks(*_: Any) -> None:
     raise AssertionError("these arguments are for the fused kernel")
 
 
+@pytest.mark.parametrize("kib", [48, 99, 163])
+def test_a_device_with_less_shared_memory_runs_another_form(kib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sm_86, sm_89 and sm_120 have 99 KiB a block, where the fused kernel and 8192 buckets of four warps need more."""
+    draw = torch.Generator().manual_seed(1)
+    row, col = (torch.randn(40, n, generator=draw).to(torch.bfloat16) for n in (16, 24))
+    went: list[int] = []
+    chunked = project_native.chunked
+    monkeypatch.setattr(project_native, "chunked", lambda ops, out, *rest: (went.append(1), chunked(ops, out, *rest)))
+    for projection, dim in (("xorfold", 16384), ("xorfold", 512), ("countsketch", 12000), ("sjlt", 16384)):
+        options = {
+            "transform": Transform(), "seed": 1, "tensor_id": 2, "scale": torch.ones(2), "projection": projection,
+            "directions": torch.ones(1, 16, 24),
+        }  # fmt: skip
+        case = Case(row, col, torch.tensor([0, 17, 40]), dim, options)
+        with emulated(shared=kib << 10):
+            compare(case, project(case))
+    fused = {48: 0, 99: 1, 163: 2}[kib]
+    assert len(went) == 4 - fused, "the fused kernel runs wherever the device has room for it"
+    with emulated(shared=48 << 10), pytest.raises(RuntimeError, match="project_outer"):
+        outputs = torch.zeros(2, 512), torch.zeros(0), torch.zeros(2, 0)
+        how = torch.tensor([0, 17, 40]), torch.ones(2), None, None, [], None, 0, 1, 2, 0, 0
+        torch.ops.dataflex_emu.project_outer(*outputs, row, col, *how)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_emulated_kernels_give_the_same_bits_in_every_order(dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(5)

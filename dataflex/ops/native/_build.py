@@ -4,6 +4,7 @@ A library's key covers its sources, the headers that they include, every command
 torch. Under the key's lock (flock: the kernel frees it when the holder is killed) missing objects are compiled and
 renamed into ``objects/``, then the library is linked and renamed into place. A killed build therefore leaves whole
 objects, which the next start keeps, and a private folder, which it removes. Nobody reads half a file.
+A build that failed is remembered under its key, beside the log: no later process tries it again for a day.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from dataflex.ops.native import trust
 from dataflex.utils.logging import logger
 
 LOCK_TIMEOUT_S = 1800.0
+FAILURE_KEPT_S = 24 * 3600.0
+# Failures of the machine, not of the sources: the next process may well succeed.
+_PASSING = re.compile("killed|no space left|cannot allocate|out of memory", re.IGNORECASE)
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
@@ -84,10 +88,12 @@ def included(source: Path, include_paths: Sequence[Path]) -> list[Path]:
     return sorted(found)
 
 
-def obtain(libraries: Sequence[Library], cache: Path) -> dict[str, Path | BuildError]:
+def obtain(
+    libraries: Sequence[Library], cache: Path, announce: Callable[[], None] = lambda: None
+) -> dict[str, Path | BuildError]:
     """The built file of each library, from the cache or built now together; by file name.
 
-    OSError where the cache cannot be written.
+    ``announce`` is called before a build. OSError where the cache cannot be written.
     """
     places = {library.file_name: cache / library.key() / library.file_name for library in libraries}
     missing = [library for library in libraries if not usable(places[library.file_name], cache)]
@@ -98,9 +104,23 @@ def obtain(libraries: Sequence[Library], cache: Path) -> dict[str, Path | BuildE
             foreign = trust.own(folder)
             if foreign:
                 return {name: BuildError(foreign) for name in places}
+        failures = {library.file_name: _remembered(places[library.file_name]) for library in missing}
+        errors = {name: failure for name, failure in failures.items() if failure is not None}
+        missing = [library for library in missing if library.file_name not in errors]
+    if missing:
+        announce()
         with _lock(places[missing[0].file_name].with_suffix(".lock")):
-            errors = _build([x for x in missing if not usable(places[x.file_name], cache)], places, cache, started)
+            errors |= _build([x for x in missing if not usable(places[x.file_name], cache)], places, cache, started)
     return {name: errors.get(name, place) for name, place in places.items()}
+
+
+def _remembered(place: Path) -> BuildError | None:
+    """Why the same build failed before, unless that is long ago or may have passed."""
+    failure = place.with_suffix(".failed")
+    if not failure.is_file() or time.time() - failure.stat().st_mtime > FAILURE_KEPT_S:
+        return None
+    passing = _PASSING.search(place.with_suffix(".log").read_text())
+    return None if passing else BuildError(failure.read_text())
 
 
 def usable(place: Path, cache: Path) -> bool:
@@ -148,8 +168,10 @@ def _build(libraries: Sequence[Library], places: dict[str, Path], cache: Path, s
                 continue
             log = place.with_suffix(".log")
             log.write_text(output)
-            errors[library.file_name] = BuildError(f"{_first_error(library, output)} (log: {log})")
-            place.with_suffix(".failed").write_text(str(errors[library.file_name]))
+            failure = place.with_suffix(".failed")
+            again = f"tried again in a day, or once {failure.name} beside it is removed"
+            errors[library.file_name] = BuildError(f"{_first_error(library, output)} (log: {log}; {again})")
+            failure.write_text(str(errors[library.file_name]))
     return errors
 
 

@@ -160,10 +160,12 @@ def _built(builders: list[NativeBuilder]) -> list[Path]:
         raise BuildError(reason)
     libraries = [builder.library() for builder in builders if builder.why_not() is None]
     cache = cache_folder()
-    if not all((cache / library.key() / library.file_name).is_file() for library in libraries):
+
+    def announce() -> None:
         logger.info("Building the native %s ops (once; kept in %s)", builders[0].name, cache)
+
     try:
-        first = obtain(libraries, cache)[builders[0].file_name()]
+        first = obtain(libraries, cache, announce)[builders[0].file_name()]
     except OSError as e:
         raise BuildError(f"the cache cannot be written: {e} (set DATAFLEX_CACHE)") from None
     if isinstance(first, BuildError):

@@ -16,7 +16,7 @@ from dataflex.ops.projection.project_kinds import PROJECTIONS
 
 NATIVE_KINDS = ("xorfold", "countsketch", "sjlt")
 _BUFFER_BYTES = 24 << 20
-_FUSED_DIMS = (512, 16384)
+_FUSED_DIM = 512
 _FUSED_DIRECTIONS = 8
 
 
@@ -24,6 +24,7 @@ def _nothing(*_: Any, **__: Any) -> None:
     """The fake of an op that only changes its arguments."""
 
 
+_ext.define("fused_limit(Tensor like) -> int")
 for _schema in (reference.OUTER_SCHEMA, reference.VALUES_SCHEMA):
     _ext.define(_schema, fake=_nothing)
 
@@ -68,12 +69,13 @@ def outer(
         row, col = _inner_contiguous(row), _inner_contiguous(col)
         kernels = out.device.type == "cuda" or ops is torch.ops.dataflex_emu
         matrices = [x for x in (exp_avg, exp_avg_sq, directions) if x is not None]
-        if kernels and not fused_fits(out, dots, row, col, matrices, kind, where[2], where[3]):
+        if kernels and not fused_fits(ops, out, dots, row, col, matrices, kind, where[2], where[3]):
             op = functools.partial(chunked, ops)
     op(out, sqnorm, dots, row, col, cu_seqlens, scale, exp_avg, exp_avg_sq, coefficients, directions, kind, *where)
 
 
 def fused_fits(
+    ops: Any,
     out: Tensor,
     dots: Tensor,
     row: Tensor,
@@ -83,12 +85,13 @@ def fused_fits(
     row_offset: int,
     col_offset: int,
 ) -> bool:
-    """Whether the tensor-core kernel takes these: 16-bit inputs whose rows lie at multiples of 16 bytes."""
+    """Whether the tensor-core kernel takes these: 16-bit inputs whose rows lie at multiples of 16 bytes, and outputs
+    that the device has the shared memory for."""
     proj_dim = out.shape[1]
     sizes = (row.shape[1], col.shape[1], row.stride(0), col.stride(0), row_offset, col_offset)
     return (
         PROJECTIONS[kind] == "xorfold"
-        and (proj_dim == 0 or _FUSED_DIMS[0] <= proj_dim <= _FUSED_DIMS[1])
+        and (proj_dim == 0 or _FUSED_DIM <= proj_dim <= ops.fused_limit(out))
         and dots.shape[1] <= _FUSED_DIRECTIONS
         and row.dtype in (torch.bfloat16, torch.float16)
         and all(size % 8 == 0 for size in sizes)
