@@ -106,6 +106,7 @@ class Subject:
 
         names = list(trained(self.net))
         moments, how = read_moments(self.engine.engine, names)
+        moments = dict(moments)
         first, second = (torch.cat([moments[n][i].flatten() for n in names]) for i in (0, 1))
         return Adam(first, second, how.beta1, how.beta2, how.eps)
 

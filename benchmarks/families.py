@@ -15,6 +15,8 @@ import csv
 import multiprocessing
 import time
 import traceback
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,9 @@ class GradientSink:
 
     def finish(self) -> None:
         """Nothing waits."""
+
+    def at_hand(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def _sample_of(self, rows: int) -> Tensor:
         spans = self.cu_seqlens.diff() * (rows // int(self.cu_seqlens[-1]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,28 +15,53 @@ from dataflex.utils.errors import UserError
 _KEYS = ("exp_avg", "exp_avg_sq")
 
 
-def read_moments(engine: Any, names: Iterable[str]) -> tuple[dict[str, tuple[Tensor, Tensor]], Transform]:
+def read_moments(engine: Any, names: Iterable[str]) -> tuple[Mapping[str, tuple[Tensor, Tensor]], Transform]:
     """Return ({name: (exp_avg, exp_avg_sq)}, constants) with full tensors in the parameters' shapes.
 
-    A collective under ZeRO: call it on every rank with the same names in the same order. Before the first
-    optimizer step the moments are zero. UserError if the optimizer keeps no Adam moments.
+    Nothing is read before it is asked for, nor kept: to look up a name is a collective under ZeRO, on every rank with
+    the same names in the same order, and before the next optimizer step. What it gives may be the optimizer's own.
+    Before the first optimizer step the moments are zero. UserError if the optimizer keeps no Adam moments.
     """
-    parameters = dict(engine.module.named_parameters())
     steps = engine.global_steps - engine.skipped_steps
     constants = _constants(engine, steps)
     if steps:
         _link_every_group(engine.optimizer)
-    moments = {}
-    for name in dict.fromkeys(names):
-        parameter = parameters[name]
+    parameters = dict(engine.module.named_parameters())
+    return _EngineMoments(engine, {name: parameters[name] for name in names}, steps == 0), constants
+
+
+class _EngineMoments(Mapping[str, tuple[Tensor, Tensor]]):
+    def __init__(self, engine: Any, parameters: dict[str, torch.nn.Parameter], fresh: bool) -> None:
+        self._engine = engine
+        self._parameters = parameters
+        self._fresh = fresh
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        parameter = self._parameters[name]
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        if steps == 0:
-            zero = torch.zeros(shape, device=engine.device)
-            moments[name] = (zero, zero)
-        else:
-            first, second = (_read(engine, parameter, key).reshape(shape) for key in _KEYS)
-            moments[name] = (first, second)
-    return moments, constants
+        if self._fresh:
+            zero = torch.zeros(shape, device=self._engine.device)
+            return zero, zero
+        with _trained(parameter):
+            first, second = (_read(self._engine, parameter, key).reshape(shape) for key in _KEYS)
+        return first, second
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+
+@contextmanager
+def _trained(parameter: torch.nn.Parameter) -> Iterator[None]:
+    """DeepSpeed reads no state of a parameter that is frozen, as all are in a scoring pass."""
+    before = parameter.requires_grad
+    parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        parameter.requires_grad_(before)
 
 
 def _link_every_group(optimizer: Any) -> None:
@@ -72,7 +98,7 @@ def _read(engine: Any, parameter: torch.nn.Parameter, key: str) -> Tensor:
         value = _read_unpartitioned(engine.optimizer, parameter, key)
     if value is None:
         raise UserError(f"gradient_type: the optimizer {type(engine.optimizer).__name__} keeps no '{key}'")
-    return value.detach().to(engine.device, torch.float32).clone()
+    return value.detach().to(engine.device, torch.float32)
 
 
 def _read_unpartitioned(optimizer: Any, parameter: torch.nn.Parameter, key: str) -> Tensor | None:

@@ -24,6 +24,11 @@ def sum_over_ranks(tensor: torch.Tensor) -> None:
     dist.all_reduce(tensor)
 
 
+def all_parts(tensor: torch.Tensor) -> torch.Tensor:
+    """[world, ...]: the ranks' tensors of the same shape, one below the other."""
+    return dist.all_gather(tensor[None])
+
+
 @contextmanager
 def whole(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
     """Inside, parameters that ZeRO-3 has taken apart hold their values on every rank.

@@ -26,6 +26,7 @@ from dataflex.scoring.context import release_gathered, scoring_mode
 from dataflex.scoring.gather import merge
 from dataflex.scoring.gradients.coverage import Target, find_targets, parameter_names, trained_names
 from dataflex.scoring.gradients.direction_sink import DirectionSink
+from dataflex.scoring.gradients.layer_state import LayerState
 from dataflex.scoring.gradients.layers import LayerRule
 from dataflex.scoring.gradients.sinks import Moments, ProjectingSink, Totals
 from dataflex.scoring.gradients.taps import Taps
@@ -42,9 +43,9 @@ _HALF_SCALE = 1024.0
 class Scorer:
     """Scores samples of map-style datasets with ``engine.module`` in batches of ``token_budget`` tokens.
 
-    engine: a DeepSpeed engine, any ZeRO stage. collator: list of samples to a padded batch. moments: reads
-    Adam's moments and constants of named parameters (a collective under ZeRO). forward: makes the losses, of logits
-    where it is not given. watch: called with the samples and
+    engine: a DeepSpeed engine, any ZeRO stage. collator: list of samples to a padded batch. moments: gives
+    Adam's moments of named parameters, each read when it is looked up (a collective under ZeRO), and the constants.
+    forward: makes the losses, of logits where it is not given. watch: called with the samples and
     tokens of each of this rank's batches, where it is set; else each pass is logged. tally: called with the samples of
     each pass, those of all ranks.
     """
@@ -169,7 +170,7 @@ class Scorer:
     def sink(
         self, targets: list[Target], *, adam: str | None, layers: LayerRule | None, proj_dim: int, **how: Any
     ) -> ProjectingSink:
-        """A sink for ``targets`` with Adam's moments in it; a collective under ZeRO. how: further fields of it."""
+        """A sink for ``targets`` that reads Adam's moments layer by layer. how: further fields of it."""
         names = parameter_names(targets)
         moments, transform = self.moments(names, adam)
         return ProjectingSink(
@@ -222,7 +223,7 @@ class Scorer:
 
     @contextmanager
     def keep_moments(self) -> Iterator[None]:
-        """Inside, Adam's moments are read once for all passes with the same adam and parameters: for many short ones.
+        """Inside, what is kept of Adam's moments serves all passes with the same adam and parameters: for short ones.
 
         No optimizer step may happen inside.
         """
@@ -237,17 +238,21 @@ class Scorer:
         return self.forward(self.engine.module, inputs, Counted(labels, cu_seqlens, reduction)).losses, cu_seqlens
 
     def moments(self, names: list[str], adam: str | None) -> tuple[Moments, Transform]:
-        """({name: (exp_avg, exp_avg_sq)}, transform); no moments for the plain gradient. A collective under ZeRO."""
+        """({name: (exp_avg, exp_avg_sq)}, transform); no moments for the plain gradient.
+
+        To look up a name is a collective under ZeRO: see `LayerState`.
+        """
         if adam is None:
             return {}, Transform("sgd")
         key = tuple(names)
         if self._kept is None or key not in self._kept:
-            found = self._read_moments(names)
+            moments, constants = self._read_moments(names)
+            found = LayerState(moments), constants
             if self._kept is None:
-                return found[0], replace(found[1], kind=adam)
+                return found[0], replace(constants, kind=adam)
             self._kept[key] = found
-        moments, constants = self._kept[key]
-        return moments, replace(constants, kind=adam)
+        state, constants = self._kept[key]
+        return state, replace(constants, kind=adam)
 
     def _batches(
         self, dataset: Any, ids: Ids, what: str, max_samples: int = MOST_SAMPLES

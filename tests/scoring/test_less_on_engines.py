@@ -11,6 +11,8 @@ import torch
 import dataflex
 from dataflex.data.pool import Pool
 from dataflex.scoring.checks import self_check
+from dataflex.scoring.gradients import layer_state
+from dataflex.scoring.gradients.directions import Directions
 from dataflex.scoring.gradients.layers import LayerRule
 from dataflex.scoring.gradients.spec import FeatureSpec
 from dataflex.scoring.kept.sharded import ScoringPasses
@@ -72,6 +74,9 @@ def all_scores() -> dict[str, Any]:
         engine = engine_of(kind, stage, ckpt="reentrant" if kind == "lora" else "non-reentrant")
         for name, params in SCORINGS.items():
             results[f"{kind} {stage} {name}"] = scores_of(engine, **params).tolist()
+        layer_state.KEPT_BYTES, kept = 0, layer_state.KEPT_BYTES
+        results[f"{kind} {stage} in parts"] = scores_of(engine, scoring="exact").tolist()
+        layer_state.KEPT_BYTES = kept
         results[f"{kind} {stage} checks"] = verdicts_of(engine) if stage == 3 else []
     for kind, ckpt in (("experts", "reentrant"), ("lora experts", None)):
         engine = engine_of(kind, 3, ckpt=ckpt)
@@ -81,7 +86,20 @@ def all_scores() -> dict[str, Any]:
     for name, params in SCORINGS.items():
         results[f"bf16 {name}"] = scores_of(engine, **params).tolist()
     results["bf16 checks"] = verdicts_of(engine)
+    results["parts"] = parts_of(torch.distributed.get_world_size())
     return results
+
+
+def parts_of(world: int) -> list[Any]:
+    """Bytes that a rank keeps of directions of seven numbers, and the ranks' sum of 1, 2, ... times (rank + 1)."""
+    shape = torch.Size([7])
+    parts = Directions({"w": shape}, 2, torch.device("cpu"), whole_bytes=0)
+    for _ in range(2):
+        total = parts.sum_for("w", 1)
+        total += (torch.distributed.get_rank() + 1) * torch.arange(1.0, 8.0)
+        parts.added("w", 1, total)
+    parts.complete()
+    return [parts._mine["w"].nbytes, parts["w"].tolist()]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +119,16 @@ def test_scores_are_the_same_everywhere(results: list[dict[str, Any]]) -> None:
     for name in SCORINGS:
         bf16 = np.array([rank[f"bf16 {name}"] for rank in results])
         assert np.abs(bf16 - np.array(results[0][f"full 3 {name}"])).max() < 0.05
+
+
+def test_large_directions_are_divided_over_the_ranks(results: list[dict[str, Any]]) -> None:
+    for rank, (world, number) in zip(results, ((1, 0), (2, 0), (2, 1)), strict=True):
+        kept, (nothing, total) = rank["parts"]
+        assert kept == {1: 2 * 4 * 7, 2: 2 * 4 * 4}[world], number
+        assert nothing == [0.0] * 7 and total == [2.0 * (1, 3)[world - 1] * i for i in range(1, 8)]
+        for kind, stage in CASES:
+            whole, parts = (np.array(rank[f"{kind} {stage} {name}"]) for name in ("exact", "in parts"))
+            np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
 
 def test_scoring_experts_leaves_training_bit_identical(results: list[dict[str, Any]]) -> None:

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dataflex.ops.losses.linear_deltas import LinearLossGrad
+from dataflex.scoring.gradients.directions import Directions
 from dataflex.scoring.gradients.head_parts import HeadNames
 
 
 class DirectionSink:
     """Adds up plain gradients over samples; a sample's weight is the factor of its loss.
 
-    sums: {name: float32 of the parameter's shape}, changed in place. factors: of `LayerRule`.
+    total, query: which of whose directions is added to. factors: of `LayerRule`.
     """
 
     per_sample: ClassVar[bool] = False
 
-    def __init__(self, sums: Mapping[str, Tensor], factors: Mapping[str, float]) -> None:
-        self.sums = sums
+    def __init__(self, total: Directions, query: int, factors: Mapping[str, float]) -> None:
+        self.total = total
+        self.query = query
+        self.sums: dict[str, Tensor] = {}
         self.factors = factors
         self.scale = 1.0
 
     def start(self, cu_seqlens: Tensor) -> None:
         """Nothing here depends on where samples end."""
+
+    @contextmanager
+    def at_hand(self, names: Iterable[str]) -> Iterator[None]:
+        """Inside, what is delivered of these parameters is added up; then it becomes part of the direction."""
+        mine = [name for name in names if name not in self.sums]
+        self.sums |= {name: self.total.sum_for(name, self.query) for name in mine}
+        yield
+        for name in mine:
+            self.total.added(name, self.query, self.sums.pop(name))
 
     def finish(self) -> None:
         """Nothing waits."""

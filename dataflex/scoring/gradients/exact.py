@@ -2,27 +2,27 @@
 
 With v the mean over a subtask's targets of their unit gradients, a sample's mean cosine with the targets is
 <g, v> / |g| (arXiv 2402.04333, section 4.2). One direction for each subtask is all that is kept: float32 of the
-trained parameters' size, whole on every rank at any ZeRO stage.
+trained parameters' size, divided over the ranks where they are large (`Directions`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dataflex.scoring.batches import Ids
-from dataflex.scoring.gather import merge, sum_over_ranks
+from dataflex.scoring.gather import merge
 from dataflex.scoring.gradients.coverage import find_targets, parameter_names, trained_names
 from dataflex.scoring.gradients.direction_sink import DirectionSink
+from dataflex.scoring.gradients.directions import Directions
+from dataflex.scoring.gradients.layer_state import LayerState
 from dataflex.scoring.gradients.layers import LayerRule
 from dataflex.scoring.gradients.sinks import Totals
 from dataflex.scoring.scorer import Floats, Scorer
-
-Directions = dict[str, Tensor]
 
 
 def mean_directions(
@@ -42,24 +42,29 @@ def mean_directions(
     module = scorer.engine.module
     targets = find_targets(module, layers)
     shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in module.named_parameters()}
-    names = dict.fromkeys(parameter_names(targets))
-    sums = {n: torch.zeros(len(kinds), *shapes[n], device=scorer.device) for n in names}
+    shapes = {name: shapes[name] for name in dict.fromkeys(parameter_names(targets))}
+    total = Directions(shapes, len(kinds), scorer.device, offload=_offloads(scorer.engine))
     factors = {} if layers is None else layers.factors(trained_names(module))
     for k in range(len(kinds)):
-        sink = DirectionSink({n: total[k] for n, total in sums.items()}, factors)
+        sink = DirectionSink(total, k, factors)
         mine = ids[place == k]
         scorer.run_backward(
             target, mine, targets, sink, lambda places, _: None, "adding up target gradients", weights[mine]
         )
-    for total in sums.values():
-        sum_over_ranks(total)
-    return sums
+    total.complete()
+    return total
+
+
+def _offloads(engine: Any) -> bool:
+    """Whether the optimizer's state lies in the host's memory."""
+    asked = getattr(engine, "zero_offload_optimizer", lambda: None)()
+    return asked is not None and str(getattr(asked, "device", "none")).endswith("cpu")
 
 
 def exact_dots(
     scorer: Scorer,
     dataset: Any,
-    directions: Directions,
+    directions: Mapping[str, Tensor],
     ids: Ids | None = None,
     *,
     adam: str | None,
@@ -70,7 +75,7 @@ def exact_dots(
     directions: from `mean_directions` with the same ``layers``; {} for norms only.
     """
     ids = np.arange(len(dataset), dtype=np.int64) if ids is None else ids
-    queries = next((len(d) for d in directions.values()), 0)
+    queries = directions.queries if isinstance(directions, Directions) else 0
     out = np.zeros((len(ids), queries + 1), dtype=np.float32)
 
     def keep(places: Ids, totals: Totals) -> None:
@@ -80,7 +85,8 @@ def exact_dots(
             out[places, :queries] = totals.dots.cpu().numpy()
 
     targets = find_targets(scorer.engine.module, layers)
-    sink = scorer.sink(targets, adam=adam, layers=layers, proj_dim=0, seed=0, directions=directions)
+    toward = {"directions": LayerState(directions), "queries": queries}
+    sink = scorer.sink(targets, adam=adam, layers=layers, proj_dim=0, seed=0, **toward)
     scorer.run_backward(dataset, ids, targets, sink, keep, "scoring gradients exactly")
     merged = merge(out, scorer.device)
     return merged[:, :queries], merged[:, queries]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,6 +21,7 @@ from dataflex.ops import (
 from dataflex.ops.losses.linear_deltas import LinearLossGrad
 from dataflex.scoring.gather import whole
 from dataflex.scoring.gradients.head_parts import HeadNames, Outer, with_lookups
+from dataflex.scoring.gradients.layer_state import LayerState
 
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -62,9 +64,12 @@ class ProjectingSink:
     """Adds every layer's transformed per-sample gradient to the batch's totals as soon as it is delivered.
 
     With proj_dim > 0 its projection becomes part of the features ``totals.out``; with proj_dim 0 nothing is
-    projected, but its squared norm and its inner products with ``directions`` {name: [Q, ...]} are added.
-    Call `start` before each batch and `finish` after its backward. A parameter that several modules share (tied
-    embeddings) waits for `finish`, because the transform needs the complete gradient. factors: of `LayerRule`.
+    projected, but its squared norm and its inner products with ``directions`` {name: [Q, ...]}, Q ``queries``, are
+    added.
+    Call `start` before each batch, `at_hand` around what is delivered of some parameters and `finish` after the
+    backward: moments and directions of the parameters' size are there inside of `at_hand` only. A parameter that
+    several modules share (tied embeddings) waits for `finish`, because the transform needs the complete gradient.
+    factors: of `LayerRule`.
     dtype: of the totals and of what is summed into them.
     """
 
@@ -76,6 +81,7 @@ class ProjectingSink:
     shared: frozenset[str] = frozenset()
     factors: Mapping[str, float] = field(default_factory=dict)
     directions: Mapping[str, Tensor] = field(default_factory=dict)
+    queries: int = 0
     scale: float = 1.0
     dtype: torch.dtype = torch.float32
     cu_seqlens: Tensor = field(init=False)
@@ -88,6 +94,21 @@ class ProjectingSink:
     def start(self, cu_seqlens: Tensor) -> None:
         self.cu_seqlens = cu_seqlens
         self._by_factor, self._waiting, self._heads = {}, {}, []
+
+    @contextmanager
+    def at_hand(self, names: Iterable[str]) -> Iterator[None]:
+        """Inside, what is of the size of these parameters is there; on every rank in the same order."""
+        wanted = [name for name in names if name not in self.shared]
+        with self._holding(wanted):
+            yield
+
+    @contextmanager
+    def _holding(self, names: Iterable[str]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for state in (self.moments, self.directions):
+                if isinstance(state, LayerState):
+                    stack.enter_context(state.at_hand(names))
+            yield
 
     def outer(self, name: str, row: Tensor, col: Tensor, per_token: int = 1) -> None:
         if name in self.shared:
@@ -139,10 +160,11 @@ class ProjectingSink:
     def finish(self) -> Totals:
         """The batch's totals, after the parameters that waited were added."""
         for names, grad in self._heads:
-            with whole([weight for _, weight in grad.products.pairs]):
+            with whole([weight for _, weight in grad.products.pairs]), self._holding(names.every()):
                 self._head(names, grad)
         for name, parts in self._waiting.items():
-            self._combined(name, parts)
+            with self._holding([name]):
+                self._combined(name, parts)
         self._waiting, self._heads = {}, []
         total = self._new_totals(len(self.cu_seqlens) - 1)
         for factor, totals in self._by_factor.items():
@@ -150,8 +172,7 @@ class ProjectingSink:
         return total
 
     def _new_totals(self, samples: int) -> Totals:
-        queries = next((len(d) for d in self.directions.values()), 0)
-        return Totals.zeros(samples, self.proj_dim, queries, device=self.cu_seqlens.device, dtype=self.dtype)
+        return Totals.zeros(samples, self.proj_dim, self.queries, device=self.cu_seqlens.device, dtype=self.dtype)
 
     def _totals(self, name: str) -> Totals:
         factor = self.factors.get(name, 1.0)

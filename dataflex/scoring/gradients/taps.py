@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -27,6 +28,9 @@ class Sink(Protocol):
 
     def outer(self, name: str, row: Tensor, col: Tensor, per_token: int = 1) -> None:
         """Parameter [M, K] has gradient sum of row[t] col[t]^T; row [N * per_token, M], col [N * per_token, K]."""
+
+    def at_hand(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        """What is delivered of these parameters is delivered inside."""
 
     def dense(self, name: str, per_token: Tensor) -> None:
         """Parameter [K] has gradient sum of per_token[t]; per_token [N, K]."""
@@ -128,10 +132,10 @@ class Taps:
             return call.token_loss
 
         def deliver(by: Tensor, lse: Tensor, *inputs: Tensor) -> None:
-            self.fired.update(names.every())
             weights = (weight for _, weight in call.products.pairs)
             products = Products(tuple(zip(inputs, weights, strict=True)), call.products.bias)
-            self.sink.head(names, LinearLossGrad(products, call.labels, lse, by, call.scale, call.softcap))
+            with self._delivering(names.every()):
+                self.sink.head(names, LinearLossGrad(products, call.labels, lse, by, call.scale, call.softcap))
 
         return tap(call.token_loss, deliver, call.lse, *(x for x, _ in call.products.pairs))
 
@@ -153,13 +157,13 @@ class Taps:
         refuse_own_parameters(module, output, target.names)
 
         def found(run: Callable[[], list[Tensor]], deltas: tuple[Tensor, ...]) -> None:
-            self.fired.update(target.names.values())
             self._quiet = True
             try:
                 places = self._places if self.sink.per_sample else None
-                for sample, grads in gradients(module, target.names, run, deltas, places):
-                    for name, grad in grads.items():
-                        self.sink.sample(name, sample, grad)
+                with self._delivering(target.names.values()):
+                    for sample, grads in gradients(module, target.names, run, deltas, places):
+                        for name, grad in grads.items():
+                            self.sink.sample(name, sample, grad)
             finally:
                 self._quiet = False
 
@@ -194,13 +198,13 @@ class Taps:
             return output
 
         def deliver(delta: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
-            self.fired.update(adapter.names.values())
             name = next(iter(adapter.names.values()))
             delta, x = self._flat(delta, name), self._flat(x, name)
-            if "a" in adapter.names:
-                self.sink.outer(adapter.names["a"], adapter.scaling * delta @ b.to(delta), x)
-            if "b" in adapter.names:
-                self.sink.outer(adapter.names["b"], delta, adapter.scaling * x @ a.to(x).T)
+            with self._delivering(adapter.names.values()):
+                if "a" in adapter.names:
+                    self.sink.outer(adapter.names["a"], adapter.scaling * delta @ b.to(delta), x)
+                if "b" in adapter.names:
+                    self.sink.outer(adapter.names["b"], delta, adapter.scaling * x @ a.to(x).T)
 
         return tap(output, deliver, x, adapter.a, adapter.b)
 
@@ -209,11 +213,11 @@ class Taps:
         experts = len(at.counts)
 
         def deliver(delta: Tensor, x: Tensor, tokens: Tensor, a: Tensor, b: Tensor) -> None:
-            self.fired.update(adapter.names.values())
             by_expert = list(zip(torch.split(delta, at.counts), torch.split(x, at.counts), strict=True))
             if "a" in adapter.names:
                 down = [d @ b[:, e::experts].to(d) for e, (d, _) in enumerate(by_expert)]
-                self.sink.experts(adapter.names["a"], adapter.scaling * torch.cat(down), x, tokens, at.counts)
+                with self._delivering([adapter.names["a"]]):
+                    self.sink.experts(adapter.names["a"], adapter.scaling * torch.cat(down), x, tokens, at.counts)
             if "b" in adapter.names:
                 col = x.new_zeros(len(x), a.shape[0])
                 at_row = 0
@@ -222,7 +226,8 @@ class Taps:
                     at_row += len(own)
                 order = torch.argsort(tokens, stable=True)
                 per_token = len(tokens) // self.tokens
-                self.sink.outer(adapter.names["b"], delta[order], adapter.scaling * col[order], per_token)
+                with self._delivering([adapter.names["b"]]):
+                    self.sink.outer(adapter.names["b"], delta[order], adapter.scaling * col[order], per_token)
 
         return tap(output, deliver, x, at.tokens, adapter.a, adapter.b)
 
@@ -236,18 +241,26 @@ class Taps:
         transposed = bool(target.module.is_transposed)
 
         def deliver(delta: Tensor, x: Tensor, tokens: Tensor) -> None:
-            self.fired.update(names.values())
             for a, name in names.items():
+                row, col = (x, delta) if transposed else (delta, x)
                 if a != attribute:
-                    self.sink.experts(name, torch.ones_like(delta[:, :1]), delta, tokens, at.counts)
-                else:
-                    row, col = (x, delta) if transposed else (delta, x)
+                    row, col = torch.ones_like(delta[:, :1]), delta
+                with self._delivering([name]):
                     self.sink.experts(name, row, col, tokens, at.counts)
 
         return tap(output, deliver, x, at.tokens) if names else output
 
+    @contextmanager
+    def _delivering(self, names: Iterable[str]) -> Iterator[None]:
+        self.fired.update(names)
+        with self.sink.at_hand(names):
+            yield
+
     def _deliver(self, target: Target, delta: Tensor, x: Tensor) -> None:
-        self.fired.update(target.names.values())
+        with self._delivering(target.names.values()):
+            self._deliver_all(target, delta, x)
+
+    def _deliver_all(self, target: Target, delta: Tensor, x: Tensor) -> None:
         module, weight, bias = target.module, target.names.get("weight"), target.names.get("bias")
         if bias is not None:
             self.sink.dense(bias, self._by_token(delta, bias))

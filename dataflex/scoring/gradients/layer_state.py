@@ -1,0 +1,63 @@
+"""What a gradient pass holds of the parameters' size, one layer at a time: Adam's moments and exact directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+# Of moments, and as much of directions: state that fits is read once a pass and stays, so that an adapter's is not
+# gathered anew for every batch.
+KEPT_BYTES = 1 << 30
+
+State = TypeVar("State", Tensor, "tuple[Tensor, Tensor]")
+
+
+class LayerState(Mapping[str, State], Generic[State]):
+    """State by the name of a parameter, read when the backward reaches its layer and dropped behind it.
+
+    source: makes the whole state of a parameter each time it is asked, as a collective: so every rank must ask for
+    the same names in the same order. What was read first stays, while it fits ``kept_bytes`` (`KEPT_BYTES`) in all.
+    """
+
+    def __init__(self, source: Mapping[str, State], kept_bytes: int | None = None) -> None:
+        self._source = source
+        self._names = frozenset(source)
+        self._room = KEPT_BYTES if kept_bytes is None else kept_bytes
+        self._kept: dict[str, State] = {}
+        self._here: dict[str, State] = {}
+
+    @contextmanager
+    def at_hand(self, names: Iterable[str]) -> Iterator[None]:
+        """Inside, the state of ``names`` is there without a collective, as often as it is asked for."""
+        mine = [name for name in names if name in self._names and name not in self._here]
+        for name in mine:
+            self._here[name] = self[name]
+        try:
+            yield
+        finally:
+            for name in mine:
+                del self._here[name]
+
+    def __getitem__(self, name: str) -> State:
+        if name in self._here:
+            return self._here[name]
+        if name in self._kept:
+            return self._kept[name]
+        state = self._source[name]
+        size = sum(t.nbytes for t in ((state,) if isinstance(state, Tensor) else state))
+        if size <= self._room:
+            self._room -= size
+            self._kept[name] = state
+        return state
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source)
+
+    def __len__(self) -> int:
+        return len(self._source)
