@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from torch import Tensor
 # gathered anew for every batch.
 KEPT_BYTES = 1 << 30
 
-State = TypeVar("State", Tensor, "tuple[Tensor, Tensor]")
+State = TypeVar("State")  # a tensor, or a tuple of them
 
 
 class LayerState(Mapping[str, State], Generic[State]):
@@ -47,7 +47,8 @@ class LayerState(Mapping[str, State], Generic[State]):
         if name in self._kept:
             return self._kept[name]
         state = self._source[name]
-        size = sum(t.nbytes for t in ((state,) if isinstance(state, Tensor) else state))
+        tensors: Any = (state,) if isinstance(state, Tensor) else state
+        size = sum(tensor.nbytes for tensor in tensors)
         if size <= self._room:
             self._room -= size
             self._kept[name] = state
