@@ -10,8 +10,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# A module's tests share its process groups and files, so they stay on one worker.
-PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope
+# A module's tests share its process groups and files, so they stay on one worker; conftest.py says which come first.
+# With a thread a process: the tests start two ranks at a time, and threads that wait for a core spin.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 CAMPAIGN := $(BIN)/python -m tests.mutants.run --jobs 2
 EVERYTHING := $(if $(shell command -v nvidia-smi),gpu or not gpu,not gpu)
 

@@ -46,7 +46,7 @@ class Bench:
     def __init__(self, folder: Path, limit_s: float) -> None:
         self.folder, self.limit_s = folder, limit_s
         copy_tree(folder)
-        env = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1"}
+        env = {**os.environ, "PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         words = [sys.executable, "-m", "tests.mutants.warm"]
         pipe = subprocess.PIPE
         self.warm = subprocess.Popen(words, cwd=folder, env=env, stdin=pipe, stdout=pipe, text=True)
