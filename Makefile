@@ -2,9 +2,11 @@
 #   make demo    train a small model that chooses its own data, two CPU processes, no download
 #   make test    lint, types, tests: what CI runs
 #   make check   the same with the slow tests (sanitizers, nvcc for every architecture), the GPU tests where there is
-#                a GPU, and a dozen faults of tests/mutants that the tests must see
+#                a GPU, the script of make gpu in small on the CPU, and a dozen faults of tests/mutants that the tests
+#                must see
 #   make mutants all of those faults, one at a time; MUTANTS="--only scoring --jobs 4" and the like; it goes on where
 #                it was stopped
+#   make gpu     on a machine with a GPU: all that one is needed for, in 8 minutes (benchmarks/gpu/run.sh)
 #   make bench   the benchmarks
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +18,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --d
 CAMPAIGN := $(BIN)/python -m tests.mutants.run --jobs 2
 EVERYTHING := $(if $(shell command -v nvidia-smi),gpu or not gpu,not gpu)
 
-.PHONY: demo test check bench lint mutants
+.PHONY: demo test check gpu bench lint mutants
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -27,10 +29,14 @@ test: lint
 
 check: lint
 	@$(PYTEST) -m "$(EVERYTHING)"
+	@benchmarks/gpu/run.sh --device cpu --smoke
 	@$(CAMPAIGN) --random 12 --anew --trusted
 
 mutants: lint
 	@$(CAMPAIGN) $(MUTANTS)
+
+gpu: $(READY)
+	@benchmarks/gpu/run.sh
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/bench_step.py

@@ -15,7 +15,10 @@ import argparse
 import csv
 import importlib
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,17 +51,31 @@ def main() -> None:
     facts |= {f"{name}_gb_per_s": round(rate / 1e6, 1) for name, rate in bandwidth.items()}
     for name, value in {**facts, **implementations()}.items():
         print(f"{name}: {value}")
-    rows: list[Row] = []
-    for family in FAMILIES if asked.only is None else (asked.only,):
-        for row in importlib.import_module(f"ops_{family}").rows(bench, bandwidth):
-            rows.append(row | facts)
-            print("  ".join(f"{name}={row[name]}" for name in SHOWN), flush=True)
-    if asked.csv:
-        asked.csv.parent.mkdir(parents=True, exist_ok=True)
-        with asked.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    with written(asked.csv) as write:
+        for family in FAMILIES if asked.only is None else (asked.only,):
+            for row in importlib.import_module(f"ops_{family}").rows(bench, bandwidth):
+                write(row | facts)
+                print("  ".join(f"{name}={row[name]}" for name in SHOWN), flush=True)
+
+
+@contextmanager
+def written(path: Path | None) -> Iterator[Callable[[Row], None]]:
+    """Writes each row as it comes: a run that is cut off leaves those that it has measured."""
+    if path is None:
+        yield lambda row: None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writers: list[Any] = []
+
+        def write(row: Row) -> None:
+            if not writers:
+                writers.append(csv.DictWriter(file, list(row)))
+                writers[0].writeheader()
+            writers[0].writerow(row)
+            file.flush()
+
+        yield write
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
@@ -19,7 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 
 Row = dict[str, Any]
 Variant = Callable[[], Any]
+# One call, or several on different operands that take turns.
+Variants = Mapping[str, Variant | Sequence[Variant]]
 _SLOW_ROUNDS = 3
+_FLUSHED_BYTES = 512 << 20  # more than any L2 cache; writing it also lets the launches that follow queue up
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,19 @@ class Bench:
     rounds: int = 15
     smoke: bool = False
 
-    def times(self, variants: Mapping[str, Variant], slow: Collection[str] = ()) -> dict[str, list[float]]:
+    def times(
+        self, variants: Variants, slow: Collection[str] = (), before: Mapping[str, Variant] | None = None
+    ) -> dict[str, list[float]]:
         """Milliseconds of each variant, ``rounds`` times in turn, after two calls that do not count.
 
-        Those in ``slow`` run three times, after one call.
+        On a GPU by events, the L2 cache flushed before each. Those in ``slow`` run three times, after one call.
+        before: by name, what is called before each call of a variant and not timed.
         """
-        for name, variant in variants.items():
-            variant()
-            if name not in slow:
+        calls = {name: (v,) if callable(v) else tuple(v) for name, v in variants.items()}
+        before = before or {}
+        for name, each in calls.items():
+            for variant in each[:1] if name in slow else (each * 2)[: max(2, len(each))]:
+                before.get(name, _nothing)()
                 variant()
         taken: dict[str, list[float]] = {name: [] for name in variants}
         names = list(variants)
@@ -45,12 +53,23 @@ class Bench:
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 if name in slow and turn >= _SLOW_ROUNDS:
                     continue
-                self._wait()
-                started = time.perf_counter()
-                variants[name]()
-                self._wait()
-                taken[name].append(1e3 * (time.perf_counter() - started))
+                before.get(name, _nothing)()
+                taken[name].append(self._time(calls[name][turn % len(calls[name])]))
         return taken
+
+    def _time(self, variant: Variant) -> float:
+        self._wait()
+        if self.device.type != "cuda":
+            started = time.perf_counter()
+            variant()
+            return 1e3 * (time.perf_counter() - started)
+        torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=self.device).zero_()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        variant()
+        stop.record()
+        self._wait()
+        return float(start.elapsed_time(stop))
 
     def peak_mib(self, variant: Variant) -> float:
         """Memory that a call needs above what is allocated before it."""
@@ -84,25 +103,28 @@ class Bench:
         self,
         op: str,
         shape: str,
-        variants: Mapping[str, Variant],
+        variants: Variants,
         *,
         against: str,
         floor_ms: float,
         floor: str,
         errors: Mapping[str, float],
         slow: Collection[str] = (),
+        before: Mapping[str, Variant] | None = None,
     ) -> list[Row]:
         """A row for each variant. against: the variant that the speedup is relative to, round by round.
 
-        floor: what bounds it. slow: see `times`.
+        floor: what bounds it. slow, before: see `times`.
 
         errors: relative errors, checked by the caller before the timing.
         """
-        taken = self.times(variants, slow)
+        taken = self.times(variants, slow, before)
         rows = []
         for name, times in taken.items():
             low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
             ratio = statistics.median(b / a for a, b in zip(times, taken[against], strict=False))
+            variant = variants[name]
+            first = variant if callable(variant) else variant[0]
             rows.append(
                 {
                     "op": op,
@@ -115,7 +137,7 @@ class Bench:
                     "floor_ms": round(floor_ms, 4),
                     "of_floor": round(floor_ms / median, 3),
                     "floor": floor,
-                    "peak_mib": round(self.peak_mib(variants[name]), 1),
+                    "peak_mib": round(self.peak_mib(first), 1),
                     "error": f"{errors.get(name, float('nan')):.1e}",
                 }
             )
@@ -128,7 +150,7 @@ class Bench:
     def bandwidth(self) -> dict[str, float]:
         """Measured bytes per millisecond of reading (a sum) and of copying (bytes read and written) a large array."""
         numbers = (1 if self.smoke else 64) << 20
-        source, target = (torch.zeros(numbers, device=self.device) for _ in range(2))
+        source, target = (torch.randn(numbers, device=self.device) for _ in range(2))
         taken = self.times({"read": source.sum, "copy": lambda: target.copy_(source)})
         return {name: 4 * numbers * (1 + (name == "copy")) / min(times) for name, times in taken.items()}
 
@@ -137,6 +159,10 @@ class Bench:
         size = 256 if self.smoke else 8192 if self.device.type == "cuda" else 1536
         a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
         return 2 * size**3 / min(self.times({"product": lambda: a @ b})["product"])
+
+
+def _nothing() -> None:
+    """Before a variant that needs nothing."""
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -35,7 +35,7 @@ class Data(NamedTuple):
 def rows(bench: Bench, bandwidth: Mapping[str, float]) -> Iterator[Row]:
     """bandwidth: bytes per millisecond of reading ("read") and of copying ("copy")."""
     cuda = bench.device.type == "cuda"
-    sizes = [(64, 515)] if bench.smoke else [(2048, 32000), (2048, 128256), (1024, 262144)] if cuda else [(2048, 32000)]
+    sizes = [(64, 515)] if bench.smoke else [(2048, 32000), (2048, 50257), (2048, 128256)] if cuda else [(2048, 32000)]
     for tokens, vocabulary in sizes:
         for dtype in (torch.bfloat16, torch.float32):
             data = make(bench, tokens, vocabulary, dtype)
@@ -98,10 +98,14 @@ def exact_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 def forward_rows(bench: Bench, data: Data, read: float) -> list[Row]:
     others = {name: f for name, f in baselines(data).items() if name != "liger"}
-    variants: dict[str, Variant] = {name: (lambda f=f: f(data.logits)) for name, f in others.items()}
-    variants["dataflex"] = lambda: per_sample_loss(*data).token_loss
+    both = data.logits, data.logits.flip(0)  # in turn; neither is in a cache when its turn comes
+    others |= {
+        "dataflex": lambda x: per_sample_loss(x, *data[1:]).token_loss,
+        "dataflex, softcap": lambda x: per_sample_loss(x, *data[1:], softcap=30.0).token_loss,
+    }
+    variants = {name: [lambda f=f, x=x: f(x) for x in both] for name, f in others.items()}
     with torch.no_grad():
-        results = {name: variant() for name, variant in variants.items()}
+        results = {name: f(data.logits) for name, f in others.items() if "softcap" not in name}
         errors = checked(results, exact_losses(data.logits, data.labels))
         floor_ms = data.logits.nbytes / read
         how = dict(against=PLAIN, floor_ms=floor_ms, floor="one read", errors=errors)
@@ -110,31 +114,35 @@ def forward_rows(bench: Bench, data: Data, read: float) -> list[Row]:
 
 def both_rows(bench: Bench, data: Data, copy: float) -> list[Row]:
     """Forward and backward. The gradient is wanted, not added to another, as in the middle of a model."""
-    leaf = data.logits.detach().requires_grad_()
+    leaves = [logits.detach().requires_grad_() for logits in (data.logits, data.logits.flip(0))]
     ours = {
         "dataflex": lambda x: per_sample_loss(x, *data[1:]).token_loss,
         "dataflex, in place": lambda x: per_sample_loss(x, *data[1:], inplace_backward=True).token_loss,
     }
-    spare = data.logits.clone()
 
-    def run(f: Callable[[Tensor], Tensor], overwrites: bool) -> Tensor:
-        x = spare.detach().requires_grad_() if overwrites else leaf
+    def run(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         loss = f(x)
         return torch.autograd.grad(loss, x, torch.ones_like(loss))[0]
 
-    variants: dict[str, Variant] = {}
-    for name, f in {**baselines(data), **ours}.items():
-        overwrites = name in ("liger", "dataflex, in place")
-        variants[name] = lambda f=f, overwrites=overwrites: run(f, overwrites)
+    # What overwrites its logits has a copy of its own, made anew before each call.
+    spare = data.logits.clone()
+    variants: dict[str, Variant | list[Variant]] = {}
+    before: dict[str, Variant] = {}
     results = {}
-    for name, variant in variants.items():
+    for name, f in {**baselines(data), **ours}.items():
+        if name in ("liger", "dataflex, in place"):
+            variants[name] = lambda f=f: run(f, spare.detach().requires_grad_())
+            before[name] = lambda: spare.copy_(data.logits)
+        else:
+            variants[name] = [lambda f=f, x=x: run(f, x) for x in leaves]
         spare.copy_(data.logits)
-        results[name] = variant()[:8].clone()
+        first = variants[name]
+        results[name] = (first if callable(first) else first[0])()[:8].clone()
     few = data.logits[:8].double().requires_grad_()
     (exact,) = torch.autograd.grad(plain(few, data.labels[:8]).sum(), few)
     errors = checked(results, exact)
     floor_ms = 2 * data.logits.nbytes / copy
-    how = dict(against=PLAIN, floor_ms=floor_ms, floor="one read, one write", errors=errors)
+    how = dict(against=PLAIN, floor_ms=floor_ms, floor="one read, one write", errors=errors, before=before)
     return bench.rows("per_sample_loss forward + backward", data.shape, variants, **how)
 
 

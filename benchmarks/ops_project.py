@@ -188,7 +188,7 @@ def rows(bench: Bench, bandwidth: Mapping[str, float]) -> Iterator[Row]:
     """Each shape in the device's dtypes; the floor is the product's operations at the measured rate."""
     cuda = bench.device.type == "cuda"
     shapes = SMOKE_SHAPES if bench.smoke else GPU_SHAPES if cuda else CPU_SHAPES
-    for dtype in (torch.bfloat16,) if cuda else (torch.float32, torch.bfloat16):
+    for dtype in (torch.bfloat16, torch.float32):
         rate = bench.matmul_rate(dtype if cuda else torch.float32)
         for shape in shapes:
             data = make(shape, dtype, bench.device)
