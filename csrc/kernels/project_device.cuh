@@ -2,6 +2,7 @@
 #pragma once
 #include "dataflex/portable.cuh"
 #include "dataflex/project.h"
+#include "dataflex/ptx.cuh"
 
 namespace dataflex {
 // Groups that tiles are divided into, about one block for each processor of an H100. By the shape alone: the bits
@@ -21,10 +22,11 @@ __host__ __device__ __forceinline__ int64_t clamp_groups(int64_t groups, int64_t
   return groups < 1 ? 1 : groups > tiles ? (tiles < 1 ? 1 : tiles) : groups;
 }
 
-// first = a m, second = b v + inside; see struct Adam.
+// first = a m, second = b v + inside; see struct Adam. Root and quotient are approximate, together within 4 ulp: the sums
+// over thousands of such values that follow are rounded more than that.
 __device__ __forceinline__ float transformed(const Adam& adam, float grad, float first, float second) {
   if (!adam.on) return grad;
-  return (first + adam.c * grad) / (sqrtf(second + adam.d * grad * grad) + adam.outside);
+  return __fdividef(first + adam.c * grad, sqrt_approximate(second + adam.d * grad * grad) + adam.outside);
 }
 
 // Moments of element `at` of the matrix, prepared; the transform of 0 is 0 where there is no element.

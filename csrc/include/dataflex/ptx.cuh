@@ -196,6 +196,16 @@ DATAFLEX_PTX void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const 
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
+// Within 2^-23 of the root, relative; 0 of 0.
+DATAFLEX_PTX float sqrt_approximate(float value) {
+#ifdef DATAFLEX_EMU
+  return emu::off_by(std::sqrt(value), 1.0f);
+#else
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(value));
+  return root;
+#endif
+}
 // Round to nearest, ties away from zero, to 10 bits of mantissa.
 DATAFLEX_PTX uint32_t to_tf32(float value) {
 #ifdef DATAFLEX_EMU
