@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dataflex.ops import shift_labels
+from dataflex.ops.known import IGNORED, moved, with_count, with_values
 from dataflex.utils.errors import UserError
 
 WANTED = (
@@ -31,15 +32,23 @@ class SplitBatch(NamedTuple):
 
 
 def split_batch(batch: dict[str, Any], device: torch.device) -> SplitBatch:
-    """Move a collated batch to ``device`` and take it apart. Without ``cu_seqlens`` every row is a sample."""
-    inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+    """Move a collated batch to ``device`` and take it apart. Without ``cu_seqlens`` every row is a sample.
+
+    What the host knows of it goes along (`dataflex.ops.known`).
+    """
+    inputs = {k: moved(v, device) for k, v in batch.items() if torch.is_tensor(v)}
     labels, cu_seqlens = inputs.pop("labels"), inputs.pop("cu_seqlens", None)
     for weights in ("sample_weight", "token_weight"):
         inputs.pop(weights, None)
     if cu_seqlens is None:
         rows, tokens = labels.shape
-        cu_seqlens = torch.arange(rows + 1, device=device) * tokens
-    return SplitBatch(inputs, shift_labels(labels), labels, cu_seqlens)
+        cu_seqlens = with_values(torch.arange(rows + 1, device=device) * tokens, range(0, rows * tokens + 1, tokens))
+    elif batch["cu_seqlens"].device.type == "cpu":
+        with_values(cu_seqlens, batch["cu_seqlens"].tolist())
+    shifted = shift_labels(labels)
+    if batch["labels"].device.type == "cpu":
+        with_count(shifted, int((batch["labels"][:, 1:] != IGNORED).sum()))
+    return SplitBatch(inputs, shifted, labels, cu_seqlens)
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -21,6 +21,7 @@ from dataflex.forward.counted import Counted
 from dataflex.forward.losses import Forward
 from dataflex.forward.split import split_batch
 from dataflex.ops import SampleLoss, Transform
+from dataflex.ops.known import moved
 from dataflex.scoring.batches import MOST_SAMPLES, Ids, bucket, deal, sample_lengths
 from dataflex.scoring.context import release_gathered, scoring_mode
 from dataflex.scoring.gather import merge
@@ -82,7 +83,7 @@ class Scorer:
         out = np.zeros((2, len(ids)), dtype=np.float32)
 
         def keep(places: Ids, losses: SampleLoss, _cu_seqlens: Tensor) -> None:
-            out[0, places], out[1, places] = losses.loss.cpu().numpy(), losses.count.cpu().numpy()
+            out[:, places] = torch.stack([losses.loss, losses.count.to(losses.loss)]).cpu().numpy()
 
         self.stream_losses(dataset, ids, keep, reduction=reduction, max_samples=max_samples)
         merged = merge(out, self.device)
@@ -201,7 +202,8 @@ class Scorer:
             for places, batch in self._batches(dataset, ids, what):
                 scale = None
                 if weights is not None:
-                    scale = torch.from_numpy(weights[places]) if places is not None else torch.zeros(1)
+                    mine = torch.from_numpy(weights[places]) if places is not None else torch.zeros(1)
+                    scale = moved(mine, self.device)
                 self._backward(taps, sink, batch, scale)
                 result = sink.finish()
                 if places is not None:

@@ -18,6 +18,7 @@ from dataflex.core.plan import Numbers, Plan, rank_slices
 from dataflex.core.weights import NO_WEIGHTS, StaticWeights
 from dataflex.forward.split import split_batch
 from dataflex.ops import shift_labels
+from dataflex.ops.known import moved
 from dataflex.utils.errors import UserError
 from dataflex.utils.stopping import leave_signals_to_parent
 
@@ -105,8 +106,8 @@ class BatchSource:
         counted = (labels != -100).to(torch.float32)
         counts = torch.segment_reduce(counted, "sum", lengths=cu_seqlens.diff(), unsafe=True).to(torch.int64)
         static = self.weights.of(self.run.pool.weight_rows(ids), draws, self.run.pool.size)
-        weights = None if static is None else torch.from_numpy(static).to(self.device, torch.float32)
-        shifted = None if of_tokens is None else shift_labels(of_tokens.to(self.device, torch.float32), 0)
+        weights = None if static is None else moved(torch.from_numpy(static).to(torch.float32), self.device)
+        shifted = None if of_tokens is None else shift_labels(moved(of_tokens.to(torch.float32), self.device), 0)
         return MicroBatch(inputs, labels, raw_labels, cu_seqlens, counts, ids, draws, weights, shifted)
 
 

@@ -34,4 +34,4 @@ def local_denominator(batch: StepBatch, normalization: str) -> Tensor:
     if normalization == "sum_weights" and micro[0].weights is not None:
         return torch.stack([m.weights.sum() for m in micro if m.weights is not None]).sum().to(torch.float64)
     samples = sum(len(m.sample_ids) for m in micro)
-    return torch.tensor(float(samples), dtype=torch.float64, device=micro[0].labels.device)
+    return torch.full((), float(samples), dtype=torch.float64, device=micro[0].labels.device)

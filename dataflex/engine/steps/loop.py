@@ -124,7 +124,7 @@ class Stepper:
         Whether the run ends after this step goes with them.
         """
         run = self.run
-        vote = self._total.new_tensor([run.stop.vote(run.world_size)])
+        vote = torch.full((1,), float(run.stop.vote(run.world_size)), device=self._total.device)
         loss, counting, votes = dist.all_reduce(torch.cat([self._total, vote])).tolist()
         if run.step + 1 < run.total_steps:
             run.stop.settle(int(votes), run.world_size)

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dataflex.ops.known import counted_positions
 from dataflex.ops.losses.linear_sweep import Products
 
 _BLOCK_BYTES = 32 << 20
@@ -36,7 +37,7 @@ class LinearLossGrad:
     @cached_property
     def rows(self) -> Tensor:
         """The positions of the tokens that count: the gradient of the others is 0."""
-        return (self.labels != -100).nonzero()[:, 0]
+        return counted_positions(self.labels)
 
     def bounds(self, cu_seqlens: Tensor) -> Tensor:
         """Where the samples begin among `rows`, [S + 1] int64."""
@@ -65,8 +66,9 @@ class LinearLossGrad:
             slope = 1.0 - x.square()
             x = x.mul_(self.softcap)
         delta = torch.exp_(x.sub_(lse[:, None].to(x.dtype)))
-        here = ((labels >= columns.start) & (labels < columns.stop)).nonzero()[:, 0]
-        delta[here, labels[here] - columns.start] -= 1.0
+        here = (labels >= columns.start) & (labels < columns.stop)
+        place = (labels - columns.start).clamp(0, delta.shape[1] - 1)
+        delta.scatter_add_(1, place[:, None], -here.to(delta.dtype)[:, None])
         if self.softcap:
             delta *= slope
         return delta.mul_((by * self.scale)[:, None].to(delta.dtype))

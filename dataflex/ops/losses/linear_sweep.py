@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dataflex.ops.known import counted_positions
 from dataflex.ops.losses.loss_dispatch import Fold, SampleLoss, SketchedLoss, loss_of_logits, sketched_loss_of_logits
 from dataflex.ops.losses.loss_options import LossOptions
 
@@ -76,7 +77,7 @@ def sweep_losses(
 
 def chunks(labels: Tensor, how: Sweep) -> Iterator[Tensor]:
     """The positions of the tokens that count, so many at a time."""
-    return iter(torch.split((labels != how.options.ignore_index).nonzero()[:, 0], how.chunk_tokens))
+    return iter(torch.split(counted_positions(labels, how.options.ignore_index), how.chunk_tokens))
 
 
 def _product(x: Tensor, weight: Tensor, half: bool) -> Tensor:
@@ -239,7 +240,7 @@ def _one_sample(
     rows: Tensor, labels: Tensor, token_weight: Tensor | None, class_weight: Tensor | None, how: Sweep
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor | None, LossOptions], Fold | None]:
     """What `loss_of_logits` takes after the logits, for the tokens at ``rows`` as one sample; and the fold."""
-    ends = torch.tensor([0, len(rows)]).to(rows.device, non_blocking=True)
+    ends = torch.arange(2, device=rows.device) * len(rows)
     weight = None if token_weight is None else token_weight[rows]
     return (labels[rows], ends, weight, class_weight, how.options), how.fold
 

@@ -19,6 +19,8 @@ from dataflex.ops.projection import project_native
 from dataflex.ops.projection.project_checks import check_tokens, collect_outputs, common_arguments, sample_scales
 from dataflex.ops.projection.transforms import Transform
 
+_SPAN = 1 << 31  # more rows than an embedding has
+
 
 def project_per_sample_grad_(
     out: Tensor | None,
@@ -204,13 +206,20 @@ def project_zero(
 
 
 def _touched_rows(row_ids: Tensor, values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums [P, 1, K] over the tokens of each (sample, row) that occurs, in order; its row [P]; bounds [S + 1]."""
-    samples = len(cu_seqlens) - 1
-    place = torch.arange(len(row_ids), device=row_ids.device)
+    """Sums [N, 1, K] over the tokens of each (sample, row) that occurs, in order; its row [N]; bounds [S + 1].
+
+    Only as many as there are tokens at most are known to occur without waiting for the device: behind the last one of
+    the last sample there are zeros, which no sample has.
+    """
+    samples, tokens = len(cu_seqlens) - 1, len(row_ids)
+    place = torch.arange(tokens, device=row_ids.device)
     sample = torch.bucketize(place, cu_seqlens[1:], right=True)
-    span = int(row_ids.max()) + 1 if len(row_ids) else 1
-    key, order = torch.sort(sample * span + row_ids, stable=True)
-    key, tokens = torch.unique_consecutive(key, return_counts=True)
-    grad = torch.segment_reduce(values[order], "sum", lengths=tokens, axis=0, unsafe=True) if len(key) else values
-    bounds = torch.searchsorted(key // span, torch.arange(samples + 1, device=key.device))
-    return grad[:, None], key % span, bounds
+    key, order = torch.sort(sample * _SPAN + row_ids, stable=True)
+    first = torch.ones_like(key, dtype=torch.bool)
+    first[1:] = key[1:] != key[:-1]
+    group = first.cumsum(0) - 1
+    lengths = torch.zeros_like(key).scatter_add_(0, group, torch.ones_like(key))
+    grad = torch.segment_reduce(values[order], "sum", lengths=lengths, axis=0, unsafe=True) if tokens else values
+    of_group = torch.full_like(key, (samples + 1) * _SPAN).scatter_(0, group, key)
+    bounds = torch.searchsorted(of_group, torch.arange(samples + 1, device=key.device) * _SPAN)
+    return grad[:, None], of_group % _SPAN, bounds

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dataflex.ops.known import values_of
 from dataflex.ops.native import _ext
 from dataflex.ops.projection import project_reference as reference
 from dataflex.ops.projection.hashing import tile_shape
 from dataflex.ops.projection.project_kinds import PROJECTIONS
 
 NATIVE_KINDS = ("xorfold", "countsketch", "sjlt")
-_BUFFER_BYTES = 24 << 20
+_BUFFER_BYTES = 128 << 20
 _FUSED_DIM = 512
 _FUSED_DIRECTIONS = 8
 
@@ -118,8 +119,8 @@ def chunked(
     row_offset: int,
     col_offset: int,
 ) -> None:
-    """A library product into a buffer that stays in the L2 cache, then the epilogue kernel, rows by rows."""
-    bounds: list[int] = cu_seqlens.tolist()
+    """A library product into a buffer, then the epilogue kernel, rows by rows: few rounds, since each has launches."""
+    bounds = values_of(cu_seqlens)
     samples, m, k = len(scale), row.shape[1], col.shape[1]
     step = tile_shape(out.shape[1])[0] if PROJECTIONS[kind] == "xorfold" and out.shape[1] else 1
     per_chunk = max(1, _BUFFER_BYTES // max(1, 4 * samples * k * step)) * step

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -80,9 +81,8 @@ def exact_dots(
 
     def keep(places: Ids, totals: Totals) -> None:
         assert totals.sqnorm is not None
-        out[places, queries] = totals.sqnorm.cpu().numpy()
-        if totals.dots is not None:
-            out[places, :queries] = totals.dots.cpu().numpy()
+        found = [*([] if totals.dots is None else [totals.dots]), totals.sqnorm[:, None]]
+        out[places] = torch.cat(found, 1).cpu().numpy()
 
     targets = find_targets(scorer.engine.module, layers)
     toward = {"directions": LayerState(directions), "queries": queries}

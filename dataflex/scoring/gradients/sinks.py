@@ -18,10 +18,13 @@ from dataflex.ops import (
     project_zero,
     tensor_id,
 )
+from dataflex.ops.known import values_of, with_values
 from dataflex.ops.losses.linear_deltas import LinearLossGrad
 from dataflex.scoring.gather import whole
 from dataflex.scoring.gradients.head_parts import HeadNames, Outer, with_lookups
 from dataflex.scoring.gradients.layer_state import LayerState
+
+_COLUMNS = 4096  # rows of a tied matrix at a time
 
 Moments = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -115,7 +118,13 @@ class ProjectingSink:
             assert per_token == 1, f"{name} is tied and has several rows for a token"
             self._waiting.setdefault(name, []).append(("outer", row, col))
         else:
-            self._outer(name, row, col, self.cu_seqlens * per_token)
+            self._outer(name, row, col, self._bounds(per_token))
+
+    def _bounds(self, per_token: int) -> Tensor:
+        """Where samples begin among rows of which each token has ``per_token``."""
+        if per_token == 1:
+            return self.cu_seqlens
+        return with_values(self.cu_seqlens * per_token, [per_token * b for b in values_of(self.cu_seqlens)])
 
     def dense(self, name: str, per_token: Tensor) -> None:
         grad = segment_sums(per_token, self.cu_seqlens).mul_(self.scale)
@@ -153,7 +162,7 @@ class ProjectingSink:
             return
         values = as_matrix(grad)
         rows = torch.arange(len(values), device=values.device)
-        bounds = torch.tensor([0, len(values)], device=values.device)
+        bounds = torch.arange(2, device=values.device) * len(values)
         base = self._zero_of(name, values.shape[1])
         self._add(name, project_rows_, rows, values, bounds, totals=totals, scale=self.scale, **base)
 
@@ -234,31 +243,29 @@ class ProjectingSink:
             self._add(names.bias, project_dense_, torch.cat(biases, 1).mul_(self.scale))
 
     def _combined(self, name: str, parts: list[tuple[str, Tensor, Tensor]]) -> None:
-        """A tied matrix: its uses become more tokens of one outer product, sample by sample."""
+        """A tied matrix: its uses become more tokens of one outer product, block by block of its rows."""
         vocabulary = max(row.shape[1] for kind, row, _ in parts if kind == "outer")
-        out, sqnorm, dots = self._totals(name)
-        bounds: list[int] = self.cu_seqlens.tolist()
-        for sample, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-            one = slice(sample, sample + 1)
-            row, col = [], []
-            for kind, left, right in parts:
-                mine = left[a:b]
-                if kind == "rows":
-                    mine = torch.zeros(b - a, vocabulary, device=left.device, dtype=self.dtype).scatter_(
-                        1, mine[:, None], 1.0
-                    )
-                row.append(mine.to(self.dtype))
-                col.append(right[a:b].to(self.dtype))
-            project_per_sample_grad_(
-                None if out is None else out[one],
-                torch.cat(row),
-                torch.cat(col),
-                torch.tensor([0, len(parts) * (b - a)], device=left.device),
-                scale=self.scale,
-                sqnorm=None if sqnorm is None else sqnorm[one],
-                dots=None if dots is None else dots[one],
-                **self._how(name),
-            )
+        bounds, how = self._bounds(len(parts)), self._how(name)
+        place = torch.arange(len(parts[0][1]), device=bounds.device)
+        sample = torch.bucketize(place, self.cu_seqlens[1:], right=True)
+        order = torch.argsort(sample.repeat(len(parts)), stable=True)
+        col = torch.cat([right.to(self.dtype) for _, _, right in parts])[order]
+        for start in range(0, vocabulary, _COLUMNS):
+            columns = slice(start, min(start + _COLUMNS, vocabulary))
+            row = torch.cat([self._rows_of(kind, left, columns) for kind, left, _ in parts])[order]
+            cut = {key: how[key] for key in ("exp_avg", "exp_avg_sq", "directions")}
+            mine = {key: None if t is None else t[..., columns, :] for key, t in cut.items()}
+            more = how | mine | {"scale": self.scale, "row_offset": start}
+            self._add(name, project_per_sample_grad_, row, col, bounds, **more)
+
+    def _rows_of(self, kind: str, left: Tensor, columns: slice) -> Tensor:
+        """Rows ``columns`` of a use of a tied matrix, [N, columns]: a lookup is a one where the token's id is."""
+        if kind == "outer":
+            return left[:, columns].to(self.dtype)
+        inside = (left >= columns.start) & (left < columns.stop)
+        place = (left - columns.start).clamp(0, columns.stop - columns.start - 1)
+        one = torch.zeros(len(left), columns.stop - columns.start, device=left.device, dtype=self.dtype)
+        return one.scatter_(1, place[:, None], inside.to(self.dtype)[:, None])
 
     def _zero_of(self, name: str, columns: int) -> dict[str, Any]:
         """What the rows of an embedding that a sample does not touch contribute; once per pass."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dataflex.forward.fused import HeadCall
+from dataflex.ops.known import values_of
 from dataflex.ops.losses.linear_deltas import LinearLossGrad
 from dataflex.ops.losses.linear_sweep import Products
 from dataflex.scoring.gradients.coverage import Adapter, Target, parameter_names
@@ -100,7 +101,7 @@ class Taps:
         self.batch_rows, self.tokens = batch_rows, tokens
         if cu_seqlens is None:
             cu_seqlens = torch.arange(batch_rows + 1) * (tokens // batch_rows)
-        self._places = Places(batch_rows, tokens, cu_seqlens.cpu())
+        self._places = Places(batch_rows, tokens, torch.tensor(values_of(cu_seqlens)))
 
     def check_fired(self) -> None:
         """UserError unless every parameter delivered once for each layer that it is used in."""
@@ -242,9 +243,8 @@ class Taps:
 
         def deliver(delta: Tensor, x: Tensor, tokens: Tensor) -> None:
             for a, name in names.items():
-                row, col = (x, delta) if transposed else (delta, x)
-                if a != attribute:
-                    row, col = torch.ones_like(delta[:, :1]), delta
+                own = (x, delta) if transposed else (delta, x)
+                row, col = own if a == attribute else (torch.ones_like(delta[:, :1]), delta)
                 with self._delivering([name]):
                     self.sink.experts(name, row, col, tokens, at.counts)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dataflex.forward.split import few_logits, split_batch
+from dataflex.ops.known import moved
 from dataflex.scoring.batches import Ids, bucket, deal
 from dataflex.scoring.context import scoring_mode
 from dataflex.scoring.gather import merge
@@ -61,7 +62,7 @@ def embeddings(scorer: Scorer, dataset: Any, ids: Ids | None = None, *, pooling:
     with scoring_mode(scorer.engine.module, gradients=False), _last_hidden_states(scorer.engine.module) as forward:
         for places, counts in deal(batches, dist.rank(), dist.world_size()):
             batch = split_batch(scorer.collator([dataset[int(i)] for i in ids[places]]), scorer.device)
-            tokens = torch.from_numpy(lengths[places]).to(scorer.device)
+            tokens = moved(torch.from_numpy(lengths[places]), scorer.device)
             real = counted_positions(batch.inputs, batch.labels, batch.cu_seqlens, tokens, pooling)
             vectors = pooled(forward(batch.inputs).flatten(0, 1), real, batch.cu_seqlens, pooling)
             if out is None:
@@ -89,7 +90,7 @@ def counted_positions(
     mask = inputs.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         return mask.flatten().bool()
-    place = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+    place = torch.arange(len(labels), device=cu_seqlens.device)
     sample = torch.bucketize(place, cu_seqlens[1:], right=True)
     return place - cu_seqlens[sample] < lengths[sample]
 

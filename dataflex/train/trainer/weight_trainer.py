@@ -13,6 +13,7 @@ from dataflex.core.context import Run
 from dataflex.core.hook import Hook, Weigher
 from dataflex.core.weights import StaticWeights
 from dataflex.ops import SampleLoss
+from dataflex.ops.known import moved
 from dataflex.train.weighter.base_weighter import SampleWeighter, Weighter
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -50,7 +51,7 @@ class WeightHook(Weigher):
         if run.step < self.warmup_step:
             return None
         per_sample = losses.loss
-        lengths = torch.from_numpy(run.pool.lengths_of(micro.sample_ids)).to(micro.cu_seqlens.device)
+        lengths = moved(torch.from_numpy(run.pool.lengths_of(micro.sample_ids)), micro.cu_seqlens.device)
         inputs = {**micro.inputs, "labels": micro.raw_labels, "cu_seqlens": micro.cu_seqlens, "lengths": lengths}
         if isinstance(self.weighter, SampleWeighter):
             weights = self.weighter.sample_weights(per_sample.detach(), ctx=run, model=run.engine.module, inputs=inputs)
@@ -109,21 +110,22 @@ class WeightLog(Hook):
         self.every = every
         self.weights = weights
         self.warned = False
-        self._seen: list[tuple[np.ndarray, np.ndarray]] = []
+        self._seen: list[tuple[np.ndarray, torch.Tensor]] = []
 
     def on_step_start(self, run: Run, batch: Any) -> None:
         self._seen = []
 
     def on_weights(self, run: Run, micro: Any, weights: torch.Tensor | None) -> None:
         if self._is_due(run.step + 1, run):
-            shown = np.ones(len(micro.sample_ids)) if weights is None else weights.detach().double().cpu().numpy()
-            self._seen.append((run.pool.domains_of(micro.sample_ids), shown))
+            shown = micro.counts.new_ones(len(micro.sample_ids)) if weights is None else weights.detach()
+            self._seen.append((run.pool.domains_of(micro.sample_ids), shown.double()))
 
     def on_step_end(self, run: Run, batch: Any) -> None:
         if not self._is_due(run.step, run):
             return
         device = torch.device(run.engine.device)
-        mine = torch.from_numpy(weight_table(self._seen, len(run.pool.domain_names))).to(device)
+        seen = weight_table(on_host(self._seen), len(run.pool.domain_names))
+        mine = torch.from_numpy(seen).to(device)
         tables = dist.all_gather(mine[None]).cpu().numpy()
         table = np.column_stack([tables[..., :3].sum(0), tables[..., 3].min(0), tables[..., 4].max(0)])
         whole = summary(np.concatenate([table[:, :3].sum(0), [table[:, 3].min(), table[:, 4].max()]]))
@@ -154,6 +156,15 @@ class WeightLog(Hook):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.warned = state["warned"]
+
+
+def on_host(seen: list[tuple[np.ndarray, torch.Tensor]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(domains, weights) of the micro-batches, their weights by one copy."""
+    if not seen:
+        return []
+    together = torch.cat([weight for _, weight in seen]).cpu().numpy()
+    ends = np.cumsum([len(domain) for domain, _ in seen])
+    return [(domain, together[end - len(domain) : end]) for (domain, _), end in zip(seen, ends, strict=True)]
 
 
 def weight_table(seen: list[tuple[np.ndarray, np.ndarray]], domains: int) -> np.ndarray:

@@ -21,9 +21,11 @@ def loss_weights(losses: Tensor, *, strategy: str, delta: float, r: float) -> Te
     h scales the losses to [-delta, delta]; f = min(h + delta, delta) (linupper), 1 - h^2 / delta^2 (quadratic)
     or |h| (extremes); w = n softmax(f / r). ``uniform``, or losses that are all equal: exactly 1.
     """
-    spread = losses.max() - losses.min()
-    if strategy == "uniform" or spread <= 0:
+    if strategy == "uniform":
         return torch.ones_like(losses)
+    spread = losses.max() - losses.min()
+    equal = spread <= 0  # asked on the device: the host does not wait for the losses
+    spread = spread.where(~equal, 1.0)
     h = delta * (2.0 * (losses - losses.min()) / spread - 1.0)
     if strategy == "linupper":
         f = (h + delta).clamp(max=delta)
@@ -31,7 +33,7 @@ def loss_weights(losses: Tensor, *, strategy: str, delta: float, r: float) -> Te
         f = 1.0 - (h / delta) ** 2
     else:
         f = h.abs()
-    return len(losses) * torch.softmax(f / r, dim=0)
+    return torch.where(equal, 1.0, len(losses) * torch.softmax(f / r, dim=0))
 
 
 def annealed(start: float, end: float, progress: float) -> float:
