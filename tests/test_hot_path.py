@@ -39,6 +39,7 @@ ALLOWED = {
     ("ops/losses/loss_options.py", "_check_labels"): "only on the CPU",
     ("ops/projection/project.py", "project_rows_"): "only on the CPU",
     ("ops/known.py", "moved"): "copies from pinned memory",
+    ("forward/head.py", "_probe"): "once a process",
     ("data/encoding/collate.py", "_tensor"): "collates on the host",
     ("engine/steps/batches.py", "_micro"): "the host's own numbers, which `moved` copies",
     ("train/trainer/weight_trainer.py", "weigh"): "the host's own numbers, which `moved` copies",

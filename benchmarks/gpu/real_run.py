@@ -85,9 +85,8 @@ def model_of(size: Size, device: torch.device) -> Any:
 
 
 def engine_of(net: Any, size: Size) -> Any:
-    from dataflex.data.collate import Collator
-
     import dataflex
+    from dataflex.data.encoding.collate import Collator
 
     named, target = synthetic(size.samples, 8, size.longest)
     config = {

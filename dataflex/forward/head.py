@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ from dataflex.ops.losses.linear_sweep import Products
 _PLAIN = ("FalconLinear", "Conv1D")
 # What the model gets for the logits of a token. The last is deep in what any softcap cuts off.
 PROBE = (-3.0, 0.5, 2.0, 1e4)
+
+
+@cache
+def _probe(device: torch.device) -> Tensor:
+    """`PROBE` there, float32: copied once, so that no forward waits for it. To be cloned: models change it in place."""
+    return torch.tensor(PROBE, dtype=torch.float32, device=device)
 
 
 class UnknownHead(Exception):
@@ -75,7 +82,7 @@ class Head:
         def take(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             taken.append(output)
             x = args[0] if args else next(iter(kwargs.values()))
-            return x.new_tensor(PROBE, dtype=torch.float32).expand(*x.shape[:-1], len(PROBE))
+            return _probe(x.device).clone().expand(*x.shape[:-1], len(PROBE))
 
         for module, forward in forwards.items():
             assert "forward" not in vars(module), f"{type(module).__name__} already has a forward of its own"

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("name", CASES)
 def test_an_engine_trains_scores_and_goes_on(name: str, device: torch.device, tmp_path: Path) -> None:
+    if device.type == "cpu" and CASES[name][1] is torch.float16:
+        pytest.skip("DeepSpeed trains no float16 on a CPU")
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "DS_ACCELERATOR")}
     env = kept | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "tests.gpu.engine_run", device.type, name, str(tmp_path)]

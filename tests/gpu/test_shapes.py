@@ -68,7 +68,7 @@ def test_more_than_two_to_the_31_logits(device: torch.device) -> None:
 def test_more_rows_than_a_grid_has_in_its_second_dimension(device: torch.device) -> None:
     draw, rows = torch.Generator().manual_seed(0), 70_001
     x, labels = torch.randn(rows, 9, generator=draw), torch.randint(0, 9, (rows,), generator=draw)
-    leaf = x.to(device).requires_grad_()
+    leaf = x.to(device).clone().requires_grad_()
     bounds = torch.tensor([0, 5, 5, rows], device=device)
     loss = per_sample_loss(leaf, labels.to(device), bounds, reduction="sum").loss
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
@@ -156,7 +156,7 @@ def test_a_head_of_a_real_vocabulary_without_its_logits(device: torch.device) ->
     hidden, weight = torch.randn(tokens, 64, generator=draw), torch.randn(vocabulary, 64, generator=draw) / 8
     labels = torch.randint(0, vocabulary, (tokens,), generator=draw)
     bounds = torch.tensor([0, 7, tokens])
-    leaf = hidden.to(device).requires_grad_()
+    leaf = hidden.to(device).clone().requires_grad_()
     loss = linear_per_sample_loss(leaf, weight.to(device), labels.to(device), bounds.to(device), chunk_tokens=64).loss
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     wide = hidden.double().requires_grad_()

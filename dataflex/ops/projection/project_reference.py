@@ -101,7 +101,7 @@ def project_values(
     col_offset: int,
     minus_zero: bool,
 ) -> None:
-    """grad [P, m, k]: pieces bounds[s] to bounds[s + 1] belong to sample s, bounds int64 [S + 1].
+    """grad [P, m, k]: pieces bounds[s] to bounds[s + 1] belong to sample s, bounds int64 [S + 1]; others to none.
 
     Sample s has the factor scale[s]. A piece is rows 0 to m of the matrix, or, with row_ids int64 [P] (m = 1), its
     row row_ids[p].
@@ -117,6 +117,8 @@ def project_values(
         value = transformed(how, grad.to(out.dtype) * scale[:, None, None], *wide)
         _add(out, sqnorm, dots, value, local, columns, directions, kind, seed, tensor_id, row_offset)
         return
+    if cut[-1] < len(grad):
+        grad, local, wide = grad[: cut[-1]], local[: cut[-1]], [None if x is None else x[: cut[-1]] for x in wide]
     factor = torch.repeat_interleave(scale, bounds.diff())
     value = transformed(how, grad[:, 0].to(out.dtype) * factor[:, None], *wide)
     base = transformed(how, torch.zeros_like(value), *wide) if minus_zero else torch.zeros_like(value)
