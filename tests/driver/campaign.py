@@ -14,6 +14,7 @@ from typing import Any
 
 from dataflex.report.trainer_log import read_log
 from tests.distributed import ROOT
+from tests.driver.forked_runs import ForkedRun
 from tests.driver.workspace import write_yaml
 from tests.processes import PATIENCE_S, all_end, descendants
 
@@ -52,13 +53,16 @@ class Campaign:
     def out(self) -> Path:
         return self.folder / self.name
 
-    def start(self) -> subprocess.Popen[str]:
-        """Give the command: always the same one."""
+    def command(self) -> list[str]:
+        """The words of the command after ``dataflex-cli``, but for the number of ranks: always the same."""
         keys = COMMON | KINDS[self.kind] | {"output_dir": str(self.out)}
-        config = write_yaml(self.folder, f"{self.name}.yaml", **keys)
+        return ["train", str(write_yaml(self.folder, f"{self.name}.yaml", **keys)), *self.overrides]
+
+    def start(self) -> subprocess.Popen[str]:
+        """Give the command, under the launcher."""
         kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "PYTHONWARNINGS")}
         env = kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-        words = [sys.executable, "-m", "dataflex.cli", "train", str(config), *self.overrides, "--num_processes=2"]
+        words = [sys.executable, "-m", "dataflex.cli", *self.command(), "--num_processes=2"]
         heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's job may ignore it
         out: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen(words, env=env, cwd=self.folder, preexec_fn=heed, **out)
@@ -97,11 +101,16 @@ class Campaign:
         return process.returncode, text
 
     def finish(self) -> str:
-        """Give the command until the run is complete; what the last start printed."""
-        process = self.start()
-        text = process.communicate(timeout=PATIENCE_S)[0]
-        assert process.returncode == 0, f"{self.name}: {self.ended}\n{text}"
+        """Give the command, without the launcher and its imports, until the run is complete; what it printed."""
+        code, text = self.forked()
+        assert code == 0, f"{self.name}: {self.ended}\n{text}"
         return text
+
+    def forked(self) -> tuple[int | None, str]:
+        """Give the command without the launcher and its imports; the exit code, and what it printed."""
+        run = ForkedRun(self.command(), 2)
+        text = run.end(PATIENCE_S)
+        return run.returncode, text
 
     def result(self) -> dict[str, Any]:
         """What the run has made, without times."""

@@ -16,9 +16,9 @@ from tests.distributed import forked_ranks
 def command(_folder: str, _rank: int, words: str) -> None:
     """In a rank: run the command and end with its code."""
     from dataflex.cli import main
-    from dataflex.worker import leave
+    from dataflex.worker import leave_with
 
-    leave(main(json.loads(words)))
+    leave_with(lambda: main(json.loads(words)))
 
 
 class ForkedRun:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from dataflex.report.trainer_log import read_log
+from tests.distributed import PATIENCE_S
+from tests.driver.forked_runs import ForkedRun
 from tests.driver.run_files import contents
 from tests.driver.workspace import train, write_yaml
 
@@ -173,11 +175,12 @@ def test_the_config_of_a_run_starts_the_same_run(whole: CompletedProcess[str], w
 
 def test_a_bug_in_own_code_shows_its_traceback_once_and_ends_the_run(workspace: Path) -> None:
     keys = {"component_modules": [OWN], "train_type": "dynamic_select", "component_name": "bug", "update_step": 2}
-    result = train(write_yaml(workspace, "bug.yaml", **keys, output_dir=str(workspace / "bug")))
-    assert result.returncode == 1, result.stdout
-    assert result.stdout.count("ZeroDivisionError: division by zero") == 1
-    assert "own_parts.py" in result.stdout
-    assert "destroy_process_group" not in result.stdout
+    run = ForkedRun(["train", str(write_yaml(workspace, "bug.yaml", **keys, output_dir=str(workspace / "bug")))], 2)
+    text = run.end(PATIENCE_S)
+    assert run.returncode == 1, text
+    assert text.count("ZeroDivisionError: division by zero") == 1
+    assert "own_parts.py" in text
+    assert "destroy_process_group" not in text
 
 
 @pytest.mark.slow

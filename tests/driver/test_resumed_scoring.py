@@ -11,9 +11,10 @@ import pytest
 
 from tests.distributed import PATIENCE_S
 from tests.driver.forked_runs import ForkedRun
-from tests.driver.workspace import write_yaml
+from tests.driver.workspace import ZERO3, write_yaml
 
 KEYS: dict[str, Any] = {
+    "deepspeed": ZERO3,
     "eval_dataset": ["target"],
     "train_type": "dynamic_select",
     "component_name": "less",

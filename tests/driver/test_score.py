@@ -21,9 +21,10 @@ from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 from dataflex.utils.records import write_sealed
 from tests.distributed import run_ranks
-from tests.driver.workspace import settings
+from tests.driver.workspace import ZERO3, settings
 
 LESS: dict[str, Any] = {
+    "deepspeed": ZERO3,
     "eval_dataset": ["target"],
     "train_type": "dynamic_select",
     "component_name": "less",

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_ranks
-from tests.driver.workspace import settings
+from tests.driver.workspace import ZERO3, settings
 
 LESS: dict[str, Any] = {
+    "deepspeed": ZERO3,
     "eval_dataset": ["target"],
     "train_type": "dynamic_select",
     "component_name": "less",
@@ -21,7 +22,7 @@ LESS: dict[str, Any] = {
     "update_times": 1,
     "max_steps": None,
     "score_shard_samples": 16,
-    "scoring_batch_tokens": 96,
+    "scoring_batch_tokens": 512,
     "save_strategy": "no",
 }
 AUTO = {"resume_from_checkpoint": "auto"}

@@ -15,8 +15,9 @@ from dataflex.driver.check import check
 from dataflex.driver.scoring import score
 from dataflex.driver.selecting import select
 from dataflex.utils.errors import UserError
-from tests.distributed import run_ranks
-from tests.driver.workspace import settings, train, write_yaml
+from tests.distributed import PATIENCE_S, run_ranks
+from tests.driver.forked_runs import ForkedRun
+from tests.driver.workspace import settings, write_yaml
 
 STREAM = {"streaming": True, "buffer_size": 8, "deepspeed": "ds_zero1.json", "lora_dropout": 0.0}
 # Checkpoints lie inside a phase and inside chunks; the ten rows of a pass are gone over several times.
@@ -103,15 +104,16 @@ def test_a_bad_row_stops_every_rank_at_the_same_step(found: dict[int, list[dict[
 def test_a_run_from_the_command_line_says_what_it_does(workspace: Path) -> None:
     keys = STREAM | {"eval_dataset": ["target"], "eval_strategy": "steps", "eval_steps": 4, "dataloader_num_workers": 2}
     config = write_yaml(workspace, "stream.yaml", **keys, output_dir=str(workspace / "stream"))
-    result = train(config, ranks=1)
-    assert result.returncode == 0, result.stdout
-    lines = result.stdout.splitlines()
+    run = ForkedRun(["train", str(config)], 1)
+    text = run.end(PATIENCE_S)
+    assert run.returncode == 0, text
+    lines = text.splitlines()[1:]
     assert re.match(r"a: streamed \(a\.json, [\d.]+ KiB\), shuffled 8 rows at a time$", lines[1]), lines[:4]
     assert lines[0].endswith("dataloader_num_workers: not used: streams are read in the training process")
     assert "  Num examples = not known (streamed)" in lines
     assert "step 0: static mixes a 50.0%, b 50.0%" in lines
     assert [line for line in lines if re.match(r"step 4/4 loss \S+ grad_norm \S+ lr \S+ remaining", line)]
-    assert not re.search(r"warning|\[deepspeed\]|it/s\]|%\|", result.stdout, re.I)
+    assert not re.search(r"warning|\[deepspeed\]|it/s\]|%\|", text, re.I)
     assert "| a | streamed | streamed |" in (workspace / "stream" / "README.md").read_text()
     assert "epoch" not in json.loads((workspace / "stream" / "all_results.json").read_text())
 

@@ -20,6 +20,9 @@ TEMPLATE = (
     "{% else %}{{ m['content'] }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}> {% endif %}"
 )
 SIZES = {"a": 40, "b": 24, "target": 8}
+# The packaged file's, but ZeRO-3 looks ahead by one layer: it goes through all modules for each module otherwise.
+ZERO3: dict[str, Any] = json.loads((ROOT / "configs/ds_zero3.json").read_text())
+ZERO3["zero_optimization"]["stage3_max_reuse_distance"] = 4096
 
 
 def make_model(folder: Path, **overrides: Any) -> None:
