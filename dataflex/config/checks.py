@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataflex.config import deepspeed_json, streaming, weighting
+from dataflex.config import deepspeed_json, packing, streaming, weighting
 from dataflex.config.components import component_params
 from dataflex.config.paths import resolve
 from dataflex.config.schema import Config
@@ -40,7 +40,7 @@ def problems(cfg: Config, embedded: bool) -> Iterator[Problem]:
     yield from _mixing(cfg)
     for keys, text in weighting.problems(cfg.weighting, cfg.data, cfg.flex.kinds, embedded):
         yield Problem(keys, text)
-    for keys, text in streaming.problems(cfg, embedded):
+    for keys, text in (*streaming.problems(cfg, embedded), *packing.problems(cfg)):
         yield Problem(keys, text)
     yield from _components(cfg, embedded)
     yield from _paths(cfg)
@@ -211,6 +211,8 @@ def notes(cfg: Config, embedded: bool) -> Iterator[Problem]:
         yield Problem(("eval_steps",), "not used: eval_strategy is 'no'")
     if "mix" in cfg.flex.kinds and len(cfg.data.dataset) == 1 and not embedded:
         yield Problem(("dataset",), "dynamic_mix has one dataset, so there is nothing to mix")
+    for keys, text in packing.notes(cfg):
+        yield Problem(keys, text)
     if cfg.data.streaming and cfg.data.dataloader_num_workers:
         yield Problem(("dataloader_num_workers",), "not used: streams are read in the training process")
     idle = weighting.unused(cfg.weighting)

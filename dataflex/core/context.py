@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataflex.core.clock import Clock
+from dataflex.core.packing import Packing
 from dataflex.core.plan import Schedule
 from dataflex.utils.stopping import Stop
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 class Run:
     """One training run. ``step`` counts finished optimizer steps; ``loss`` is that of the last global batch.
 
-    ``micro_batch`` is per rank; ``global_batch`` is micro-batch x GAS x world size, in samples. ``figures``: what hooks
-    have to say of the step in its line of the log, emptied before each step.
+    ``micro_batch`` is per rank; ``global_batch`` is micro-batch x GAS x world size, in rows: of a sample each, or with
+    ``packing`` of several. ``figures``: what hooks have to say of the step in its line of the log, emptied before each
+    step.
     ``stop``: whether it is to end before its last step.
     """
 
@@ -32,6 +34,7 @@ class Run:
     output_dir: Path | None
     engine: Any
     pool: Any
+    packing: Packing | None = None
     step: int = 0
     loss: float = float("nan")
     clock: Clock = field(default_factory=Clock)

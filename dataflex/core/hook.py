@@ -105,7 +105,10 @@ class Planner(Hook, ABC):
 
     @abstractmethod
     def plan(self, run: Run, phase: Phase) -> Plan:
-        """Return ``phase.steps * run.global_batch`` sample ids in training order, the same on every rank."""
+        """Return ``phase.steps * run.global_batch`` rows in training order, the same on every rank.
+
+        A row is a sample; where ``run.packing`` is set, the samples that share one (`core.packing`).
+        """
 
 
 class Weigher(Hook, ABC):

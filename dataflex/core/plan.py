@@ -109,21 +109,44 @@ def epoch_schedule(total_steps: int, epoch_steps: int) -> Schedule:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The ordered sample ids of a phase, int64 [n], with the probability of each draw, float64 [n]."""
+    """The ordered sample ids of a phase, int64 [n], with the probability of each draw, float64 [n].
+
+    starts: where each row of a batch begins in them and the last one ends, int64 [rows + 1], strictly ascending; None:
+    every sample has a row of its own.
+    """
 
     sample_ids: Ids
     probabilities: Floats
+    starts: Ids | None = None
 
     def __post_init__(self) -> None:
         assert self.sample_ids.dtype == np.int64, self.sample_ids.dtype
         assert self.sample_ids.shape == self.probabilities.shape
         assert self.sample_ids.ndim == 1
+        assert self.starts is None or (self.starts[0], self.starts[-1]) == (0, len(self.sample_ids))
+
+    @property
+    def rows(self) -> int:
+        return len(self.sample_ids) if self.starts is None else len(self.starts) - 1
 
     def step(self, index: int, global_batch: int) -> tuple[Ids, Floats]:
-        """Ids and probabilities of the phase's ``index``-th global batch."""
-        window = slice(index * global_batch, (index + 1) * global_batch)
-        assert window.stop <= len(self.sample_ids), "the plan is shorter than its phase"
+        """Ids and probabilities of the phase's ``index``-th global batch, which is of so many rows."""
+        assert (index + 1) * global_batch <= self.rows, "the plan is shorter than its phase"
+        return self.part(index * global_batch, (index + 1) * global_batch)
+
+    def part(self, first: int, end: int) -> tuple[Ids, Floats]:
+        """Ids and probabilities of the rows from ``first`` to before ``end``."""
+        window = slice(first, end) if self.starts is None else slice(*self.starts[[first, end]])
         return self.sample_ids[window], self.probabilities[window]
+
+    def take(self, rows: Ids) -> Plan:
+        """A plan of these rows. rows: their numbers, int64 [m], any number of times each."""
+        if self.starts is None:
+            return Plan(self.sample_ids[rows], self.probabilities[rows])
+        sizes = np.diff(self.starts)[rows]
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        places = np.arange(starts[-1]) + np.repeat(self.starts[rows] - starts[:-1], sizes)
+        return Plan(self.sample_ids[places], self.probabilities[places], starts)
 
 
 GROUPED_BATCHES = 50
@@ -135,6 +158,7 @@ def group_by_length(plan: Plan, lengths: NDArray[np.integer[Any]], global_batch:
     ``lengths``: [pool]. Runs of 50 global batches are sorted by length and cut into global batches again, whose
     order is shuffled; so a sample stays within 50 steps of its place, and ties keep their order.
     """
+    assert plan.starts is None, "packed rows are of about the same length anyway"
     count, run_size = len(plan.sample_ids), GROUPED_BATCHES * global_batch
     assert count % global_batch == 0, "the plan holds whole global batches"
     draw = generator(seed, "group by length", phase)
@@ -148,9 +172,9 @@ def group_by_length(plan: Plan, lengths: NDArray[np.integer[Any]], global_batch:
 
 
 def rank_slices(ids: NDArray[Numbers], *, micro_batch: int, rank: int, world_size: int) -> list[NDArray[Numbers]]:
-    """Split one global batch (ids, or a number for each) into this rank's micro-batches.
+    """Split the rows of one global batch (a number for each) into this rank's micro-batches.
 
-    Micro-step k of all ranks together takes the k-th run of ``micro_batch * world_size`` ids, so that the
+    Micro-step k of all ranks together takes the k-th run of ``micro_batch * world_size`` rows, so that the
     global micro-batch is the same for every split of its size into ranks.
     """
     rows = ids.reshape(-1, world_size, micro_batch)

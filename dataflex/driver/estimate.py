@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataflex.data.pool import Pool
 from dataflex.driver.setup import Inputs
 from dataflex.engine.plugin import DataflexEngine
+from dataflex.report.summary import packs_line
 from dataflex.scoring.kept.sharded import Probe, ScoringPasses, time_batches
 from dataflex.scoring.progress import duration, memory_in_use, size
 from dataflex.train.trainer.select_trainer import SelectPlanner
@@ -21,6 +22,8 @@ def estimate(inputs: Inputs, engine: DataflexEngine, training: bool) -> None:
     lines = ["dry run: the data is streamed, its size is not known"]
     if isinstance(pool, Pool):
         lines = [f"dry run: the pool has {len(pool):,} samples, {tokens:,} tokens"]
+    if run.packing is not None:
+        lines.append(f"  packs: {packs_line(run.packing)}")
     seconds = 0.0
     passes = sum(phase.decides for phase in run.schedule.phases) if training else 1
     scores = inputs.cfg.score.score_token_losses or isinstance(engine.planner, SelectPlanner)

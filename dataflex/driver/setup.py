@@ -14,8 +14,10 @@ import torch
 
 from dataflex.config import Config
 from dataflex.config.components import component_params
+from dataflex.config.packing import shares_rows
 from dataflex.config.paths import resolve
 from dataflex.core.hook import Hook
+from dataflex.core.packing import Packing
 from dataflex.core.plan import Schedule
 from dataflex.core.registry import REGISTRY
 from dataflex.data.encoding.collate import Collator
@@ -27,7 +29,7 @@ from dataflex.engine.models.handover import Handover, handover
 from dataflex.engine.models.model import load_model, load_model_config, load_tokenizer
 from dataflex.engine.optimizer import forget_dry_step, make_optimizer, make_scheduler, warmup_steps
 from dataflex.engine.plugin import DataflexEngine
-from dataflex.train.trainer.build import attach, make_schedule
+from dataflex.train.trainer.build import attach, make_schedule, packing_of, pass_rows
 from dataflex.train.trainer.components import load_components, with_effective_params
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -45,6 +47,7 @@ class Inputs:
     data: LoadedData
     schedule: Schedule
     handover: Handover
+    packing: Packing | None = None
 
 
 def with_components(cfg: Config) -> Config:
@@ -61,9 +64,10 @@ def read_inputs(cfg: Config) -> Inputs:
     tokenizer = load_tokenizer(cfg)
     model_config = load_model_config(cfg)
     data = load_data(cfg, tokenizer, _subtask_column(cfg))
-    schedule = _schedule(cfg, cfg.weighting.epoch(data.train.size))
+    packing = packing_of(cfg, data.train)
+    schedule = _schedule(cfg, pass_rows(cfg, data.train, packing))
     _say_data(data, tokenizer)
-    return Inputs(cfg, tokenizer, model_config, data, schedule, handover(cfg, model_config))
+    return Inputs(cfg, tokenizer, model_config, data, schedule, handover(cfg, model_config), packing)
 
 
 def stop_of(cfg: Config) -> Stop:
@@ -89,7 +93,7 @@ def _with_attention(cfg: Config) -> Config:
 
 
 def _schedule(cfg: Config, pool_size: int | None) -> Schedule:
-    """The run's schedule, checked against the pool before any model is loaded."""
+    """The run's schedule, checked against the pool before any model is loaded. pool_size: its rows."""
     train = cfg.train
     global_batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * dist.world_size()
     schedule = make_schedule(
@@ -105,8 +109,9 @@ def _schedule(cfg: Config, pool_size: int | None) -> Schedule:
         with_replacement = params.get("replacement", getattr(REGISTRY.get("selector", name), "replacement", False))
         asked = max((p.steps for p in schedule.phases if p.decides), default=0) * global_batch
         if asked > pool_size and not with_replacement:
+            rows = "packs" if shares_rows(cfg) else "samples"
             raise UserError(
-                f"update_step: a decision picks update_step x global batch = {asked:,} samples without replacement, "
+                f"update_step: a decision picks update_step x global batch = {asked:,} {rows} without replacement, "
                 f"the pool has {pool_size:,}; lower update_step or the batch size"
             )
     return schedule
@@ -177,6 +182,7 @@ def build_engine(inputs: Inputs, hooks: Sequence[Hook] = ()) -> DataflexEngine:
         tokenizer=tokenizer,
         hooks=hooks,
         workers=0 if cfg.data.streaming else cfg.data.dataloader_num_workers,
+        packing=inputs.packing,
     )
     torch.manual_seed(cfg.train.seed + dist.rank())
     return wrapped
@@ -189,9 +195,8 @@ def _mixer_eval_pool(cfg: Config, tokenizer: Any) -> Pool | None:
 
 def _collator(cfg: Config, tokenizer: Any) -> Collator:
     """Stage pt is packed when it is tokenised. FlashAttention tells packed samples apart in one row only."""
-    packing = cfg.packs and cfg.method.stage == "sft"
     rows = cfg.train.per_device_train_batch_size if cfg.model.flash_attn == "fa2" else 1
-    return Collator(tokenizer.pad_token_id, packing=packing, cutoff_len=rows * cfg.data.cutoff_len)
+    return Collator(tokenizer.pad_token_id, packing=shares_rows(cfg), cutoff_len=rows * cfg.data.cutoff_len)
 
 
 def _partition_while_loading(config: dict[str, Any]) -> Any:

@@ -69,7 +69,8 @@ def _train(cfg: Config) -> Stop | None:
 def _run_hooks(inputs: Inputs, log: LogHook) -> list[Hook]:
     output, train = inputs.cfg.output, inputs.cfg.train
     per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * dist.world_size()
-    epoch_steps = max(1, -(-(inputs.data.train.size or 0) // per_step))
+    rows = inputs.data.train.size if inputs.packing is None else inputs.packing.pool.rows
+    epoch_steps = max(1, -(-(rows or 0) // per_step))
     hooks: list[Hook] = [log]
     if output.eval_strategy != "no":
         steps = output.eval_steps if output.eval_strategy == "steps" else epoch_steps

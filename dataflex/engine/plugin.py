@@ -146,6 +146,8 @@ class DataflexEngine:
         run, steps = self.run, _WARMING + _TIMED
         ids = run.pool.trial_ids(steps * run.global_batch)
         plan = Plan(ids, np.full(len(ids), 1 / (run.pool.size or len(ids))))
+        if run.packing is not None:
+            plan = run.packing.pool.take(np.random.default_rng(0).integers(run.packing.pool.rows, size=plan.rows))
         seconds: list[float] = []
         started = time.monotonic()
         for batch in self._loop.source.batches(plan, 0, steps):

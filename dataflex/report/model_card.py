@@ -116,11 +116,11 @@ def _data_rows(pool: TrainingPool) -> list[tuple[str, ...]]:
 def _training_rows(cfg: Config, run: Any) -> list[tuple[str, ...]]:
     kinds = ", ".join(f"{kind}: {cfg.flex.component(kind) or 'fixed'}" for kind in cfg.flex.kinds)
     precision = "bf16" if cfg.train.bf16 else "fp16" if cfg.train.fp16 else "fp32"
-    flat = cfg.dump_flat()
+    flat, unit = cfg.dump_flat(), "samples" if run.packing is None else "packs"
     rows = {
         "data decisions": kinds or "none (static)",
         "steps": f"{run.step:,}",
-        "global batch": f"{run.micro_batch} x {run.accumulation} x {run.world_size} = {run.global_batch} samples",
+        "global batch": f"{run.micro_batch} x {run.accumulation} x {run.world_size} = {run.global_batch} {unit}",
         "precision": precision,
         **{key: str(flat[key]) for key in _SHOWN if key in flat},
     }

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from dataflex.core.context import Run
+from dataflex.core.packing import Packing
 from dataflex.core.run_files import RunFile, written
 from dataflex.data.pool import Pool, TrainingPool
 from dataflex.utils.errors import UserError
@@ -23,16 +24,26 @@ def opening_lines(run: Run, deciders: str, zero_stage: int) -> list[str]:
     """The batch arithmetic of a run that starts; ``deciders``: who decides what, in words."""
     sizes = [str(phase.steps) for phase in run.schedule.phases]
     shown = ", ".join(sizes if len(sizes) <= 5 else [*sizes[:3], "...", sizes[-1]])
+    packs = [] if run.packing is None else [f"  Num packs = {packs_line(run.packing)}"]
+    rows = "" if run.packing is None else " packs"
     return [
         "***** Running training *****",
         f"  Num examples = {'not known (streamed)' if run.pool.size is None else f'{run.pool.size:,}'}",
-        f"  Batch size per device = {run.micro_batch}",
+        *packs,
+        f"  Batch size per device = {run.micro_batch}{rows}",
         f"  Gradient accumulation steps = {run.accumulation}",
-        f"  Total train batch size (x {run.world_size} processes) = {run.global_batch}",
+        f"  Total train batch size (x {run.world_size} processes) = {run.global_batch}{rows}",
         f"  Total optimization steps = {run.total_steps:,} (phases of {shown} steps)",
         f"  Decisions = {run.schedule.decisions} ({deciders})",
         f"  ZeRO stage = {zero_stage}",
     ]
+
+
+def packs_line(packing: Packing) -> str:
+    """How many packs the pool is, and how full they are."""
+    pool, per_pack = packing.pool, len(packing.lengths) / packing.pool.rows
+    full = f"{packing.fill(pool):.1%} full, {per_pack:.1f} samples each"
+    return f"{pool.rows:,} of up to {packing.capacity:,} tokens ({full})"
 
 
 def closing_lines(

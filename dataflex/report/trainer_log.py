@@ -34,6 +34,7 @@ class LogHook(Hook):
         self.clock = Clock()
         self._losses: list[float] = []  # of the steps since the last line
         self._sum, self._steps = 0.0, 0  # of the losses of all steps that had one
+        self._samples = 0  # of all steps
         self._bar: tqdm[Any] | None = None
 
     def on_train_start(self, run: Run) -> None:
@@ -44,6 +45,7 @@ class LogHook(Hook):
         self._write(run)
 
     def on_step_end(self, run: Run, batch: Any) -> None:
+        self._samples += len(batch.sample_ids)
         if math.isfinite(run.loss):
             self._losses.append(run.loss)
             self._sum, self._steps = self._sum + run.loss, self._steps + 1
@@ -96,7 +98,7 @@ class LogHook(Hook):
             **self._epoch(run),
             "train_loss": self._sum / max(1, self._steps),
             "train_runtime": round(total, 2),
-            "train_samples_per_second": round(run.step * run.global_batch / total, 3),
+            "train_samples_per_second": round(self._samples / total, 3),
             "train_steps_per_second": round(run.step / total, 3),
             **{f"{part}_seconds": round(value, 2) for part, value in seconds.items()},
             **scoring,
@@ -107,12 +109,14 @@ class LogHook(Hook):
             "history": self.history,
             "losses": self._losses,
             "all": [self._sum, self._steps],
+            "samples": self._samples,
             "clock": self.clock.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self._losses = state["history"], state["losses"]
         self._sum, self._steps = state["all"]
+        self._samples = state["samples"]
         self.clock.load_state_dict(state["clock"])
 
     def _entry(self, run: Run) -> dict[str, Any]:
@@ -138,7 +142,7 @@ class LogHook(Hook):
     def _epoch(self, run: Run) -> dict[str, float]:
         """``epoch``: samples trained on / samples in the pool; nothing where the data is streamed."""
         size = run.pool.size
-        return {} if size is None else {"epoch": round(run.step * run.global_batch / size, 4)}
+        return {} if size is None else {"epoch": round(self._samples / size, 4)}
 
     def _write(self, run: Run) -> None:
         """Make the file hold the history and nothing else: a resume drops what came after the checkpoint."""

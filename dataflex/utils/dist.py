@@ -140,6 +140,15 @@ def max_over_ranks(value: int) -> int:
     return max(gather_objects(int(value)))
 
 
+def all_gather_uneven(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Every rank's 1-D tensor of whatever length, in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [tensor]
+    sizes = all_gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+    padded = torch.nn.functional.pad(tensor, (0, max(sizes) - len(tensor)))
+    return [part[:size] for part, size in zip(all_gather(padded[None]), sizes, strict=True)]
+
+
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """Concatenate equal-shaped tensors of all ranks along the first dimension, in the order of ranks."""
     if world_size() == 1:

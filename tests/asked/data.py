@@ -9,6 +9,7 @@ from unittest import mock
 from dataflex.data import load
 from dataflex.driver import setup
 from dataflex.engine.models.model import load_tokenizer
+from dataflex.train.trainer.build import packing_of
 from tests.asked.table import Build, Built, Row
 
 
@@ -47,6 +48,13 @@ def collated(b: Built) -> list[Any]:
     batch = setup._collator(b.cfg, b.inputs.tokenizer)([pool(b)[0], pool(b)[1]])
     starts = [] if "position_ids" not in batch else (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     return [len(batch["input_ids"]), starts]
+
+
+def packed(b: Built) -> list[Any]:
+    """`collated`, and how many packs a pass over the pool is."""
+    packing = packing_of(b.cfg, pool(b))
+    assert packing is not None
+    return [*collated(b), packing.pool.rows]
 
 
 ONE = "Human: Say 0</s>\nAssistant:aaa</s>"
@@ -121,10 +129,10 @@ UNPACKED = Build(
     {"dataset_dir": "data2", "dataset": ["docs"], "stage": "pt"},
 )
 PACKED = Build(
-    "packed", (Row("packing", True, collated, [1, [0, 28]]),), {**OTHER, "dataset": ["short"], "cutoff_len": 128}
+    "packed", (Row("packing", True, packed, [1, [0, 28], 4]),), {**OTHER, "dataset": ["short"], "cutoff_len": 64}
 )
 NEAT = Build(
-    "neat", (Row("neat_packing", True, collated, [1, [0, 28]]),), {**OTHER, "dataset": ["short"], "cutoff_len": 128}
+    "neat", (Row("neat_packing", True, packed, [1, [0, 28], 4]),), {**OTHER, "dataset": ["short"], "cutoff_len": 64}
 )
 QUIET = Build(
     "quiet",

@@ -19,6 +19,10 @@ note; a key that is `false` or `null` asks for nothing. This page is made from `
 Where `per_device_train_batch_size` or `lr_scheduler_type` is not given, it is 8 and linear, and a note says so.
 `enable_thinking: false` (template `qwen3`): the empty thought opens the answer and is not trained.
 
+`packing: true` and `neat_packing: true` in stage `sft`: batch sizes and steps count packs, as many as LLaMA-Factory
+makes with one worker; the samples of a pack never see one another, there only with `neat_packing`
+([packing](packing.md)).
+
 In `dataset_info.json` further entries are passed over with a note. Where `columns` are given, `query` is read only
 if it is among them. A `.txt` file is one document a line for stage `pt`, in the column `text`. `dataset_dir: ONLINE`
 and `REMOTE:` are refused: entries with `hf_hub_url` read datasets of the hub.

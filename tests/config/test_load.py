@@ -177,6 +177,9 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
         ("component_name: less\nupdate_step: 5", "component_name: not used by train_type static: component_name, "
          "update_step"),
         (WEIGHT + "update_times: 5", "update_times: not used by train_type dynamic_weight: update_times"),
+        ("packing: true", "packing: the samples of a row do not see one another, as with neat_packing; in LLaMA-Factory "
+         "without it they do"),
+        ("neat_packing: true\ngroup_by_length: true", "group_by_length: not used: packs are all about as long"),
         (MIX + "dataset: a", "dataset: dynamic_mix has one dataset, so there is nothing to mix"),
     ],
 )  # fmt: skip
@@ -204,6 +207,8 @@ def test_what_is_allowed_but_ignored_is_said_once(
         "max_steps: 5\ntrain_step: 5",
         "train_type: static_full",
         "neat_packing: true",
+        "stage: pt\npacking: true",
+        "stage: pt\nstreaming: true\nmax_steps: 3",
         "ddp_timeout: 604800",
     ],
 )

@@ -215,6 +215,10 @@ STREAMING = [
      "of them"),
     (STREAM + "group_by_length: true", "group_by_length: true needs the lengths of all samples, which streaming: true "
      "does not know; drop one of them"),
+    (STREAM + "neat_packing: true", "neat_packing: packs are filled by the lengths of samples to come, which streaming: "
+     "true does not know; drop one of both"),
+    (STREAM + "packing: true", "packing: packs are filled by the lengths of samples to come, which streaming: true does "
+     "not know; drop one of both"),
     (STREAM + "save_strategy: epoch", "save_strategy: 'epoch' is not known of streams (streaming: true); use steps "
      "with save_steps"),
     (STREAM + "eval_strategy: epoch\neval_dataset: c", "eval_strategy: 'epoch' is not known of streams (streaming: "

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from dataflex.core.hook import Hook, Planner
+from dataflex.core.packing import Packing
 from dataflex.core.plan import Plan, epoch_schedule
 from dataflex.engine import checkpoint
-from dataflex.engine.checkpoint.state import random_state, restore, set_random_state, state_of
+from dataflex.engine.checkpoint.state import check_identity, random_state, restore, set_random_state, state_of
 from dataflex.engine.steps.loop import Loop
 from dataflex.utils.errors import UserError
 
@@ -94,14 +95,16 @@ def loop_at(step: int) -> Loop:
     """Of two phases of four steps, on an engine of ZeRO-2 that is not asked for anything else."""
     run: Any = SimpleNamespace(
         schedule=epoch_schedule(8, 4), seed=5, micro_batch=2, accumulation=3, world_size=4, step=step, total_steps=8,
-        pool=SimpleNamespace(fingerprint="f00d"), engine=SimpleNamespace(zero_optimization_stage=lambda: 2),
+        pool=SimpleNamespace(fingerprint="f00d"), packing=Packing(np.full(9, 2), 6),
+        engine=SimpleNamespace(zero_optimization_stage=lambda: 2),
     )  # fmt: skip
     return Loop(run, [Counting(), Hook()], None, None)  # type: ignore[arg-type]
 
 
 def test_the_state_of_a_run_by_hand_and_back() -> None:
     loop = loop_at(step=6)
-    loop.plan, loop.planned_phase = Plan(np.arange(5, 9), np.array([0.1, 0.2, 0.3, 0.4])), 1
+    rows = np.array([0, 1, 4])
+    loop.plan, loop.planned_phase = Plan(np.arange(5, 9), np.array([0.1, 0.2, 0.3, 0.4]), rows), 1
     loop.planner.count = 3  # type: ignore[attr-defined]
     state = state_of(loop)
     assert state["identity"] == {
@@ -111,12 +114,18 @@ def test_the_state_of_a_run_by_hand_and_back() -> None:
         "compared": "",
         "seed": 5,
         "pool": "f00d",
+        "packing": "rows of 6 tokens",
         "hooks": ["Counting", "Hook"],
         "zero_stage": 2,
     }
     assert (state["step"], state["phase"], state["hooks"]) == (6, [1, 4, 4], [{"count": 3}, {}])
     fresh = loop_at(step=0)
     restore(fresh, checkpoint.decode(checkpoint.encode(state)))
-    assert same(state_of(fresh), state)
+    assert same(state_of(fresh), state) and state["starts"].tolist() == [0, 1, 4]
+    loop.plan, loop.run.packing = Plan(np.arange(5, 9), np.ones(4)), None
+    plain = state_of(loop)
+    assert plain["identity"]["packing"] is None and "starts" not in plain
+    with pytest.raises(UserError, match="the checkpoint has packing None, this run has rows of 6 tokens"):
+        check_identity(plain["identity"], state["identity"], Path("c"))
     with pytest.raises(UserError, match="the checkpoint is at step 6, inside a phase of 3 steps from step 5"):
         restore(loop_at(step=0), state | {"phase": [1, 5, 3]})

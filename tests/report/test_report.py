@@ -12,15 +12,17 @@ import pytest
 import yaml
 
 from dataflex.config import Config, load_config
+from dataflex.core.packing import Packing
+from dataflex.core.plan import epoch_schedule
 from dataflex.data.pool import Pool
 from dataflex.report.model_card import model_card
 from dataflex.report.plot import plot_loss
-from dataflex.report.summary import closing_lines, read_decisions
+from dataflex.report.summary import closing_lines, opening_lines, read_decisions
 from dataflex.report.trainer_log import read_log
 from dataflex.utils.errors import UserError
 
 POOL = Pool(range(4), np.array([0, 0, 0, 1]), ["maths", "poems"], np.array([5, 6, 7, 1000]), fingerprint="f00d")
-RUN = SimpleNamespace(step=30, micro_batch=2, accumulation=3, world_size=4, global_batch=24)
+RUN = SimpleNamespace(step=30, micro_batch=2, accumulation=3, world_size=4, global_batch=24, packing=None)
 HISTORY = [
     {"current_steps": 0, "eval_loss": 3.0},
     {"current_steps": 10, "loss": 2.5},
@@ -39,6 +41,20 @@ def _config(tmp_path: Path, **changes: Any) -> Config:
 def _head(card: str) -> dict[str, Any]:
     head: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
     return head
+
+
+def test_the_first_screen_counts_packs_where_samples_are_packed() -> None:
+    run: Any = SimpleNamespace(**vars(RUN), total_steps=7, schedule=epoch_schedule(7, 7), pool=POOL)
+    assert not [line for line in opening_lines(run, "static", 2) if "pack" in line]
+    run.packing = Packing(np.array([5, 6, 7, 2]), 10)
+    lines = opening_lines(run, "static", 2)
+    assert lines[1:5] == [
+        "  Num examples = 4",
+        "  Num packs = 3 of up to 10 tokens (66.7% full, 1.3 samples each)",
+        "  Batch size per device = 2 packs",
+        "  Gradient accumulation steps = 3",
+    ]
+    assert "  Total train batch size (x 4 processes) = 24 packs" in lines
 
 
 def test_the_model_card_says_what_it_is_made_from_and_how_it_went(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def logged(folder: Path) -> tuple[LogHook, Any]:
     run.clock = Clock(run)
     for loss in LOSSES:
         run.step, run.loss, run.figures = run.step + 1, loss, {"weight_mean": 0.25}
-        log.on_step_end(run, None)
+        log.on_step_end(run, SimpleNamespace(sample_ids=range(run.global_batch)))
     log.on_train_end(run)
     return log, run
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.core.clock import Clock
+from dataflex.core.packing import Packing
 from dataflex.core.plan import Phase, Plan, Schedule, decision_schedule, largest_remainder
 from dataflex.data.pool import Pool
 from dataflex.train.mixer.base_mixer import Mixer
@@ -30,13 +31,16 @@ NAMES = ["maths", "dates", "units"]
 BATCH = 4
 
 
-def make_run(schedule: Schedule | None = None, output_dir: Path | None = None, step: int = 0) -> Any:
+def make_run(
+    schedule: Schedule | None = None, output_dir: Path | None = None, step: int = 0, packing: Packing | None = None
+) -> Any:
     """What planners read of a run."""
     return SimpleNamespace(
         schedule=schedule
         or decision_schedule(warmup_step=2, update_step=3, update_times=2, train_step=11, epoch_steps=1),
         seed=3,
         global_batch=BATCH,
+        packing=packing,
         pool=Pool(range(len(DOMAINS)), DOMAINS, NAMES, np.ones(len(DOMAINS)), fingerprint="f00d"),
         engine=SimpleNamespace(module=torch.nn.Linear(1, 1)),
         clock=Clock(),
@@ -145,6 +149,7 @@ def test_a_wrong_answer_is_refused(answer: list[int], text: str) -> None:
 def test_repeats_are_a_selectors_right_when_it_says_so() -> None:
     made = plans(SelectPlanner(Told([7] * 12, replacement=True), "told"), make_run())
     assert made[1].sample_ids.tolist() == [7] * 12
+    assert made[1].probabilities.tolist() == [1.0] * 12, "one sample was picked"
 
 
 def test_a_pool_smaller_than_a_decision_is_refused_before_training() -> None:

@@ -146,10 +146,11 @@ def test_scores_are_added_up_by_learning_rate() -> None:
     for accumulate, rates, want in ((False, [1, 1], [0.2, 0.6, 0.5]), (True, [0.5, 0.1], [0.47, 0.11, 0.3])):
         selector = less(accumulate=accumulate)
         selector.dataset = range(3)
-        for scores, rate in zip(answers, rates, strict=True):
+        for step, (scores, rate) in enumerate(zip(answers, rates, strict=True)):
             selector.scorer = SimpleNamespace(engine=SimpleNamespace(get_lr=lambda rate=rate: [rate]))
             selector.scores = lambda scores=scores: scores  # type: ignore[method-assign,misc]
-            picks = selector.select(None, 0, 3)
+            for _ in range(2):  # asked again at the same step, nothing is added
+                picks = selector.select(None, step, 3)
         np.testing.assert_allclose(selector.scored["score"], want, rtol=1e-6)
         assert picks == np.argsort(-np.array(want)).tolist()
 

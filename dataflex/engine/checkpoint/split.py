@@ -44,22 +44,23 @@ def check_split(saved: dict[str, Any], now: Split, folder: Path) -> None:
         if type(value) is not int or value < 1:
             raise UserError(f"{folder}: the checkpoint has {key} {shown(value, 200)}, expected a whole number >= 1")
     was = Split(*(saved[key] for key in _NUMBERS))
+    rows = "packs" if saved.get("packing") else "samples"
     compared = max((str(saved.get("compared")), now.compared), key=lambda c: _GROUPS.index(c) if c in _GROUPS else -1)
     if now.global_batch != was.global_batch:
         raise UserError(
-            f"{folder}: the checkpoint has a global batch of {was} = {was.global_batch} samples "
+            f"{folder}: the checkpoint has a global batch of {was} = {was.global_batch} {rows} "
             "(per_device_train_batch_size x gradient_accumulation_steps x processes), this run has "
             f"{now} = {now.global_batch}; {_advice(was, now, compared)}"
         )
     if _group(was, compared) != _group(now, compared):
         raise UserError(
-            f"{folder}: its weighting compares the samples of a {compared}, which has {_group(was, compared)} samples "
+            f"{folder}: its weighting compares the samples of a {compared}, which has {_group(was, compared)} {rows} "
             f"in the checkpoint and {_group(now, compared)} in this run; {_advice(was, now, compared)}"
         )
 
 
 def _group(split: Split, compared: str) -> int:
-    """How many samples are compared with one another; 0 where none are."""
+    """The samples, or packs, that are compared with one another; 0 where none are."""
     if not compared:
         return 0
     return split.micro_batch * (split.world_size if compared == "global micro-batch" else 1)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from pydantic import ConfigDict, Field, with_config
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from dataflex.core.plan import Plan
 from dataflex.engine.checkpoint.split import Split, compared_by
@@ -19,13 +19,14 @@ from dataflex.utils.errors import UserError, cut, shown
 
 @with_config(ConfigDict(arbitrary_types_allowed=True, strict=True, extra="allow"))
 class SavedState(TypedDict):
-    """What `dataflex_state.pt` holds. sample_ids: int64 [n], probabilities: float64 [n], of the phase's plan."""
+    """What `dataflex_state.pt` holds. sample_ids, probabilities, starts: of the phase's plan (starts: if packed)."""
 
     identity: dict[str, Any]
     step: Annotated[int, Field(ge=0)]
     phase: Annotated[list[int], Field(min_length=3, max_length=3)]
     sample_ids: np.ndarray
     probabilities: np.ndarray
+    starts: NotRequired[np.ndarray]
     hooks: list[dict[Any, Any]]
     client_state: dict[Any, Any]
     frozen: bool
@@ -41,6 +42,7 @@ def identity(loop: Loop) -> dict[str, Any]:
         **split_of(loop)._asdict(),
         "seed": run.seed,
         "pool": run.pool.fingerprint,
+        "packing": None if run.packing is None else f"rows of {run.packing.capacity} tokens",
         "hooks": [hook.identity for hook in loop.hooks],
         "zero_stage": run.engine.zero_optimization_stage(),
     }
@@ -66,7 +68,7 @@ def _said(value: Any) -> str:
 
 
 def state_of(loop: Loop) -> dict[str, Any]:
-    """sample_ids, probabilities: the phase's plan; none where it is yet to be made, and then phase is NO_PHASE."""
+    """`SavedState` but for what a checkpoint adds; where the plan is yet to be made it is empty, and phase NO_PHASE."""
     run, plan, phase = loop.run, loop.plan, NO_PHASE
     if plan is not None:
         planned = run.schedule.phases[loop.planned_phase]
@@ -77,6 +79,7 @@ def state_of(loop: Loop) -> dict[str, Any]:
         "phase": phase,
         "sample_ids": np.empty(0, dtype=np.int64) if plan is None else plan.sample_ids,
         "probabilities": np.empty(0) if plan is None else plan.probabilities,
+        **({} if plan is None or plan.starts is None else {"starts": plan.starts}),
         "hooks": [hook.state_dict() for hook in loop.hooks],
     }
 
@@ -98,7 +101,8 @@ def restore(loop: Loop, state: dict[str, Any]) -> None:
         return
     phase = run.schedule.phase_at(run.step)
     if [phase.index, phase.start, phase.steps] == state["phase"]:
-        loop.plan, loop.planned_phase = Plan(state["sample_ids"], state["probabilities"]), phase.index
+        loop.plan = Plan(state["sample_ids"], state["probabilities"], state.get("starts"))
+        loop.planned_phase = phase.index
     elif phase.start != run.step and loop.planner.decides:
         raise UserError(
             f"the checkpoint is at step {run.step}, inside a phase of {state['phase'][2]} steps from step "

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dataflex.core.context import Run
-from dataflex.core.plan import Numbers, Plan, rank_slices
+from dataflex.core.plan import Floats, Ids, Plan, rank_slices
 from dataflex.core.weights import NO_WEIGHTS, StaticWeights
 from dataflex.forward.split import split_batch
 from dataflex.ops import shift_labels
@@ -87,13 +87,9 @@ class BatchSource:
             )
         )
         for index in range(first, steps):
-            ids, probabilities = plan.step(index, self.run.global_batch)
-            parts, draws = wanted.of_rank(ids), wanted.of_rank(probabilities)
-            micro = [
-                self._micro(batch, part, draw)
-                for batch, part, draw in zip(islice(loader, self.run.accumulation), parts, draws, strict=True)
-            ]
-            yield StepBatch(micro, ids)
+            ids, _ = plan.step(index, self.run.global_batch)
+            parts = zip(islice(loader, self.run.accumulation), wanted.of_rank(index), strict=True)
+            yield StepBatch([self._micro(batch, *part) for batch, part in parts], ids)
 
     def _micro(self, collated: dict[str, Any], ids: NDArray[np.int64], draws: NDArray[np.float64]) -> MicroBatch:
         of_tokens = collated.get("token_weight")
@@ -122,13 +118,15 @@ class _MicroBatchIds:
 
     def __iter__(self) -> Iterator[list[int]]:
         for index in range(self.first, self.steps):
-            for part in self.of_rank(self.plan.step(index, self.run.global_batch)[0]):
-                yield part.tolist()
+            for ids, _ in self.of_rank(index):
+                yield ids.tolist()
 
-    def of_rank(self, values: NDArray[Numbers]) -> list[NDArray[Numbers]]:
-        """This rank's part of each micro-step of a global batch."""
+    def of_rank(self, index: int) -> list[tuple[Ids, Floats]]:
+        """Ids and probabilities of this rank's part of each micro-step of the phase's ``index``-th global batch."""
         run = self.run
-        return rank_slices(values, micro_batch=run.micro_batch, rank=run.rank, world_size=run.world_size)
+        rows = index * run.global_batch + np.arange(run.global_batch)
+        parts = rank_slices(rows, micro_batch=run.micro_batch, rank=run.rank, world_size=run.world_size)
+        return [self.plan.part(part[0], part[-1] + 1) for part in parts]
 
 
 class _Collate:

@@ -241,7 +241,7 @@ class Loop:
         phase = run.schedule.phase_at(run.step)
         with run.clock.part(DECIDE):
             plan = self.planner.plan(run, phase)
-        assert len(plan.sample_ids) == phase.steps * run.global_batch, "the plan does not fit its phase"
+        assert plan.rows == phase.steps * run.global_batch, "the plan does not fit its phase"
         if self.grouped:
             plan = group_by_length(plan, run.pool.lengths, run.global_batch, run.seed, phase.index)
         self.plan, self.planned_phase = plan, phase.index

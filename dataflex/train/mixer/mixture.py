@@ -89,6 +89,11 @@ class Mixture(ABC):
         self.proportions = proportions
         return counts
 
+    def most(self, proportions: Floats) -> int:
+        """How many samples surely hold no more than all of a domain: each count is within 1 of its proportion."""
+        asked = proportions > 0
+        return int(((self.sizes[asked] - 1) / proportions[asked]).min())
+
     def _check(self, proportions: Floats, counts: Ids) -> None:
         """UserError for counts that cannot be drawn."""
         return None

@@ -33,6 +33,7 @@ class Selector(ABC):
     replacement: bool = False
     keep_order: bool = False
     takes_domain_counts: bool = False
+    _made: tuple[int, Any] | None = None
 
     def __init__(self, dataset: Any, accelerator: Any, data_collator: Any, cache_dir: Any) -> None:
         self.dataset = dataset
@@ -61,9 +62,20 @@ class Selector(ABC):
         """Return ``num_samples`` sample ids; called on every rank, rank 0's answer counts.
 
         model: the Hugging Face model (sharded under ZeRO-3: use the injected ``scorer`` to run it).
-        step_id: optimizer steps done. kwargs: current_update_times, update_times, tokenizer, and under a mixer
-        domain_counts, int64 [K]: how many of the samples must be of each domain.
+        step_id: optimizer steps done. Where samples are packed it is called again at the same step for another number,
+        until the picks fill their packs: keep what is costly with `once`. kwargs: current_update_times, update_times,
+        tokenizer, and under a mixer domain_counts, int64 [K]: how many of the samples must be of each domain.
         """
+
+    def once(self, step_id: int, make: Callable[[], Any]) -> Any:
+        """``make()``, made once for a decision: where samples are packed, `select` is asked several times at a step."""
+        if self._made is None or self._made[0] != step_id:
+            self._made = step_id, make()
+        return self._made[1]
+
+    def forget(self) -> None:
+        """Drop what `once` has kept; called after each decision."""
+        self._made = None
 
     def pick_by_domain(self, count: int, domain_counts: Ids | None, pick: Callable[[Ids, int], Ids]) -> Ids:
         """``pick(ids, count)`` of the whole pool, or with ``domain_counts`` of each domain in turn, int64 [count].

@@ -109,7 +109,7 @@ class ClusterLessSelector(LessSelector):
         self.representatives, self.pooling = representatives, pooling
 
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
-        clusters, scores = self._scored()
+        clusters, scores = self.once(step_id, self._scored)
         picks = self.pick_by_domain(
             num_samples,
             kwargs.get("domain_counts"),

@@ -154,6 +154,15 @@ class LessSelector(Selector):
             raise UserError("less: keep_features: exact scoring has no features to keep; use scoring: projected")
 
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
+        scores = self.once(step_id, lambda: self._scores_at(step_id))
+        picks = self.pick_by_domain(
+            num_samples, kwargs.get("domain_counts"), lambda ids, count: ids[top_k(scores[ids], count)]
+        )
+        self.metric, self.scored = {"score": scores[picks].tolist()}, {"score": scores}
+        return picks.tolist()
+
+    def _scores_at(self, step_id: int) -> NDArray[np.float32]:
+        """What the samples are ranked by at this decision, float32 [n]."""
         if self.unchecked:
             check_one_sample(self.scorer, self.dataset, self.spec)
             self.unchecked = False
@@ -161,13 +170,7 @@ class LessSelector(Selector):
         if not np.isfinite(scores).all():
             bad = np.flatnonzero(~np.isfinite(scores))
             raise UserError(f"less: scores of sample ids {bad[:16].tolist()} are not finite at step {step_id}")
-        if self.accumulate:
-            scores = self._accumulated(scores)
-        picks = self.pick_by_domain(
-            num_samples, kwargs.get("domain_counts"), lambda ids, count: ids[top_k(scores[ids], count)]
-        )
-        self.metric, self.scored = {"score": scores[picks].tolist()}, {"score": scores}
-        return picks.tolist()
+        return self._accumulated(scores) if self.accumulate else scores
 
     def use_plain_gradient(self) -> bool:
         """Go by the plain gradient, for weights that come without Adam's moments; whether that changes anything."""

@@ -71,7 +71,7 @@ class LossSelector(Selector):
         self.replacement, self.temperature, self.seed = replacement, temperature, seed
 
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
-        losses = self.scores()
+        losses = self.once(step_id, self.scores)
         weights = bucket_weights(
             losses,
             focus=self.focus,

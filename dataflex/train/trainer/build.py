@@ -14,8 +14,10 @@ from torch import nn
 
 from dataflex.config import Config
 from dataflex.config.components import component_params
+from dataflex.config.packing import shares_rows
 from dataflex.core.context import Run
 from dataflex.core.hook import Hook, Weigher
+from dataflex.core.packing import Packing
 from dataflex.core.plan import Schedule, decision_schedule, epoch_schedule, steps_of_epochs
 from dataflex.core.registry import REGISTRY
 from dataflex.data.pool import Pool, TrainingPool
@@ -59,8 +61,12 @@ def attach(
     tokenizer: Any = None,
     hooks: Sequence[Hook] = (),
     workers: int = 0,
+    packing: Packing | None = None,
 ) -> DataflexEngine:
-    """Tie the components named in ``cfg.flex`` to an existing DeepSpeed engine; they must be registered."""
+    """Tie the components named in ``cfg.flex`` to an existing DeepSpeed engine; they must be registered.
+
+    packing: of `packing_of`; the collator then packs as well.
+    """
     if getattr(getattr(engine.module, "config", None), "use_cache", False):
         engine.module.config.use_cache = False
     engine.train()
@@ -69,9 +75,10 @@ def attach(
     if isinstance(pool, Pool):
         check_model(engine, collator([sample]))
     check_packing(engine, collator, sample)
-    run = _make_run(engine, cfg, pool)
-    budget = cfg.flex.scoring_batch_tokens or run.micro_batch * pool.longest
-    longest = max(budget, run.micro_batch * pool.longest)
+    run = _make_run(engine, cfg, pool, packing)
+    trained = run.micro_batch * (pool.longest if packing is None else packing.capacity)
+    budget = cfg.flex.scoring_batch_tokens or trained
+    longest = max(budget, trained)
     head_of = partial(_open_head, cfg.train.fused_head, engine, collator([sample]), longest)
     fused = head_of(engine.module, release=partial(release_gathered, engine))
     scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names), Forward(fused))
@@ -95,7 +102,7 @@ def attach(
     training = Forward(training_head(fused, every, longest))
     stepper = Stepper(engine, run, every, normalization, weights.class_weight, policy, training)
     source = BatchSource(run, collator, device, workers, weights)
-    loop = Loop(run, every, source, stepper, cfg.train.group_by_length)
+    loop = Loop(run, every, source, stepper, cfg.train.group_by_length and packing is None)
     wrapped = DataflexEngine(engine, run, loop, scorer, eval_pool, cfg.train.per_device_eval_batch_size)
     run.engine = wrapped
     return wrapped
@@ -145,13 +152,35 @@ def _passes(run: Run, cfg: Config, engine: Any) -> ScoringPasses:
     )
 
 
+def packing_of(cfg: Config, pool: TrainingPool) -> Packing | None:
+    """How the samples of the pool share rows, or None where they do not. UserError for one longer than a row."""
+    if not shares_rows(cfg):
+        return None
+    assert isinstance(pool, Pool), "the configuration refuses packs of streams"
+    longest = int(pool.lengths.argmax())
+    if pool.longest > cfg.data.cutoff_len:
+        raise UserError(
+            f"packing: sample {longest} ({pool.whence(longest)}) has {pool.longest:,} tokens, a row holds cutoff_len "
+            f"{cfg.data.cutoff_len:,}; raise it, or cut the samples"
+        )
+    return Packing(pool.lengths, cfg.data.cutoff_len)
+
+
+def pass_rows(cfg: Config, pool: TrainingPool, packing: Packing | None) -> int | None:
+    """Rows of a pass over the pool: samples, or packs; None of streams. Of ``sampling_samples`` packs in proportion."""
+    samples = cfg.weighting.epoch(pool.size)
+    if packing is None or samples is None:
+        return samples
+    return -(-packing.pool.rows * samples // len(packing.lengths))
+
+
 def make_schedule(
     flex: FlexSection, *, pool_size: int | None, global_batch: int, epochs: float, fixed: int | None
 ) -> Schedule:
     """The schedule of a run (design section 4); ``fixed``: total steps where train_step or max_steps sets them.
 
-    pool_size: None of streams, which have no epochs: what decides nothing is then planned for STREAM_PLAN samples at a
-    time. UserError where the run would end before anything is decided.
+    pool_size: rows of a pass (`pass_rows`); None of streams, which have no epochs: what decides nothing is then planned
+    for STREAM_PLAN samples at a time. global_batch: rows. UserError where the run would end before anything is decided.
     """
     epoch_steps, by_epochs = max(1, STREAM_PLAN // global_batch), 0
     if pool_size is not None:
@@ -180,13 +209,13 @@ def make_schedule(
     return schedule
 
 
-def _make_run(engine: Any, cfg: Config, pool: TrainingPool) -> Run:
+def _make_run(engine: Any, cfg: Config, pool: TrainingPool, packing: Packing | None) -> Run:
     micro = engine.train_micro_batch_size_per_gpu()
     accumulation = engine.gradient_accumulation_steps()
     world_size = engine.dp_world_size
     schedule = make_schedule(
         cfg.flex,
-        pool_size=cfg.weighting.epoch(pool.size),
+        pool_size=pass_rows(cfg, pool, packing),
         global_batch=micro * accumulation * world_size,
         epochs=cfg.train.num_train_epochs,
         fixed=cfg.fixed_steps,
@@ -201,6 +230,7 @@ def _make_run(engine: Any, cfg: Config, pool: TrainingPool) -> Run:
         output_dir=Path(cfg.output.output_dir) if cfg.output.output_dir else None,
         engine=engine,
         pool=pool,
+        packing=packing,
     )
 
 

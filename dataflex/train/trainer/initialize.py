@@ -18,7 +18,7 @@ from dataflex.data.encoding.collate import Collator
 from dataflex.data.pool import Pool
 from dataflex.engine.ds_config import given_config
 from dataflex.engine.plugin import DataflexEngine
-from dataflex.train.trainer.build import attach
+from dataflex.train.trainer.build import attach, packing_of
 from dataflex.train.trainer.components import load_components
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -47,7 +47,8 @@ def initialize(
     the schedule (train_type, component_name, update_step, ...), ``seed``, ``num_train_epochs`` and ``output_dir``;
     without it, the block ``"dataflex"`` of the DeepSpeed config. train_dataset, eval_dataset, mixer_eval_dataset:
     map-style datasets of dicts with ``input_ids`` and ``labels``, or {domain name: dataset}. data_collator: list of
-    samples to a batch of tensors, one row per sample; default: right padding with the tokenizer's pad token. hooks:
+    samples to a batch of tensors, one row per sample; default: right padding with the tokenizer's pad token, or with
+    ``packing`` rows of up to ``cutoff_len`` tokens (one of your own says with ``cu_seqlens`` where samples end). hooks:
     further hooks, called after dataflex's own.
 
     The whole model is put in train mode here and at each step, as transformers' Trainer does: a module that shall stay
@@ -66,15 +67,19 @@ def initialize(
     load_components(cfg.flex.component_modules)
     if cfg.output.output_dir:
         _make_folder(Path(cfg.output.output_dir))
+    packing, collator = packing_of(cfg, pool), data_collator
+    if collator is None:
+        collator = Collator(_pad_token(tokenizer), packing=packing is not None, cutoff_len=cfg.data.cutoff_len)
     return attach(
         engine if engine is not None else _make_engine(model, config, model_parameters, deepspeed_arguments),
         cfg=cfg,
         pool=pool,
         eval_pool=eval_pool,
         mixer_eval_pool=_pool(mixer_eval_dataset, "mixer_eval_dataset"),
-        collator=data_collator or Collator(_pad_token(tokenizer)),
+        collator=collator,
         tokenizer=tokenizer,
         hooks=hooks,
+        packing=packing,
     )
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from dataflex.core.clock import SCORE
 from dataflex.core.context import Run
 from dataflex.core.hook import Planner, Weigher
-from dataflex.core.plan import Floats, Phase, Plan, check_proportions
+from dataflex.core.packing import Packing, drawn
+from dataflex.core.plan import Floats, Ids, Phase, Plan, check_proportions
 from dataflex.ops import SampleLoss
 from dataflex.train.mixer.base_mixer import LearningMixer, Mixer, WeighingMixer
 from dataflex.train.mixer.mixture import Mixture
@@ -63,9 +64,11 @@ class MixPlanner(Planner):
         proportions = self.manager.proportions
         if phase.decides and self.mixer is not None:
             proportions = self._ask(run, self.mixer, phase)
-        self._say(run, proportions, phase)
-        self._record(run, proportions)
+        said, line = self._say(run, proportions, phase), self._line(run, proportions)
         plan = self._draw(run, phase, proportions)
+        if run.packing is not None:
+            line["packs"] = self._packed(run, run.packing, plan, proportions, said)
+        self._record(run, line)
         self._warn(run)
         return plan
 
@@ -82,11 +85,34 @@ class MixPlanner(Planner):
         return proportions
 
     def _draw(self, run: Run, phase: Phase, proportions: Floats) -> Plan:
-        count = phase.steps * run.global_batch
+        manager, before = self.manager, self.manager.state_dict()
+
+        def counts(count: int) -> Ids:
+            manager.load_state_dict(before)
+            return manager.take(proportions, count)
+
+        def draw(count: int) -> Plan:
+            manager.load_state_dict(before)
+            return manager.draw(proportions, count, phase.index)
+
         if self.selection is None or phase.decision == 0:
-            return self.manager.draw(proportions, count, phase.index)
-        counts = self.manager.take(proportions, count)
-        return self.selection.draw(run, phase, counts, mixer=self.name, proportions=self._named(proportions))
+            plan = drawn(run.packing, draw, phase.steps * run.global_batch)
+        else:
+            record = {"mixer": self.name, "proportions": self._named(proportions)}
+            most = None if self.selection.selector.replacement else manager.most(proportions)
+            plan = self.selection.draw(run, phase, counts, most, **record)
+        counts(len(plan.sample_ids))  # other numbers may have been tried since
+        return plan
+
+    def _packed(self, run: Run, packing: Packing, plan: Plan, proportions: Floats, said: bool) -> dict[str, float]:
+        """What is in the rows of a phase. deviation: how far a domain's share of its samples is from its proportion."""
+        samples, fill = len(plan.sample_ids), packing.fill(plan)
+        found = np.bincount(run.pool.domains_of(plan.sample_ids), minlength=len(proportions)) / samples
+        deviation = float(np.abs(found - proportions).max())
+        if said:
+            what = f"{plan.rows:,} packs of {samples:,} samples, {fill:.1%} full"
+            logger.info(f"step {run.step}: {what}, shares within {deviation:.2%} of the proportions")
+        return {"rows": plan.rows, "samples": samples, "fill": round(fill, 4), "deviation": round(deviation, 6)}
 
     def on_train_start(self, run: Run) -> None:
         if self.selection is not None:
@@ -98,20 +124,22 @@ class MixPlanner(Planner):
     def _named(self, values: Any) -> dict[str, Any]:
         return dict(zip(self.manager.names, values.tolist(), strict=True))
 
-    def _say(self, run: Run, proportions: Floats, phase: Phase) -> None:
-        """On the screen; where every step decides, or nothing does, only what moved a share by a percentage point."""
+    def _say(self, run: Run, proportions: Floats, phase: Phase) -> bool:
+        """On the screen; where every step decides, or nothing does, only what moved a share by a percentage point.
+
+        Whether anything was said.
+        """
         often = phase.steps == 1 or self.mixer is None
         if often and self._said is not None and np.abs(proportions - self._said).max() < SAID_AGAIN_AT:
-            return
+            return False
         self._said = proportions
         shown = ", ".join(f"{name} {value:.1%}" for name, value in self._named(proportions).items())
         logger.info(f"step {run.step}: {self.name} mixes {shown}")
+        return True
 
-    def _record(self, run: Run, proportions: Floats) -> None:
-        """A line with the proportions from now on, and what each domain has given so far."""
-        if run.output_dir is None or not run.is_main:
-            return
-        line = {
+    def _line(self, run: Run, proportions: Floats) -> dict[str, Any]:
+        """The proportions from now on, and what each domain has given so far."""
+        return {
             "step": run.step,
             "weights": self._named(proportions),
             "samples": self._named(self.manager.drawn),
@@ -119,6 +147,10 @@ class MixPlanner(Planner):
             "epochs": self._named(self.manager.epochs.round(4)),
             **({} if self.mixer is None else self.mixer.report()),
         }
+
+    def _record(self, run: Run, line: dict[str, Any]) -> None:
+        if run.output_dir is None or not run.is_main:
+            return
         run.output_dir.mkdir(parents=True, exist_ok=True)
         with (run.output_dir / f"{self.name}_weights.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
@@ -134,7 +166,7 @@ class MixPlanner(Planner):
             )
 
     def on_train_end(self, run: Run) -> None:
-        self._record(run, self.manager.proportions)
+        self._record(run, self._line(run, self.manager.proportions))
 
     @property
     def identity(self) -> str:

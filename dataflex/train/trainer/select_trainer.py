@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import numpy as np
 from dataflex.core.clock import SCORE
 from dataflex.core.context import Run
 from dataflex.core.hook import Planner
-from dataflex.core.plan import Ids, Phase, Plan, check_sample_ids, generator
+from dataflex.core.packing import drawn
+from dataflex.core.plan import Floats, Ids, Phase, Plan, check_sample_ids, generator
 from dataflex.train.selector.base_selector import Selector
 from dataflex.train.trainer.decisions import write_decision, write_table
 from dataflex.train.trainer.static_trainer import uniform_plan
@@ -17,11 +19,16 @@ from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
+ASKS, ENOUGH = 8, 0.98
+"""How often a selector is asked at most for picks that fill their packs, and how full they need to be."""
+DomainCounts = Callable[[int], Ids]
+
 
 class SelectPlanner(Planner):
     """Turns a selector's picks into the plan of a phase.
 
-    A phase that goes on with an earlier decision trains on the same picks in a new order.
+    A phase that goes on with an earlier decision trains on the same picks in a new order. Where samples are packed, the
+    selector is asked for as many as fill the phase's rows, which takes a few asks (`ASKS` at most).
     """
 
     def __init__(self, selector: Selector, name: str, tokenizer: Any = None) -> None:
@@ -29,49 +36,92 @@ class SelectPlanner(Planner):
         self.name = name
         self.tokenizer = tokenizer
         self.picks: Ids = np.empty(0, dtype=np.int64)
+        self.starts: Ids | None = None  # of the rows that the picks are packed in
 
     def on_train_start(self, run: Run) -> None:
         """UserError where a decision asks for more samples than the pool can give."""
         asked = max((p.steps * run.global_batch for p in run.schedule.phases if p.decides), default=0)
-        if asked > len(run.pool) and not self.selector.replacement:
+        given, rows = (len(run.pool), "samples") if run.packing is None else (run.packing.pool.rows, "packs")
+        if asked > given and not self.selector.replacement:
             raise UserError(
-                f"update_step: a decision picks update_step x global batch = {asked} samples without replacement, "
-                f"the pool has {len(run.pool)}; lower update_step or the batch, or use a selector with replacement"
+                f"update_step: a decision picks update_step x global batch = {asked} {rows} without replacement, "
+                f"the pool has {given}; lower update_step or the batch, or use a selector with replacement"
             )
 
     def plan(self, run: Run, phase: Phase) -> Plan:
         return self._warmup(run, phase) if phase.decision == 0 else self.draw(run, phase)
 
-    def draw(self, run: Run, phase: Phase, domain_counts: Ids | None = None, **record: Any) -> Plan:
+    def draw(
+        self, run: Run, phase: Phase, counts: DomainCounts | None = None, most: int | None = None, **record: Any
+    ) -> Plan:
         """The plan of a phase after the warm-up; asks the selector where the phase decides.
 
-        domain_counts: int64 [K], how many samples must be of each domain. record: goes into the decision's file.
+        counts: of so many samples how many must be of each domain; most: how many can be. record: goes into the
+        decision's file.
         """
-        count = phase.steps * run.global_batch
         if phase.decides:
-            self.picks = self._ask(run, phase, count, domain_counts, record)
-        order = generator(run.seed, "picks order", phase.index)
-        ids = self.picks if len(self.picks) == count else np.resize(self.picks, count)
-        if not (self.selector.keep_order and phase.decides):
-            ids = order.permutation(ids)
-        return Plan(ids, np.full(count, 1.0 / len(np.unique(self.picks))))
+            return self._decide(run, phase, counts, most, record)
+        rows = np.resize(np.arange(self._picked.rows), phase.steps * run.global_batch)
+        return self._picked.take(generator(run.seed, "picks order", phase.index).permutation(rows))
+
+    @property
+    def _picked(self) -> Plan:
+        return Plan(self.picks, _evenly(self.picks), self.starts)
 
     def _warmup(self, run: Run, phase: Phase) -> Plan:
         """Random samples as in static training of the same seed, unless the selector has a warm-up of its own."""
         if type(self.selector).warmup is Selector.warmup:
             return uniform_plan(run, phase, "epoch")
-        count = phase.steps * run.global_batch
-        answer = self.selector.warmup(count, replacement=count > len(run.pool))
-        ids = check_sample_ids(
-            dist.broadcast_object(answer),
-            pool_size=len(run.pool),
-            asked=count,
-            replacement=True,
-            source=f"selector '{self.name}' (warmup)",
-        )
-        return Plan(ids, np.full(count, 1.0 / len(run.pool)))
 
-    def _ask(self, run: Run, phase: Phase, count: int, domain_counts: Ids | None, record: dict[str, Any]) -> Ids:
+        def ask(count: int) -> Plan:
+            ids = check_sample_ids(
+                dist.broadcast_object(self.selector.warmup(count, replacement=count > len(run.pool))),
+                pool_size=len(run.pool),
+                asked=count,
+                replacement=True,
+                source=f"selector '{self.name}' (warmup)",
+            )
+            return Plan(ids, np.full(count, 1.0 / len(run.pool)))
+
+        keeps = self.selector.keep_order
+        return drawn(run.packing, ask, phase.steps * run.global_batch, keeps_order=keeps, asks=ASKS, enough=ENOUGH)
+
+    def _decide(
+        self, run: Run, phase: Phase, counts: DomainCounts | None, most: int | None, record: dict[str, Any]
+    ) -> Plan:
+        """Ask the selector, for as many samples as the phase holds, and write down what it decided."""
+        selector, answers = self.selector, dict[int, Any]()
+
+        def ask(count: int) -> Plan:
+            picks = self._ask(run, phase, count, None if counts is None else counts(count))
+            answers[count] = picks, selector.metric, selector.scored
+            if selector.keep_order:
+                return Plan(picks, _evenly(picks))
+            order = generator(run.seed, "picks order", phase.index).permutation(count)
+            return Plan(picks[order], _evenly(picks))
+
+        rows = phase.steps * run.global_batch
+        if most is None and not selector.replacement:
+            most = len(run.pool)
+        if run.packing is not None and most is not None and most < rows:
+            raise UserError(
+                f"selector '{self.name}' at step {run.step}: {rows:,} packs are to be filled, and in the mixer's "
+                f"proportions only {max(0, most):,} samples can be picked without replacement; lower update_step"
+            )
+        how = {"keeps_order": selector.keep_order, "asks": ASKS, "enough": ENOUGH}
+        plan = drawn(run.packing, ask, rows, most, **how)
+        picks, selector.metric, selector.scored = answers[len(plan.sample_ids)]
+        selector.forget()
+        self.picks, self.starts = (picks, None) if plan.starts is None else (plan.sample_ids, plan.starts)
+        write_table(run, self.name, selector, picks)
+        write_decision(run, self.name, {"indices": picks.tolist(), "metric": selector.metric, **record})
+        packs = "" if run.packing is None else f", {plan.rows:,} packs {run.packing.fill(plan):.1%} full"
+        said = f"picked {len(picks):,} of {len(run.pool):,} samples{packs}: {shares(run, picks)}"
+        logger.info(f"step {run.step}: {self.name} {said}")
+        return plan
+
+    def _ask(self, run: Run, phase: Phase, count: int, domain_counts: Ids | None) -> Ids:
+        """The selector's answer, checked: int64 [count]."""
         source = f"selector '{self.name}' at step {run.step}"
         wanted = {} if domain_counts is None else {"domain_counts": domain_counts}
         if domain_counts is not None:
@@ -97,9 +147,6 @@ class SelectPlanner(Planner):
             got = np.bincount(run.pool.domain_ids[picks], minlength=len(domain_counts))
             if (got != domain_counts).any():
                 raise UserError(f"{source}: expected {domain_counts.tolist()} samples by domain, got {got.tolist()}")
-        write_table(run, self.name, self.selector, picks)
-        write_decision(run, self.name, {"indices": picks.tolist(), "metric": self.selector.metric, **record})
-        logger.info(f"step {run.step}: {self.name} picked {count:,} of {len(run.pool):,} samples: {shares(run, picks)}")
         return picks
 
     def _check_room(self, run: Run, domain_counts: Ids, source: str) -> None:
@@ -118,11 +165,18 @@ class SelectPlanner(Planner):
         return f"SelectPlanner {self.name}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"picks": self.picks, "selector": self.selector.state_dict()}
+        rows = {} if self.starts is None else {"starts": self.starts}
+        return {"picks": self.picks, **rows, "selector": self.selector.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.picks = np.asarray(state["picks"], dtype=np.int64)
+        self.starts = np.asarray(state["starts"], dtype=np.int64) if "starts" in state else None
         self.selector.load_state_dict(state["selector"])
+
+
+def _evenly(picks: Ids) -> Floats:
+    """The probability of each pick, float64 [n]: that of any one of the samples picked."""
+    return np.full(len(picks), 1.0 / max(1, len(np.unique(picks))))
 
 
 def shares(run: Run, picks: Ids) -> str:

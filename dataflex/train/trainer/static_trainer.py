@@ -1,4 +1,4 @@
-"""Static training: every sample once per epoch, in random order."""
+"""Static training: every sample, or every pack of them, once per epoch, in random order."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from dataflex.core.plan import Phase, Plan, epoch_stream
 def uniform_plan(run: Run, phase: Phase, purpose: str) -> Plan:
     """The phase's part of the endless stream of permutations of the pool."""
     start, count = phase.start * run.global_batch, phase.steps * run.global_batch
+    if run.packing is not None:
+        return run.packing.pool.take(epoch_stream(run.packing.pool.rows, run.seed, purpose, start, count))
     ids = epoch_stream(len(run.pool), run.seed, purpose, start, count)
     return Plan(ids, np.full(count, 1.0 / len(run.pool)))
 

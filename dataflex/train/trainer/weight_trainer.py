@@ -31,7 +31,7 @@ class WeightHook(Weigher):
 
     def on_train_start(self, run: Run) -> None:
         """UserError where the samples' own weights would be lost in a weighter's one loss."""
-        if self.weighter.relative and run.micro_batch * run.world_size == 1:
+        if self.weighter.relative and run.packing is None and run.micro_batch * run.world_size == 1:
             logger.warning(
                 f"weighter '{self.name}': the global micro-batch is one sample, so its weight is always 1; raise "
                 "per_device_train_batch_size"

@@ -14,8 +14,7 @@ from dataflex.core.registry import register_weighter
 from dataflex.ops import shift_labels
 from dataflex.scoring.passes.embed_pass import POOLINGS, LastHidden, counted_positions, embeddings, pooled
 from dataflex.scoring.scorer import Scorer
-from dataflex.train.weighter.base_weighter import SampleWeighter
-from dataflex.utils import dist
+from dataflex.train.weighter.base_weighter import SampleWeighter, everywhere
 from dataflex.utils.errors import UserError, nearest
 
 SIMILARITIES = ("mean", "max")
@@ -129,9 +128,8 @@ class AdaptWeighter(SampleWeighter):
         scores = similarities(states, self.anchors)
         if self.weight == "sigmoid":
             return sigmoid_weights(scores, self.temperature)
-        weights = softmax_weights(dist.all_gather(scores), self.temperature)
-        mine = len(losses) * dist.rank()
-        return weights[mine : mine + len(losses)]
+        whole, mine = everywhere(scores, ctx)
+        return softmax_weights(whole, self.temperature)[mine]
 
     def state_dict(self) -> dict[str, Any]:
         return {"anchors": None if self.anchors is None else self.anchors.cpu(), "refreshed": self.refreshed}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dataflex.forward.counted import Counted
 from dataflex.forward.losses import losses_of
 from dataflex.ops import shift_labels
+from dataflex.utils import dist
 from dataflex.utils.errors import UserError, nearest
 
 
@@ -86,6 +87,19 @@ class Weighter(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (optional to override)
         """Take back what `state_dict` returned."""
+
+
+def everywhere(values: Tensor, ctx: Any) -> tuple[Tensor, slice]:
+    """The values [n] of the samples of the global micro-batch, in the order of ranks, and which are this rank's.
+
+    values: of this rank's samples [B]. ctx: as weighters are given it. Packed, ranks have different numbers of samples.
+    """
+    if getattr(ctx, "packing", None) is None:
+        first, whole = len(values) * dist.rank(), dist.all_gather(values)
+    else:
+        parts = dist.all_gather_uneven(values)
+        first, whole = sum(len(part) for part in parts[: dist.rank()]), torch.cat(parts)
+    return whole, slice(first, first + len(values))
 
 
 class SampleWeighter(Weighter):

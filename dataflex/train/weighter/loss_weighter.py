@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from dataflex.core.registry import register_weighter
-from dataflex.train.weighter.base_weighter import SampleWeighter
-from dataflex.utils import dist
+from dataflex.train.weighter.base_weighter import SampleWeighter, everywhere
 from dataflex.utils.errors import UserError, nearest
 
 STRATEGIES = ("linupper", "uniform", "quadratic", "extremes")
@@ -73,7 +72,5 @@ class LossWeighter(SampleWeighter):
     def sample_weights(self, losses: Tensor, *, ctx: Any, model: Any, inputs: Any) -> Tensor:
         progress = (ctx.step - self.warmup_step) / max(1, ctx.total_steps - self.warmup_step)
         r = annealed(self.r_start, self.r_end, progress)
-        everywhere = dist.all_gather(losses)
-        weights = loss_weights(everywhere, strategy=self.strategy, delta=self.delta, r=r)
-        mine = len(losses) * dist.rank()
-        return weights[mine : mine + len(losses)]
+        whole, mine = everywhere(losses, ctx)
+        return loss_weights(whole, strategy=self.strategy, delta=self.delta, r=r)[mine]
