@@ -1,6 +1,6 @@
 """The config: frozen sections, one per room of the package. A flat YAML key belongs to exactly one section.
 
-Units: *_steps, *_step count optimizer steps; batch sizes count samples per process; cutoff_len counts tokens.
+Units: *_steps, *_step count optimizer steps; batch sizes count samples (or packs) per process; cutoff_len tokens.
 Keys and defaults follow LLaMA-Factory and transformers where they have the key.
 """
 

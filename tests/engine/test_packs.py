@@ -111,12 +111,13 @@ RUNS: dict[str, dict[str, Any]] = {
 
 def every_run(folder: str) -> dict[str, Any]:
     """{run: its steps, schedule and end}, and a run that is stopped inside a phase and goes on."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, keys in RUNS.items():
         engine, watch = build(Path(folder) / name, **keys)
         phases = [[phase.start, phase.steps] for phase in engine.run.schedule.phases]
         end = train(engine)
         found[name] = {"steps": watch.steps, "phases": phases, "end": end, "packs": engine.run.packing.pool.rows}
+    found["trial"] = engine.trial_step()
     place = Path(folder) / "again"
     first, before = build(place, **RUNS["both"])
     train(first, 4)
@@ -163,6 +164,7 @@ def test_a_pass_is_its_packs(runs: Any) -> None:
     assert sum(len(sample["input_ids"]) for sample in samples()) == 613
     assert found["packs"] == 14, "13 rows of 48 would hold as many tokens, if samples could be cut"
     assert found["phases"] == [[0, 4], [4, 3]], "two passes of 14 packs in steps of 4 are 7 steps"
+    assert runs[1][1]["trial"] > 0
     ids = [i for step in found["steps"] for i in step["ids"]]
     assert np.bincount(ids, minlength=41).tolist() == [2] * 41, "every sample twice"
 
