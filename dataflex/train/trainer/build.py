@@ -63,10 +63,7 @@ def attach(
     workers: int = 0,
     packing: Packing | None = None,
 ) -> DataflexEngine:
-    """Tie the components named in ``cfg.flex`` to an existing DeepSpeed engine; they must be registered.
-
-    packing: of `packing_of`; the collator then packs as well.
-    """
+    """Tie the components named in ``cfg.flex``, which are registered, to a DeepSpeed engine. packing: of `packing_of`."""
     if getattr(getattr(engine.module, "config", None), "use_cache", False):
         engine.module.config.use_cache = False
     engine.train()
@@ -76,9 +73,7 @@ def attach(
         check_model(engine, collator([sample]))
     check_packing(engine, collator, sample)
     run = _make_run(engine, cfg, pool, packing)
-    trained = run.micro_batch * (pool.longest if packing is None else packing.capacity)
-    budget = cfg.flex.scoring_batch_tokens or trained
-    longest = max(budget, trained)
+    budget, longest = _batch_tokens(cfg, run)
     head_of = partial(_open_head, cfg.train.fused_head, engine, collator([sample]), longest)
     fused = head_of(engine.module, release=partial(release_gathered, engine))
     scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names), Forward(fused))
@@ -106,6 +101,13 @@ def attach(
     wrapped = DataflexEngine(engine, run, loop, scorer, eval_pool, cfg.train.per_device_eval_batch_size)
     run.engine = wrapped
     return wrapped
+
+
+def _batch_tokens(cfg: Config, run: Run) -> tuple[int, int]:
+    """Tokens that a scoring batch may have, and those of the longest batch of any kind."""
+    trained = run.micro_batch * (run.pool.longest if run.packing is None else run.packing.capacity)
+    budget = cfg.flex.scoring_batch_tokens or trained
+    return budget, max(budget, trained)
 
 
 def _open_head(

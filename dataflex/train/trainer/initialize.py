@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dataflex.config import Config, deepspeed_json, load_config
+from dataflex.config.packing import shares_rows
 from dataflex.core.hook import Hook
 from dataflex.data.encoding.collate import Collator
 from dataflex.data.pool import Pool
@@ -67,19 +68,16 @@ def initialize(
     load_components(cfg.flex.component_modules)
     if cfg.output.output_dir:
         _make_folder(Path(cfg.output.output_dir))
-    packing, collator = packing_of(cfg, pool), data_collator
-    if collator is None:
-        collator = Collator(_pad_token(tokenizer), packing=packing is not None, cutoff_len=cfg.data.cutoff_len)
     return attach(
         engine if engine is not None else _make_engine(model, config, model_parameters, deepspeed_arguments),
         cfg=cfg,
         pool=pool,
         eval_pool=eval_pool,
         mixer_eval_pool=_pool(mixer_eval_dataset, "mixer_eval_dataset"),
-        collator=collator,
+        collator=data_collator or Collator(_pad_token(tokenizer), shares_rows(cfg), cfg.data.cutoff_len),
         tokenizer=tokenizer,
         hooks=hooks,
-        packing=packing,
+        packing=packing_of(cfg, pool),
     )
 
 
