@@ -13,7 +13,7 @@ import torch
 import dataflex
 from dataflex.config import load_config
 from dataflex.core.hook import Hook
-from dataflex.data.collate import Collator
+from dataflex.data.encoding.collate import Collator
 from dataflex.data.pool import Pool
 from dataflex.forward.split import split_batch
 from dataflex.ops import per_sample_loss

@@ -63,7 +63,7 @@ def attach(
     workers: int = 0,
     packing: Packing | None = None,
 ) -> DataflexEngine:
-    """Tie the components named in ``cfg.flex``, which are registered, to a DeepSpeed engine. packing: of `packing_of`."""
+    """Tie the components named in ``cfg.flex``, registered ones, to a DeepSpeed engine. packing: of `packing_of`."""
     if getattr(getattr(engine.module, "config", None), "use_cache", False):
         engine.module.config.use_cache = False
     engine.train()

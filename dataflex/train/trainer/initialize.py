@@ -48,9 +48,8 @@ def initialize(
     the schedule (train_type, component_name, update_step, ...), ``seed``, ``num_train_epochs`` and ``output_dir``;
     without it, the block ``"dataflex"`` of the DeepSpeed config. train_dataset, eval_dataset, mixer_eval_dataset:
     map-style datasets of dicts with ``input_ids`` and ``labels``, or {domain name: dataset}. data_collator: list of
-    samples to a batch of tensors, one row per sample; default: right padding with the tokenizer's pad token, or with
-    ``packing`` rows of up to ``cutoff_len`` tokens (one of your own says with ``cu_seqlens`` where samples end). hooks:
-    further hooks, called after dataflex's own.
+    samples to a batch of tensors, one row per sample or ``cu_seqlens``; default: right padding with the tokenizer's pad
+    token, or with ``packing`` packs of ``cutoff_len``. hooks: further hooks, called after dataflex's own.
 
     The whole model is put in train mode here and at each step, as transformers' Trainer does: a module that shall stay
     in eval mode overrides its ``train``. ``model.config.use_cache`` is False from here on: set it before generation.
@@ -66,10 +65,10 @@ def initialize(
         folder = Path(where).parent if os.path.isfile(where) else None
         cfg, config = _settings(config, where, dataflex, folder)
     load_components(cfg.flex.component_modules)
-    if cfg.output.output_dir:
-        _make_folder(Path(cfg.output.output_dir))
+    _make_folder(cfg.output.output_dir)
     return attach(
-        engine if engine is not None else _make_engine(model, config, model_parameters, deepspeed_arguments),
+        packing=packing_of(cfg, pool),
+        engine=engine if engine is not None else _make_engine(model, config, model_parameters, deepspeed_arguments),
         cfg=cfg,
         pool=pool,
         eval_pool=eval_pool,
@@ -77,7 +76,6 @@ def initialize(
         collator=data_collator or Collator(_pad_token(tokenizer), shares_rows(cfg), cfg.data.cutoff_len),
         tokenizer=tokenizer,
         hooks=hooks,
-        packing=packing_of(cfg, pool),
     )
 
 
@@ -196,8 +194,9 @@ def _autos(config: Mapping[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _make_folder(folder: Path) -> None:
-    """What is decided and weighed is written there; a collective."""
+def _make_folder(output_dir: str) -> None:
+    """What is decided and weighed is written there, if it is named; a collective."""
+    folder = Path(output_dir)
 
     def make() -> None:
         try:
@@ -205,7 +204,8 @@ def _make_folder(folder: Path) -> None:
         except OSError as exc:
             raise UserError(f"output_dir: cannot write to '{folder}': {exc.strerror or exc}") from exc
 
-    dist.together(make)
+    if output_dir:
+        dist.together(make)
 
 
 def _pad_token(tokenizer: Any) -> int:
