@@ -115,6 +115,7 @@ def refusals(folder: Path) -> dict[str, str]:
     said = {
         "seed": message(lambda: build(seed=1).load_checkpoint(zero3)),
         "pool": message(lambda: build(samples=tiny.samples(40, seed=10)).load_checkpoint(zero3)),
+        "packing": message(lambda: build(packing=True).load_checkpoint(zero3)),
         "micro_batch": message(lambda: build(micro=1).load_checkpoint(zero3)),
         "accumulation": message(lambda: build(accumulation=1).load_checkpoint(zero3)),
         "zero_stage": message(lambda: build(2).load_checkpoint(zero3)),
@@ -205,6 +206,7 @@ def test_a_resume_in_mid_phase_is_bit_identical(kind: str, stage: int, world_siz
 REFUSALS = {
     "seed": "the checkpoint has seed 42, this run has 1; resume with the configuration that it was made with",
     "pool": "the checkpoint has pool ",
+    "packing": "the checkpoint has packing None, this run has rows of 2048 tokens",
     "micro_batch": "full3/checkpoint-4: the checkpoint has a global batch of ",
     "accumulation": "full3/checkpoint-4: the checkpoint has a global batch of ",
     "zero_stage": "the checkpoint has zero_stage 3, this run has 2",

@@ -132,4 +132,4 @@ def test_a_selector_that_does_not_heed_the_counts_is_found_out() -> None:
     counts = np.zeros(len(run.pool.domain_names), dtype=np.int64)
     counts[-1] = count
     with pytest.raises(UserError, match="samples by domain, got|without replacement, it has"):
-        planner.draw(run, phase, counts)
+        planner.draw(run, phase, lambda asked: counts)

@@ -66,7 +66,7 @@ def planned(made: MixPlanner) -> MixPlanner:
 
 
 def picked(made: SelectPlanner) -> SelectPlanner:
-    made.picks = np.array([4, 1, 3])
+    made.picks, made.starts = np.array([4, 1, 3]), np.array([0, 2, 3])
     return made
 
 
@@ -77,7 +77,7 @@ def anchored(made: AdaptWeighter) -> AdaptWeighter:
 
 def logged(made: LogHook) -> LogHook:
     made.history, made._losses = [{"current_steps": 3, "loss": 2.0}], [1.5, 2.5]
-    made._sum, made._steps, made.clock.scored = 9.0, 4, 11
+    made._sum, made._steps, made._samples, made.clock.scored = 9.0, 4, 24, 11
     made.clock._seconds["score"] = 2.0
     return made
 
