@@ -106,7 +106,7 @@ class Packing:
         *,
         keeps_order: bool = False,
         asks: int = 24,
-        enough: float = 1.0,
+        enough: float = 0.995,
     ) -> Plan:
         """Exactly ``rows`` rows, of about as many samples as fit into them.
 
