@@ -14,6 +14,7 @@ import torch
 
 from dataflex.config import load_config
 from dataflex.config.weighting import WeightingSection
+from dataflex.core.packing import Packing
 from dataflex.core.weights import StaticWeights
 from dataflex.data.pool import Pool
 from dataflex.train.trainer.weight_trainer import WeightHook, WeightLog, collapsed
@@ -178,12 +179,16 @@ def test_a_collapse_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 
 def test_one_sample_in_the_global_micro_batch_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    run = SimpleNamespace(micro_batch=1, world_size=1)
+    run = SimpleNamespace(micro_batch=1, world_size=1, packing=None)
     with caplog.at_level(logging.WARNING, "dataflex"):
         WeightHook(LossWeighter("uniform"), "u", 0).on_train_start(run)  # type: ignore[arg-type]
         assert not caplog.text
         WeightHook(LossWeighter("extremes"), "e", 0).on_train_start(run)  # type: ignore[arg-type]
     assert "weighter 'e': the global micro-batch is one sample, so its weight is always 1" in caplog.text
+    caplog.clear()
+    run.packing = Packing(np.full(4, 3), 6)
+    WeightHook(LossWeighter("extremes"), "e", 0).on_train_start(run)  # type: ignore[arg-type]
+    assert not caplog.text, "a pack holds several"
 
 
 def test_extremes_lowers_the_weight_of_shuffled_labels() -> None:
