@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ SEED, PROJ_DIM, VOCABULARY, RANK = 0, 8192, 8192, 8
 
 class Nothing:
     """A sink that drops what it is given: what the taps alone cost."""
+
+    def at_hand(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def outer(self, name: str, row: Tensor, col: Tensor, per_token: int = 1) -> None: ...
 
