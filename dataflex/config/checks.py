@@ -19,6 +19,12 @@ from dataflex.utils.errors import UserError, nearest
 from dataflex.utils.files import names_in
 
 WEEK_S = 7 * 24 * 3600
+# Keys of the optimizer and the schedule that are made here, where the DeepSpeed config has none.
+_OF_OUR_OPTIMIZER = {
+    "layer_lr_multipliers": "optimizer",
+    "loraplus_lr_ratio": "optimizer",
+    "lr_scheduler_kwargs": "scheduler",
+}
 
 
 class Problem(NamedTuple):
@@ -81,6 +87,8 @@ def _train(cfg: Config) -> Iterator[Problem]:
     train = cfg.train
     if train.bf16 and train.fp16:
         yield Problem(("fp16", "bf16"), "cannot be used together with bf16; keep one of them")
+    if train.loraplus_lr_ratio is not None and cfg.method.finetuning_type != "lora":
+        yield Problem(("loraplus_lr_ratio", "finetuning_type"), "needs finetuning_type: lora")
     if train.adam_beta2 == 0 and train.optim.startswith("adamw"):
         yield Problem(("adam_beta2",), "expected a number > 0, got 0")
 
@@ -89,9 +97,11 @@ def _deepspeed(cfg: Config) -> Iterator[Problem]:
     value = cfg.train.deepspeed
     if value is None:
         return
-    if cfg.train.layer_lr_multipliers is not None and "optimizer" in _deepspeed_keys(cfg):
-        text = "has no effect where the DeepSpeed config has an optimizer of its own; drop one of them"
-        yield Problem(("layer_lr_multipliers", "deepspeed"), text)
+    for key, own in _OF_OUR_OPTIMIZER.items():
+        if getattr(cfg.train, key) is not None and own in _deepspeed_keys(cfg):
+            article = "an" if own == "optimizer" else "a"
+            text = f"has no effect where the DeepSpeed config has {article} {own} of its own; drop one of them"
+            yield Problem((key, "deepspeed"), text)
     keys = ("deepspeed", *deepspeed_json.SAME_AS_YAML.values())
     try:
         config = cfg.train.deepspeed_config()

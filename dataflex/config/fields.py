@@ -222,6 +222,12 @@ def _to_params(value: Any) -> dict[str, dict[str, Any]]:
     return {key: {str(name): param for name, param in params.items()} for key, params in value.items()}
 
 
+def _to_options(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected a mapping such as {{min_lr: 1.0e-6}}, got {shown(value)}")
+    return {to_text(name): option for name, option in value.items()}
+
+
 def _to_deepspeed(value: Any) -> str | dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else to_path(value)
 
@@ -262,6 +268,7 @@ Proportions = Annotated[tuple[float, ...] | None, check(_to_proportions)]
 ValSize = Annotated[float, check(_to_val_size)]
 Layers = Annotated[int, check(_to_layers)]
 Components = Annotated[str | dict[str, str] | None, check(_to_components)]
+SchedulerOptions = Annotated[dict[str, Any] | None, check(_to_options)]
 ComponentParams = Annotated[dict[str, dict[str, Any]] | None, check(_to_params)]
 DeepSpeedConfig = Annotated[str | dict[str, Any] | None, check(_to_deepspeed)]
 Resume = Annotated[str | bool | None, check(_to_resume)]

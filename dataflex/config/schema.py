@@ -11,14 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from dataflex.config import deepspeed_json
 from dataflex.config.fields import (
     AboveZero,
     ComponentParams,
     Components,
     Count,
-    DeepSpeedConfig,
-    Epochs,
     Flag,
     Layers,
     LongText,
@@ -34,32 +31,29 @@ from dataflex.config.fields import (
     Proportions,
     Report,
     Resume,
-    Seconds,
-    Seed,
-    Share,
     ShareBelowOne,
     Text,
     ValSize,
-    Weights,
     choice,
     choices,
 )
 from dataflex.config.score_section import ScoreSection
 from dataflex.config.section import Section
+from dataflex.config.train_section import TrainSection
 from dataflex.config.weighting import WeightingSection
 
 Kind = Literal["select", "mix", "weight"]
 KINDS: tuple[Kind, ...] = ("select", "mix", "weight")
-SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
 class ModelSection(Section):
-    """Which weights to start from."""
+    """Which weights to start from. model_revision, cache_dir: of the Hub and of what is downloaded from there."""
 
     model_name_or_path: Text = ""
     adapter_name_or_path: OptionalText = None
     trust_remote_code: Flag = False
+    model_revision: Text = "main"
+    cache_dir: OptionalText = None
     train_from_scratch: Flag = False
     flash_attn: Annotated[
         Literal["auto", "disabled", "sdpa", "fa2"],
@@ -77,6 +71,7 @@ class MethodSection(Section):
     lora_rank: Positive = 8
     lora_alpha: OptionalPositive = None
     lora_dropout: ShareBelowOne = 0.0
+    use_rslora: Flag = False
     lora_target: Names = ("all",)
     additional_target: Names = ()
     freeze_trainable_layers: Layers = 2
@@ -106,6 +101,7 @@ class DataSection(Section):
     eval_dataset: Names = ()
     dataset_dir: Text = "data"
     template: OptionalText = None
+    default_system: LongText = None
     enable_thinking: Flag = True
     cutoff_len: Positive = 2048
     max_samples: OptionalPositive = None
@@ -121,40 +117,6 @@ class DataSection(Section):
     preprocessing_num_workers: OptionalPositive = None
     dataloader_num_workers: Count = 0
     sample_weight: LongText = None
-
-
-class TrainSection(Section):
-    """How it is trained. ``learning_rate`` etc. fill the "auto" values of the DeepSpeed config."""
-
-    per_device_train_batch_size: Positive = 8
-    gradient_accumulation_steps: Positive = 1
-    per_device_eval_batch_size: Positive = 8
-    learning_rate: NotNegative = 5e-5
-    lr_scheduler_type: Annotated[str, choice(*SCHEDULERS)] = "linear"
-    warmup_ratio: Share = 0.0
-    warmup_steps: Count = 0
-    num_train_epochs: Epochs = 3.0
-    max_steps: PositiveOrOff = -1
-    bf16: Flag = False
-    fp16: Flag = False
-    seed: Seed = 42
-    optim: Annotated[str, choice(*OPTIMIZERS, adamw_hf="adamw_torch", adamw="adamw_torch")] = "adamw_torch"
-    adam_beta1: ShareBelowOne = 0.9
-    adam_beta2: ShareBelowOne = 0.999
-    adam_epsilon: AboveZero = 1e-8
-    weight_decay: NotNegative = 0.0
-    max_grad_norm: NotNegative = 1.0
-    deepspeed: DeepSpeedConfig = None
-    ddp_timeout: Seconds = 1800
-    group_by_length: Flag = False
-    layer_lr_multipliers: Weights = None
-    fused_head: Annotated[Literal["auto", "on", "off"], choice("auto", "on", "off")] = "auto"
-    nonfinite: Annotated[Literal["stop", "skip"], choice("stop", "skip")] = "stop"
-    nonfinite_limit: Positive = 10
-
-    def deepspeed_config(self) -> dict[str, Any]:
-        """The DeepSpeed config as a new dict ("auto" values as they are); empty where none is named."""
-        return deepspeed_json.read(self.deepspeed)
 
 
 class OutputSection(Section):

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dataflex.utils.errors import UserError, nearest
+from dataflex.utils.errors import UserError, brief, nearest
 
 if TYPE_CHECKING:
-    from dataflex.config.schema import TrainSection
+    from dataflex.config.train_section import TrainSection
 
 
 def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:
     """AdamW or SGD over the trained parameters; biases and norm weights are not decayed.
 
-    Each product of ``layer_lr_multipliers`` is a parameter group with its own learning rate; 1 comes first.
+    Each product of ``layer_lr_multipliers`` and ``loraplus_lr_ratio`` (LoRA+, arXiv 2402.12354: of all B) is a
+    parameter group with its own learning rate; 1 comes first.
     """
     spared = {
         id(p)
@@ -28,6 +29,9 @@ def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimiz
     }
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     factors = lr_multipliers(list(trained), train.layer_lr_multipliers or {})
+    for name in factors:
+        if ".lora_B." in name:
+            factors[name] *= train.loraplus_lr_ratio or 1.0
     groups = []
     for factor in sorted(set(factors.values()), key=lambda f: (f != 1.0, f)):
         mine = [p for name, p in trained.items() if factors[name] == factor]
@@ -84,12 +88,25 @@ def warmup_steps(train: TrainSection, total_steps: int) -> int:
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, total_steps: int) -> Any:
-    """The named schedule of transformers over ``total_steps`` optimizer steps."""
+    """The named schedule of transformers over ``total_steps`` optimizer steps.
+
+    UserError for options that it does not take. Of the steps after the warm-up of ``warmup_stable_decay``, a third is
+    stable where its options do not say it, as in LLaMA-Factory.
+    """
     from transformers import get_scheduler
 
-    return get_scheduler(
-        train.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=warmup_steps(train, total_steps),
-        num_training_steps=total_steps,
-    )
+    name, warmup = train.lr_scheduler_type, warmup_steps(train, total_steps)
+    options = dict(train.lr_scheduler_kwargs or {})
+    if name == "warmup_stable_decay":
+        after = total_steps - warmup
+        options.setdefault("num_decay_steps", after - options.get("num_stable_steps", after // 3))
+    try:
+        return get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=options,
+        )
+    except (TypeError, ValueError) as exc:
+        raise UserError(f"lr_scheduler_kwargs: {name} does not take {options}: {brief(exc)}") from exc

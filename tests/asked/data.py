@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from transformers import AutoTokenizer
+
 from dataflex.data import load
 from dataflex.driver import setup
 from dataflex.engine.models.model import load_tokenizer
@@ -16,7 +18,6 @@ from tests.asked.table import Build, Built, Row
 def read(build: Build, workspace: Path) -> Built:
     """The data of a build; ``engine`` is what tokenising it was called with."""
     cfg = build.config(workspace)
-    tokenizer = load_tokenizer(cfg)
     called: dict[str, Any] = {}
 
     def tokenise(rows: Any, encoder: Any, name: str, workers: int | None, folder: Path) -> Any:
@@ -28,6 +29,14 @@ def read(build: Build, workspace: Path) -> Built:
         return kept(fingerprint, make, overwrite=overwrite)
 
     made, kept = load.tokenise, load.cached
+
+    def loaded(source: str, **options: Any) -> Any:
+        called["hub"] = options
+        return read_it(source, **options)
+
+    read_it = AutoTokenizer.from_pretrained
+    with mock.patch.object(AutoTokenizer, "from_pretrained", loaded):
+        tokenizer = load_tokenizer(cfg)
     with mock.patch.object(load, "tokenise", tokenise), mock.patch.object(load, "cached", cached):
         data = load.load_data(cfg, tokenizer)
     inputs = setup.Inputs(cfg, tokenizer, None, data, None, None)  # type: ignore[arg-type]
@@ -70,6 +79,8 @@ TEXT = Build(
         Row("train_on_prompt", True, lambda b: text(b, part="labels"), ONE),
         Row("preprocessing_num_workers", 3, lambda b: b.engine["workers"], 3),
         Row("overwrite_cache", True, lambda b: b.engine["overwrite"], True),
+        Row("model_revision", "v2", lambda b: b.engine["hub"]["revision"], "v2"),
+        Row("cache_dir", "hub", lambda b: b.engine["hub"]["cache_dir"], "hub"),
     ),
 )
 # Tokens of the two answers are b c end, e f g end; the column has 1 to 7 for them; f to g counts three times.
@@ -136,7 +147,15 @@ NEAT = Build(
 )
 QUIET = Build(
     "quiet",
-    (Row("enable_thinking", False, lambda b: text(b, part="labels"), "aaa<|im_end|>"),),
+    (
+        Row("enable_thinking", False, lambda b: text(b, part="labels"), "aaa<|im_end|>"),
+        Row(
+            "default_system",
+            "Be brief.",
+            lambda b: text(b).partition("<|im_start|>user")[0],
+            "<|im_start|>system\nBe brief.<|im_end|>\n",
+        ),
+    ),
     {"dataset_dir": "data2", "dataset": ["short"], "template": "qwen3"},
 )
 STREAM = Build(

@@ -106,6 +106,27 @@ _LORA: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def rates_of_lora(b: Built) -> dict[str, list[float]]:
+    """The learning rates of LoRA's A, of its B, and of what is trained whole."""
+    found: dict[str, set[float]] = {"lora_A": set(), "lora_B": set(), "whole": set()}
+    for name, rate in of_groups(b, "initial_lr").items():
+        found[next((part for part in ("lora_A", "lora_B") if part in name), "whole")].add(rate)
+    return {part: sorted(rates) for part, rates in found.items()}
+
+
+def noise(b: Built) -> list[Any]:
+    """Of the embeddings of four tokens: whether noise is on them in train mode, and within its bound; then in eval."""
+    table = b.engine.module.get_input_embeddings()
+    plain = table.weight.detach()[:4]
+    bound = 6.0 / (4 * plain.shape[1]) ** 0.5
+    with torch.random.fork_rng(devices=[]):
+        size = float((table(torch.arange(4)[None])[0].detach() - plain).abs().max())
+    table.eval()
+    quiet = float((table(torch.arange(4)[None])[0].detach() - plain).abs().max())
+    table.train()
+    return [bound / 2 < size, size <= bound * (1 + 1e-6), quiet]
+
+
 def adapted(b: Built) -> list[str]:
     return sorted({name.split(".lora_A")[0].rsplit(".", 1)[-1] for name in parameters(b) if ".lora_A." in name})
 

@@ -14,11 +14,13 @@ from tests.asked.engine_facts import (
     every,
     first_values,
     lengths_apart,
+    noise,
     of_groups,
     of_lora,
     parameters,
     plan,
     rates,
+    rates_of_lora,
     recomputes,
     reentrant,
     rows_of_evaluation,
@@ -56,8 +58,9 @@ def saved(model: str, name: str) -> Callable[[Path], list[float]]:
     return values
 
 
-# 7 steps, of which 0.3 are 2.1, so that the rate rises in 3 and falls in 4: to (1 + cos(k pi / 4)) / 2 of it.
-COSINE = [0.0, 1e-3, 2e-3, 3e-3, 2.5606601717798e-3, 1.5e-3, 0.4393398282202e-3, 0.0]
+# 7 steps, of which 0.3 are 2.1, so that the rate rises in 3 and falls in 4: to (1 + cos(k pi / 8)) / 2 of it, since
+# num_cycles is a quarter, not a half.
+COSINE = [0.0, 1e-3, 2e-3, 3e-3, 2.8858192987669e-3, 2.5606601717798e-3, 2.0740251485476e-3, 1.5e-3]
 TRAINING = Build(
     "training",
     (
@@ -99,6 +102,7 @@ TRAINING = Build(
             [6e-3, 1.5e-3, 12e-3],
         ),
         Row("lr_scheduler_type", "cosine", rates, COSINE),
+        Row("lr_scheduler_kwargs", {"num_cycles": 0.25}, rates, COSINE),
         Row("warmup_ratio", 0.3, lambda b: int(np.argmax(rates(b))), 3),
         Row("max_steps", 7, lambda b: b.engine.run.total_steps, 7),
         Row("max_grad_norm", 0.37, lambda b: b.engine.gradient_clipping(), 0.37),
@@ -125,6 +129,8 @@ TRAINING = Build(
         Row("group_by_length", True, lengths_apart, True),
         Row("nonfinite", "skip", lambda b: b.engine._loop.stepper.nonfinite.policy, "skip"),
         Row("nonfinite_limit", 3, lambda b: b.engine._loop.stepper.nonfinite.limit, 3),
+        Row("neftune_noise_alpha", 6.0, noise, [True, True, 0.0]),
+        Row("tf32", True, lambda b: torch.backends.cuda.matmul.allow_tf32, True),
         Row("fused_head", "on", lambda b: b.engine._loop.stepper._losses.fused.always, True),
         Row("scoring_batch_tokens", 321, lambda b: b.engine.scorer.token_budget, 321),
     ),
@@ -139,7 +145,9 @@ LORA = Build(
             saved("other", "layers.1.mlp.up_proj.weight"),
         ),
         Row("lora_rank", 3, lambda b: of_lora(b, "rank"), [3]),
-        Row("lora_alpha", 7, lambda b: of_lora(b, "scaling"), [7 / 3]),
+        Row("lora_alpha", 7, lambda b: of_lora(b, "scaling"), [7 / 3**0.5]),
+        Row("use_rslora", True, lambda b: of_lora(b, "scaling"), [7 / 3**0.5]),
+        Row("loraplus_lr_ratio", 8.0, rates_of_lora, {"lora_A": [1e-3], "lora_B": [8e-3], "whole": [1e-3]}),
         Row("lora_dropout", 0.25, lambda b: of_lora(b, "dropout"), [0.25]),
         Row("lora_target", ["q_proj", "down_proj"], adapted, ["down_proj", "q_proj"]),
         Row(

@@ -37,7 +37,8 @@ TYPES = [
     ("flash_attn: fa9", "flash_attn: expected one of auto, disabled, sdpa, fa2, got 'fa9' (did you mean 'fa2'?)"),
     ("eval_strategy: step", "eval_strategy: expected one of no, steps, epoch, got 'step' (did you mean 'steps'?)"),
     ("lr_scheduler_type: cosin", "lr_scheduler_type: expected one of linear, cosine, cosine_with_restarts, "
-     "polynomial, constant, constant_with_warmup, got 'cosin' (did you mean 'cosine'?)"),
+     "cosine_with_min_lr, cosine_warmup_with_min_lr, polynomial, inverse_sqrt, warmup_stable_decay, constant, "
+     "constant_with_warmup, got 'cosin' (did you mean 'cosine'?)"),
     ("report_to: wandbb", "report_to: expected one of none, tensorboard, wandb, csv, comet, got 'wandbb' "
      "(did you mean 'wandb'?)"),
     ("train_type: dynamic_selct", "train_type: expected one of static, dynamic_select, dynamic_mix, "
@@ -79,6 +80,15 @@ RULES = [
     (
         "layer_lr_multipliers: {layers.0: 2}\ndeepspeed: {optimizer: {type: AdamW}}",
         "layer_lr_multipliers: has no effect where the DeepSpeed config has an optimizer of its own; drop one of them",
+    ),
+    (
+        "lr_scheduler_kwargs: {a: 1}\ndeepspeed: {scheduler: {type: WarmupLR}}",
+        "lr_scheduler_kwargs: has no effect where the DeepSpeed config has a scheduler of its own; drop one of them",
+    ),
+    ("lr_scheduler_kwargs: 3", "lr_scheduler_kwargs: expected a mapping such as {min_lr: 1.0e-6}, got 3"),
+    (
+        "finetuning_type: full\nloraplus_lr_ratio: 16",
+        "loraplus_lr_ratio: needs finetuning_type: lora",
     ),
     ("output_dir: null", "output_dir: missing, this key is required"),
     ("do_train: false", "do_train: false is not supported: dataflex-cli train only trains"),

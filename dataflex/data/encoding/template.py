@@ -35,23 +35,25 @@ class Template(Protocol):
         ...
 
 
-def get_template(name: str | None, tokenizer: Any, thinks: bool = True) -> Template:
+def get_template(name: str | None, tokenizer: Any, thinks: bool = True, system: str | None = None) -> Template:
     """The named built-in template, or the tokenizer's own chat template where ``name`` is None.
 
-    thinks: False of a model that shall answer without a thought (``enable_thinking: false``).
+    thinks: False of a model that shall answer without a thought (``enable_thinking: false``). system: the system
+    prompt of conversations that have none (``default_system``); None: the template's own, if it has one.
     """
     if name is None:
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 f"template: the tokenizer has no chat template of its own; name one of {', '.join(sorted(FORMATS))}"
             )
-        return ChatTemplate(tokenizer, thinks)
+        return ChatTemplate(tokenizer, thinks, system)
     if name not in FORMATS:
         raise UserError(
             f"template: '{name}' is not known{nearest(name, FORMATS)}; valid: {', '.join(sorted(FORMATS))}, "
             "or none for the tokenizer's chat template"
         )
-    return BuiltInTemplate(name, FORMATS[name] if thinks else without_thoughts(FORMATS[name]), tokenizer)
+    fmt = FORMATS[name] if thinks else without_thoughts(FORMATS[name])
+    return BuiltInTemplate(name, fmt if system is None else replace(fmt, default_system=system), tokenizer)
 
 
 class BuiltInTemplate:
@@ -130,11 +132,13 @@ def _fill(part: str, content: str) -> str:
 class ChatTemplate:
     """The tokenizer's own chat template (Jinja)."""
 
-    def __init__(self, tokenizer: Any, thinks: bool = True) -> None:
+    def __init__(self, tokenizer: Any, thinks: bool = True, system: str | None = None) -> None:
         self._tokenizer = tokenizer
         self._options: dict[str, Any] = {} if thinks else {"enable_thinking": False}
         self._tokens = tuple(sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}))
+        self._system = system
         source = repr(tokenizer.chat_template) + ("" if thinks else repr(self._options))
+        source += "" if system is None else f":{system}"
         self.identity = f"chat:{hashlib.sha256(source.encode()).hexdigest()}"
         self.end_of_turn = self._find_end_of_turn()
 
@@ -152,6 +156,8 @@ class ChatTemplate:
         With ``last_only`` a template that renders earlier answers differently (it drops their thoughts) is
         fine: everything before the last answer is then one prompt.
         """
+        if self._system is not None and turns[0][0] != "system":
+            turns = [("system", self._system), *turns]
         answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
         done = ""
         pairs: list[Pair] = []

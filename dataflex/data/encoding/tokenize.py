@@ -53,7 +53,8 @@ class Encoder:
     def of(cls, cfg: Config, tokenizer: Any, tokens: TokenWeights | None) -> Encoder:
         """As ``cfg`` says. tokens: the weights of tokens, where they are asked for."""
         stage, data = cfg.method.stage, cfg.data
-        template = None if stage == "pt" else get_template(data.template, tokenizer, data.enable_thinking)
+        given = (data.template, tokenizer, data.enable_thinking, data.default_system)
+        template = None if stage == "pt" else get_template(*given)
         packed = stage == "pt" and cfg.packs
         settings = Settings(stage, data.cutoff_len, data.train_on_prompt, data.mask_history, packed, tokens)
         return cls(tokenizer, template, settings)

@@ -88,7 +88,7 @@ def handover(cfg: Config, model_config: Any) -> Handover:
     generation = _generation_config(cfg)
     stops: tuple[int, ...] = ()
     if cfg.method.stage == "sft":
-        template = get_template(cfg.data.template, tokenizer, cfg.data.enable_thinking)
+        template = get_template(cfg.data.template, tokenizer, cfg.data.enable_thinking, cfg.data.default_system)
         _give_template(tokenizer, template, cfg.data.mask_history)
         stops = _stops(tokenizer, template, generation, model_config)
     if stops:
@@ -100,7 +100,8 @@ def _generation_config(cfg: Config) -> dict[str, Any] | None:
     from transformers.utils import cached_file
 
     try:
-        path = cached_file(cfg.model.model_name_or_path, GENERATION)
+        where = {"revision": cfg.model.model_revision, "cache_dir": cfg.model.cache_dir}
+        path = cached_file(cfg.model.model_name_or_path, GENERATION, **where)
     except OSError:
         return None
     assert path is not None

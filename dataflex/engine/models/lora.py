@@ -39,6 +39,7 @@ def with_lora(model: Any, cfg: Config) -> Any:
         r=method.lora_rank,
         lora_alpha=method.lora_scale_alpha,
         lora_dropout=method.lora_dropout,
+        use_rslora=method.use_rslora,
         target_modules="all-linear" if every else list(method.lora_target),
         exclude_modules=list(unfit) if every and unfit else None,
         modules_to_save=_trained_whole(model, cfg) or None,

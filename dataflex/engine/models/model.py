@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 _ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"}
 
 
+def hub_options(cfg: Config) -> dict[str, Any]:
+    """What transformers is told besides the name of what it loads."""
+    model = cfg.model
+    return {
+        "trust_remote_code": model.trust_remote_code,
+        "revision": model.model_revision,
+        "cache_dir": model.cache_dir,
+    }
+
+
 def load_tokenizer(cfg: Config) -> Any:
     """The tokenizer to train with: padding on the right, with a pad token and the new special tokens."""
     tokenizer = read_tokenizer(cfg)
@@ -39,7 +49,7 @@ def read_tokenizer(cfg: Config) -> Any:
 
     source = cfg.model.model_name_or_path
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=cfg.model.trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, **hub_options(cfg))
     except Exception as exc:  # damaged files, missing packages: transformers has many words for them
         raise UserError(f"model_name_or_path: no tokenizer at '{source}'{_no_folder(source)}: {brief(exc)}") from exc
 
@@ -56,7 +66,7 @@ def load_model_config(cfg: Config) -> Any:
 
     source = cfg.model.model_name_or_path
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=cfg.model.trust_remote_code)
+        return AutoConfig.from_pretrained(source, **hub_options(cfg))
     except Exception as exc:
         raise UserError(f"model_name_or_path: no model config at '{source}': {brief(exc)}") from exc
 
@@ -65,6 +75,8 @@ def load_model(cfg: Config, model_config: Any, tokenizer: Any) -> nn.Module:
     """The model to train, with the trained parameters marked and activation checkpointing set."""
     from transformers import AutoModelForCausalLM
 
+    if cfg.train.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.train.tf32
     dtype = torch.bfloat16 if cfg.train.bf16 else torch.float16 if cfg.train.fp16 else torch.float32
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": cfg.model.trust_remote_code}
     if cfg.model.flash_attn != "auto":
@@ -74,7 +86,7 @@ def load_model(cfg: Config, model_config: Any, tokenizer: Any) -> nn.Module:
     else:
         source = cfg.model.model_name_or_path
         try:
-            model = AutoModelForCausalLM.from_pretrained(source, config=model_config, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, config=model_config, **options | hub_options(cfg))
         except torch.OutOfMemoryError:
             raise
         except Exception as exc:
@@ -84,6 +96,8 @@ def load_model(cfg: Config, model_config: Any, tokenizer: Any) -> nn.Module:
             ) from exc
     _resize(model, len(tokenizer))
     model = _finetuned(model, cfg)
+    if cfg.train.neftune_noise_alpha is not None:
+        _add_noise(model, cfg.train.neftune_noise_alpha)
     if cfg.flex.freeze_gate:
         freeze_routers(model)
     if cfg.method.checkpoint_activations:
@@ -126,6 +140,18 @@ def _checkpoint_activations(model: Any, reentrant: bool) -> None:
     model.enable_input_require_grads()
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
+
+
+def _add_noise(model: Any, alpha: float) -> None:
+    """NEFTune (arXiv 2310.05914): uniform noise of alpha / sqrt(tokens x hidden size) on the embeddings.
+
+    Only in train mode, so that neither scores nor evaluations see it.
+    """
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    embeddings = model.get_input_embeddings()
+    embeddings.neftune_noise_alpha = alpha
+    embeddings.register_forward_hook(neftune_post_forward_hook)
 
 
 def _freeze(model: nn.Module, method: MethodSection) -> None:
