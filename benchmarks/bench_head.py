@@ -26,7 +26,8 @@ from torch import Tensor
 
 import dataflex
 from dataflex.forward import fused
-from dataflex.ops.losses.linear_sweep import Products, Sweep, Weights
+from dataflex.ops.losses.linear_products import Products
+from dataflex.ops.losses.linear_sweep import Sweep, Weights
 from dataflex.ops.losses.loss_linear import linear_losses
 from dataflex.ops.losses.loss_options import LossOptions
 

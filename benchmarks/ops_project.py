@@ -16,6 +16,7 @@ from torch import Tensor
 from dataflex.ops import Transform, project_per_sample_grad_
 from dataflex.ops.projection import project_native
 from dataflex.ops.projection import project_reference as reference
+from dataflex.ops.projection.arguments import Outputs, Treatment
 
 SAMPLES, PROJ_DIM = 16, 4096
 TRAK = "TRAK projector alone, sgd"
@@ -84,16 +85,18 @@ def features(data: Data, transform: Transform, projection: str, dtype: torch.dty
     return out
 
 
+def _only(out: Tensor) -> Outputs:
+    return Outputs(out, out.new_zeros(0), out.new_zeros(len(out), 0))
+
+
+def _treatment(data: Data, transform: Transform) -> Treatment:
+    return Treatment(data.exp_avg, data.exp_avg_sq, tuple(transform.coefficients() or ()), None, 0, 1, 2)
+
+
 def portable(data: Data, transform: Transform) -> Tensor:
     out = torch.zeros(SAMPLES, PROJ_DIM, device=data.row.device)
     scale = torch.ones(SAMPLES, device=out.device)
-    coefficients = transform.coefficients() or ()
-    where = (0, 1, 2, 0, 0)
-    moments = (data.exp_avg, data.exp_avg_sq)
-    empty = out.new_zeros(0), out.new_zeros(SAMPLES, 0)
-    reference.project_outer(
-        out, *empty, data.row, data.col, data.cu_seqlens, scale, *moments, coefficients, None, *where
-    )
+    reference.project_outer(_only(out), data.row, data.col, data.cu_seqlens, scale, _treatment(data, transform))
     return out
 
 
@@ -147,10 +150,8 @@ def chunked(data: Data) -> Tensor:
     out = torch.zeros(SAMPLES, PROJ_DIM, device=data.row.device)
     ops = project_native.native_ops(out, 0)
     assert ops is not None
-    scale, empty = torch.ones(SAMPLES, device=out.device), (out.new_zeros(0), out.new_zeros(SAMPLES, 0))
-    how = (list(ADAM.coefficients() or ()), None, 0, 1, 2, 0, 0)
-    moments = (data.exp_avg, data.exp_avg_sq)
-    project_native.chunked(ops, out, *empty, data.row, data.col, data.cu_seqlens, scale, *moments, *how)
+    scale = torch.ones(SAMPLES, device=out.device)
+    project_native.chunked(ops, _only(out), data.row, data.col, data.cu_seqlens, scale, _treatment(data, ADAM))
     return out
 
 

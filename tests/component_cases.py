@@ -133,6 +133,7 @@ _LESS_EXACT = {"scoring": "exact", "accumulate": True, "layers": ["layers"], "la
 CASES = [
     Case("selector", "less", _LESS, takes_best_scores),
     Case("selector", "less", _LESS_EXACT, takes_best_scores, "exact"),
+    Case("selector", "less_head", {"sketch_dim": 64, "proj_dim": 256}, takes_best_scores),
     Case("selector", "cluster_less", {**_LESS, "n_clusters": 6, "representatives": 2}, takes_best_clusters),
     Case("selector", "loss", {"focus": "high", "focus_weight": 3.0, "temperature": 0.5}, decides_anew),
     Case("selector", "random", {"seed": 5}, decides_anew),
@@ -162,5 +163,8 @@ CASES = [
         {"weight": "softmax", "num_anchors": 4, "refresh_step": 2, "similarity": "max", "temperature": 0.05},
         variant="softmax",
     ),
+    Case("weighter", "dft"),
+    Case("weighter", "eaft", {"alpha": 2.0, "top": 5}),
+    Case("weighter", "rho", {"share": 0.25}, prepare=with_reference),
     Case("weighter", "custom", {"strategy": "uniform"}),
 ]

@@ -183,7 +183,7 @@ def _components(cfg: Config, embedded: bool) -> Iterator[Problem]:
             for line in str(e).splitlines():
                 yield Problem((key, "component_name", "components_cfg_file", "component_modules"), line)
             continue
-        aims = {"less": "a target to select for", "adapt": "a target to compare with"}
+        aims = {"adapt": "a target to compare with", **dict.fromkeys(("less", "less_head"), "a target to select for")}
         if name in aims and not embedded and not (cfg.data.eval_dataset or cfg.data.val_size):
             text = f"{name} needs {aims[name]}: set eval_dataset (or val_size)"
             yield Problem(("component_name", "eval_dataset", "val_size"), text)
@@ -255,7 +255,7 @@ def _unused(cfg: Config) -> list[str]:
         "static_mix": {"mix"},
         "mixer_eval_dataset": {"mix"},
         "warn_domain_epochs": {"mix", "stream"},
-        "reference_model_path": {"mix"},
+        "reference_model_path": {"mix", "weight"},
         "proxy_model_name_or_path": {"mix"},
         "proxy_train_step": {"mix"},
     }

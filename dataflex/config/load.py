@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dataflex.config import checks, foreign
+from dataflex.config import checks, foreign, token_losses
 from dataflex.config.paths import settle
 from dataflex.config.schema import SECTION_OF, SECTIONS, Config
 from dataflex.config.yaml_reader import parse_yaml, read_mapping
@@ -31,6 +31,7 @@ class _Flat:
         self.errors: list[str] = []
         self.wrong: set[str] = set()
         self.notes: list[str] = []
+        self.token_losses: dict[str, Any] = {}
 
     def add(self, given: Mapping[str, Any], source: str) -> None:
         """Take the keys of one source; they replace those of an earlier source."""
@@ -54,6 +55,9 @@ class _Flat:
             return {word: value}
         if foreign.spelling(word) in SECTION_OF:
             return {foreign.spelling(word): value}
+        if word in token_losses.KEYS:
+            self.token_losses[word], self.where[word] = value, place
+            return {}
         ignored, refused = foreign.ignored(word), foreign.refused(word)
         if foreign.asks_nothing(word, value) and ignored is None:
             shown = json.dumps(value).strip('"')
@@ -80,6 +84,20 @@ class _Flat:
         if found[1]:
             self.notes.append(f"{place}: {found[1]}")
         return found[0]
+
+    def add_weighter(self) -> None:
+        """What LLaMA-Factory's keys for weighted token losses make of the other keys."""
+        try:
+            made, notes = token_losses.added(self.token_losses, self.values)
+        except ValueError as e:
+            key, text = e.args
+            self.errors.append(f"{self.where[key]}: {text}")
+            return
+        key = next((key for key in token_losses.WEIGHTERS if self.token_losses.get(key)), "")
+        for mine, value in made.items():
+            self.values[mine] = value
+            self.where.setdefault(mine, self.where[key])
+        self.notes += [f"{self.where[key]}: {text}" for key, text in notes]
 
     def _own(self, key: str, value: Any, place: str) -> None:
         self.values.pop(key, None)
@@ -123,6 +141,7 @@ def load_config(
     name = name or ("config" if path is None else str(path))
     flat.add(source if isinstance(source, Mapping) else read_mapping(Path(source), "config file"), name)
     flat.add(_parse_overrides(overrides, flat.errors), COMMAND_LINE)
+    flat.add_weighter()
     _settle_paths(flat, path.parent if path is not None else folder)
     cfg = _build(flat, path)
     for problem in checks.problems(cfg, embedded):

@@ -14,10 +14,11 @@ The loop (dataflex/engine/steps/loop.py is the only one) in pseudo-code, with ev
                 outputs = model(micro.inputs)
                 losses = per_sample_loss(outputs.logits, micro.labels)  # or without logits: `fused_head`
                 for hook in hooks: hook.on_losses(run, micro, losses, outputs)  # look at the training forward
+                by_token = hook.rule(run)(logits)      # of a `TokenWeigher`, where there is one, or 1
                 weights = micro.weights      # sample_weight x domain weight x 1 / (pool size x q), or 1
                 for hook in weighers: weights *= hook.weigh(run, micro, losses, outputs)
                 for hook in hooks: hook.on_weights(run, micro, weights)  # look at the product
-                engine.backward((weights * losses).sum() / denominator); engine.step()
+                engine.backward((weights * losses).sum() / denominator); engine.step()  # of losses times by_token
             run.step += 1
             for hook in hooks: hook.on_step_end(run, batch)         # logging, evaluation, checkpoints
     for hook in hooks: hook.on_train_end(run)
@@ -127,3 +128,23 @@ class Weigher(Hook, ABC):
         micro, losses, outputs: as in `on_losses`. None: unweighted. A scalar loss cannot be combined with the
         weights of another hook.
         """
+
+
+class TokenWeigher(Hook, ABC):
+    """A hook that says how much each token counts, from its logits in the training forward; a run has at most one.
+
+    The weights multiply the tokens' losses in the loss of the step, beside every other weight. Hooks, weighers among
+    them, are shown losses without them.
+
+    late: what `rule` makes are no weights yet: `weigh_tokens` makes them when all tokens of the micro-batch are known.
+    """
+
+    late: bool = False
+
+    @abstractmethod
+    def rule(self, run: Run) -> Any:
+        """A `dataflex.ops.losses.token_rules.TokenRule`, whose numbers are the tokens' weights, or None: unweighted."""
+
+    def weigh_tokens(self, run: Run, micro: Any, numbers: Any) -> Any:
+        """Weights, float [N], from the numbers [N] of ``late`` rules, which are 0 where a token does not count."""
+        return numbers

@@ -28,9 +28,11 @@ class Counted:
 class Forwarded(NamedTuple):
     """losses: with gradient where the forward has one, unless ``total`` has it; outputs: what the model returned.
 
-    total: sum of factors * token_loss, where its gradient was made with the losses.
+    total: sum of factors (and ``numbers``) * token_loss, where its gradient was made with the losses. numbers: [N], of
+    the rule for the tokens' logits, 0 where a token does not count.
     """
 
     losses: SampleLoss
     outputs: Any
     total: Tensor | None = None
+    numbers: Tensor | None = None

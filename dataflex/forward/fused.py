@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from dataflex.forward.counted import Counted, Forwarded
 from dataflex.forward.head import Head
 from dataflex.forward.split import without_logits
-from dataflex.ops.losses.linear_sweep import Products, Sweep, Weights, sweep_losses
-from dataflex.ops.losses.loss_linear import sample_loss
+from dataflex.ops.losses.linear_products import Products
+from dataflex.ops.losses.linear_sweep import Sweep, Swept, Weights, sweep_losses
+from dataflex.ops.losses.loss_dispatch import Fold, SampleLoss
+from dataflex.ops.losses.loss_linear import linear_losses, sample_loss
 from dataflex.ops.losses.loss_options import LossOptions, check_loss
+from dataflex.ops.losses.token_rules import TokenRule
 
 # Tokens whose logits exist at once: GPUs need more of them to be busy, and to add up the weight's gradient less often.
 CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
@@ -85,32 +88,66 @@ class FusedHead:
         counted: Counted,
         factors: Tensor | None = None,
         watch: Watch | None = None,
+        rule: TokenRule | None = None,
     ) -> Forwarded:
         """What `Forward.__call__` returns, without logits; reading those of the outputs is a UserError."""
         options = LossOptions(reduction=counted.reduction, softcap=self.softcap)
-        found: list[tuple[bool, Tensor, Tensor]] = []
+        found: list[Swept] = []
 
         def make(products: Products, modules: tuple[nn.Module, ...]) -> Tensor:
             x, weight = products.pairs[0]
             weights = counted.token_weight, counted.class_weight
             check_loss("hidden states", x, len(weight), counted.labels, counted.cu_seqlens, *weights, options)
-            how = Sweep(options, _chunk(x), self.scale, _half_logits(x))
+            how = Sweep(options, _chunk(x), self.scale, _half_logits(x), rule=rule)
             trained = torch.is_grad_enabled() and any(w.requires_grad for _, w in products.pairs)
             known = factors if trained else None
-            total, token_loss, lse, _ = sweep_losses(products, counted.labels, Weights(*weights, known), how)
-            found.append((total is not None, token_loss, lse.detach()))
-            if total is not None:
-                return total
-            call = HeadCall(products, modules, counted.labels, token_loss, lse.detach(), self.scale, self.softcap)
-            return token_loss if watch is None else watch(call)
+            swept = sweep_losses(products, counted.labels, Weights(*weights, known), how)
+            found.append(swept)
+            if swept.total is not None:
+                return swept.total
+            lse = swept.lse.detach()
+            call = HeadCall(products, modules, counted.labels, swept.token_loss, lse, self.scale, self.softcap)
+            return swept.token_loss if watch is None else watch(call)
 
         with self.head.replaced(make) as taken:
             outputs = run(**inputs)
         assert len(taken) == 1, f"the output layer was called {len(taken)} times in a forward"
-        ((summed, token_loss, lse),) = found
-        token_loss = token_loss if summed else taken[0]
-        losses = sample_loss(token_loss, lse, counted.labels, counted.cu_seqlens, options)
-        return Forwarded(losses, without_logits(outputs), taken[0] if summed else None)
+        (swept,) = found
+        summed = swept.total is not None
+        token_loss = swept.token_loss if summed else taken[0]
+        losses = sample_loss(token_loss, swept.lse.detach(), counted.labels, counted.cu_seqlens, options)
+        return Forwarded(losses, without_logits(outputs), taken[0] if summed else None, swept.numbers)
+
+    def sketched(
+        self,
+        run: Callable[..., Any],
+        inputs: Mapping[str, Tensor],
+        counted: Counted,
+        *,
+        k1: int,
+        seed: int,
+        tensor: int,
+    ) -> tuple[SampleLoss, Tensor, Tensor]:
+        """(losses, sketch [N, k1], what the layer was given [N, H]) of a forward without gradient.
+
+        sketch: of each token's gradient by the layer's own outputs, before the model scales or caps them. k1, seed,
+        tensor: the fold's; see `dataflex.ops.loss_and_head_sketch`.
+        """
+        options = LossOptions(reduction=counted.reduction, softcap=self.softcap)
+        found: list[tuple[SampleLoss, Tensor, Tensor]] = []
+
+        def make(products: Products, modules: tuple[nn.Module, ...]) -> Tensor:
+            x, _ = products.pairs[0]
+            how = Sweep(options, _chunk(x), self.scale, _half_logits(x), fold=Fold(k1, seed, tensor))
+            losses, _, sketch = linear_losses(products, counted.labels, counted.cu_seqlens, Weights(), how)
+            assert sketch is not None
+            found.append((losses, sketch.mul_(self.scale), x))
+            return losses.token_loss
+
+        with torch.no_grad(), self.head.replaced(make):
+            run(**inputs)
+        (made,) = found
+        return made
 
 
 def _chunk(like: Tensor) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dataflex.ops.losses.linear_sweep import Products
+from dataflex.ops.losses.linear_products import Products
 
 # Linear layers with a forward of their own that computes x W^T + b and nothing else.
 _PLAIN = ("FalconLinear", "Conv1D")

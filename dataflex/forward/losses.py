@@ -12,13 +12,26 @@ from dataflex.forward.counted import Counted, Forwarded
 from dataflex.forward.fused import FusedHead, Watch
 from dataflex.forward.split import logits_of
 from dataflex.ops import SampleLoss, per_sample_loss
+from dataflex.ops.known import counted_positions
+from dataflex.ops.losses.token_rules import TokenRows, TokenRule
+
+_RULED_ROWS = 512
+# Of the nodes of a backward: at most so many are looked at, these keep what they returned, those are products.
+_LOOKED_AT = 32
+_KEPT = ("_saved_result", "_saved_output")
+_PRODUCTS = ("mmbackward", "linearbackward")
 
 
 class Forward:
-    """How the batches of one model become losses. fused: its output layer, where losses can be made inside of it."""
+    """How the batches of one model become losses. fused: its output layer, where losses can be made inside of it.
 
-    def __init__(self, fused: FusedHead | None = None) -> None:
+    keeps_logits: the logits may be looked at after the backward. Else their gradient takes their place, unless the
+    model's own backward needs their values.
+    """
+
+    def __init__(self, fused: FusedHead | None = None, *, keeps_logits: bool = True) -> None:
         self.fused = fused
+        self.keeps_logits = keeps_logits
 
     def __call__(
         self,
@@ -28,22 +41,27 @@ class Forward:
         *,
         factors: Tensor | None = None,
         watch: Watch | None = None,
+        rule: TokenRule | None = None,
     ) -> Forwarded:
         """Call ``run(**inputs)``, the model or an engine around it, for the losses of its samples.
 
         factors: [N], where the backward will be of sum(factors * token_loss) and nothing else: the gradient of a
         trained output layer without logits is then made with the losses. watch: is shown the call of an output layer
-        without logits. UserError where the model returns no logits.
+        without logits. rule: makes a number of each token's logits; where there are factors, they multiply the token's.
+        UserError where the model returns no logits.
         """
         fused = self.fused
         if fused is not None and fused.pays(len(counted.labels), backward=torch.is_grad_enabled()):
-            return fused.losses(run, inputs, counted, factors, watch)
+            return fused.losses(run, inputs, counted, factors, watch, rule)
         outputs = run(**inputs)
-        return Forwarded(losses_of(logits_of(outputs), counted), outputs)
+        logits = logits_of(outputs)
+        losses = losses_of(logits, counted, inplace=not self.keeps_logits and overwritable(logits))
+        numbers = None if rule is None else _numbers(rule, logits.detach().flatten(0, 1), counted.labels, losses.lse)
+        return Forwarded(losses, outputs, numbers=numbers)
 
 
-def losses_of(logits: Tensor, counted: Counted) -> SampleLoss:
-    """The losses of logits [B, T, V]."""
+def losses_of(logits: Tensor, counted: Counted, *, inplace: bool = False) -> SampleLoss:
+    """The losses of logits [B, T, V]. inplace: in the backward the gradient takes their place."""
     return per_sample_loss(
         logits.flatten(0, 1),
         counted.labels,
@@ -51,4 +69,33 @@ def losses_of(logits: Tensor, counted: Counted) -> SampleLoss:
         reduction=counted.reduction,
         token_weight=counted.token_weight,
         class_weight=counted.class_weight,
+        inplace_backward=inplace,
     )
+
+
+def overwritable(logits: Tensor) -> bool:
+    """Whether the backward that leads to ``logits`` does without their values.
+
+    It does not where they are what an operation that keeps its result returned, as tanh does. All operations after the
+    last product are looked at: a product makes new numbers, and does not keep them.
+    """
+    place, nodes = logits.untyped_storage().data_ptr(), [logits.grad_fn]
+    for _ in range(_LOOKED_AT):
+        node = nodes.pop() if nodes else None
+        if node is None:
+            return logits.requires_grad
+        for kept in (getattr(node, name, None) for name in _KEPT):
+            if torch.is_tensor(kept) and kept.untyped_storage().data_ptr() == place:
+                return False
+        if not any(product in node.name().lower() for product in _PRODUCTS):
+            nodes += [before for before, _ in node.next_functions if before is not None]
+    return False
+
+
+@torch.no_grad()
+def _numbers(rule: TokenRule, logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
+    """[N], what ``rule`` makes of logits [N, V], a few rows at a time; 0 where a token does not count."""
+    numbers = torch.zeros_like(lse)
+    for rows in torch.split(counted_positions(labels), _RULED_ROWS):
+        numbers[rows] = rule(TokenRows(logits[rows], labels[rows], lse[rows])).to(lse.dtype)
+    return numbers

@@ -104,7 +104,7 @@ class Scorer:
         of ``losses.token_loss``, its padding last.
         """
         with scoring_mode(self.engine.module, gradients=False):
-            for places, batch in self._batches(dataset, ids, "scoring losses", max_samples):
+            for places, batch in self.batches(dataset, ids, "scoring losses", max_samples):
                 losses, cu_seqlens = self._forward(batch, reduction)
                 if places is not None:
                     consume(places, losses, cu_seqlens)
@@ -199,7 +199,7 @@ class Scorer:
         not consumed, and its weights are 0.
         """
         with scoring_mode(self.engine.module, gradients=True), Taps(targets, sink) as taps:
-            for places, batch in self._batches(dataset, ids, what):
+            for places, batch in self.batches(dataset, ids, what):
                 scale = None
                 if weights is not None:
                     mine = torch.from_numpy(weights[places]) if places is not None else torch.zeros(1)
@@ -256,7 +256,7 @@ class Scorer:
         state, constants = self._kept[key]
         return state, replace(constants, kind=adam)
 
-    def _batches(
+    def batches(
         self, dataset: Any, ids: Ids, what: str, max_samples: int = MOST_SAMPLES
     ) -> Iterable[tuple[Ids | None, dict[str, Any]]]:
         """Collated batches of this rank with their places in ``ids``; None where the result is dropped."""

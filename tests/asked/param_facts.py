@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dataflex.core.plan import generator
+from dataflex.ops.losses.token_rules import TokenRows
 from dataflex.train.selector.cluster_less_selector import Clusters
 
 SIZES = {"one": 24, "two": 40, "three": 16}
@@ -129,6 +130,19 @@ def refreshed(weighter: Any) -> list[Any]:
             steps += [step] * (embeddings.call_count - len(steps))
     call = embeddings.call_args
     return [call.kwargs["pooling"], call.args[2].tolist(), steps, len(weighter.anchors)]
+
+
+def doubted(weighter: Any) -> list[float]:
+    """An `EaftWeighter`'s weight of a token where four of eight are equally likely and the others impossible."""
+    logits = torch.tensor([[1.0, -50.0, 1.0, -50.0, 1.0, -50.0, 1.0, -50.0]])
+    rows = TokenRows(logits, torch.zeros(1, dtype=torch.int64), logits.logsumexp(1))
+    return list(weighter.of_logits(rows).tolist())
+
+
+def kept_tokens(weighter: Any) -> list[float]:
+    """A `RhoWeighter`'s weights of tokens whose losses are 0 to 7, and the reference's 0."""
+    with mock.patch.object(weighter, "_reference", lambda micro: torch.zeros(8)):
+        return list(weighter.among(torch.arange(8.0), SimpleNamespace(labels=torch.ones(8))).tolist())
 
 
 def anchors(seed: int) -> list[int]:

@@ -22,8 +22,10 @@ from tests.asked.param_facts import (
     after_learning,
     anchors,
     clustered,
+    doubted,
     drawn,
     factors,
+    kept_tokens,
     next_number,
     refreshed,
     rewarded,
@@ -123,6 +125,12 @@ LESS_EXACT = (
     Asked("gradient_type", "sgd", lambda s: [s.spec.adam, s.use_plain_gradient()], [None, False]),
     Asked("scoring", "exact", lambda s: s.spec.proj_dim, 0),
 )
+LESS_HEAD = (
+    Asked("sketch_dim", 64, lambda s: s.features.sketch_dim, 64),
+    Asked("proj_dim", 128, lambda s: s.features.of_samples(s.scorer, s.target).shape[1], 128),
+    Asked("seed", 3, lambda s: s.features.seed, 3),
+    Asked("subtask_column", "task", lambda s: s.subtasks.tolist(), [0, 0, 1, 0, 0, 1]),
+)
 # Of 6 clusters, 2 representatives of each.
 CLUSTERS = ["last", 6, 12, 3]
 CLUSTER_LESS = (
@@ -192,9 +200,14 @@ ADAPT = (
     Asked("weight", "softmax", adapted, list(2 * softmax(2, 4))),
     Asked("temperature", 0.05, adapted, list(2 * softmax(2, 4))),
 )
+# Of four tokens that are equally likely the entropy of two is looked at.
+EAFT = tuple(Asked(name, value, doubted, [(np.log(2) / 3) ** 2]) for name, value in {"alpha": 2.0, "top": 2}.items())
+# Two of eight tokens, whose weights are 4 then; the last two of excess.
+RHO = (Asked("share", 0.25, kept_tokens, [0, 0, 0, 0, 0, 0, 4.0, 4.0]),)
 COMPONENTS = (
     Component("selector", "less", LESS),
     Component("selector", "less", LESS_EXACT, "exact"),
+    Component("selector", "less_head", LESS_HEAD),
     Component("selector", "cluster_less", CLUSTER_LESS),
     Component("selector", "cluster_less", CLUSTER_LESS_SGD, "sgd"),
     Component("selector", "loss", LOSS),
@@ -213,4 +226,6 @@ COMPONENTS = (
     Component("mixer", "dynamic_moe", MOE, model="moe"),
     Component("weighter", "loss", WEIGHTS),
     Component("weighter", "adapt", ADAPT),
+    Component("weighter", "eaft", EAFT),
+    Component("weighter", "rho", RHO),
 )

@@ -38,9 +38,9 @@ def test_component_params_win_over_the_file_and_leave_its_others() -> None:
 def test_packaged_components_are_complete() -> None:
     groups = read_components(packaged("components.yaml"))
     assert {group: list(entries) for group, entries in groups.items()} == {
-        "selectors": ["less", "less_exact", "cluster_less", "loss", "random", "custom"],
+        "selectors": ["less", "less_exact", "less_head", "cluster_less", "loss", "random", "custom"],
         "mixers": ["random", "static", "stratified", "temperature", "odm", "doremi", "dynamic_moe"],
-        "weighters": ["loss", "adapt", "adapt_softmax", "custom"],
+        "weighters": ["loss", "adapt", "adapt_softmax", "dft", "eaft", "rho", "custom"],
     }
     assert groups["selectors"]["less"]["params"] == {
         "gradient_type": "adam",
@@ -56,9 +56,11 @@ def test_unknown_component_names_the_nearest_the_group_and_what_there_is() -> No
     with pytest.raises(UserError) as caught:
         weight_run(component_name="los")
     file = packaged("components.yaml")
-    text = f"'los' is not in weighters of {file} (did you mean 'loss'?); there are: loss, adapt, adapt_softmax, custom"
+    text = f"'los' is not in weighters of {file} (did you mean 'loss'?); there are: loss, adapt, adapt_softmax, dft, eaft, rho, custom"
     assert str(caught.value) == f"config:component_name: {text}"
-    with pytest.raises(UserError, match=r"\('less' is in selectors\); there are: loss, adapt, adapt_softmax, custom"):
+    with pytest.raises(
+        UserError, match=r"\('less' is in selectors\); there are: loss, adapt, adapt_softmax, dft, eaft, rho, custom"
+    ):
         weight_run(component_name="less")
 
 

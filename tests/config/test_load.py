@@ -243,3 +243,66 @@ def test_streams_know_no_loader_workers_and_no_embedding(tmp_path: Path) -> None
     assert load(tmp_path, STREAM + "dataloader_num_workers: 2").notes == (f"{tmp_path}/run.yaml:{note}",)
     with pytest.raises(UserError, match="streaming: true is for dataflex-cli train; dataflex.initialize takes"):
         load_config({"streaming": True}, embedded=True)
+
+
+TOKENS: list[tuple[str, tuple[str, ...], object, object, str]] = [
+    ("use_dft_loss: true", ("dynamic_weight",), {"weight": "dft"}, None, "tokens"),
+    ("use_dft_loss: false\ntrain_type: static", ("static",), None, None, "mean"),
+    (
+        "use_eaft_loss: true\neaft_alpha: 0.5\nweight_normalization: mean",
+        ("dynamic_weight",),
+        {"weight": "eaft"},
+        {"weight": {"alpha": 0.5}},
+        "mean",
+    ),
+    (
+        "use_dft_loss: true\ntrain_type: dynamic_mix\ncomponent_name: random\nupdate_step: 2\nupdate_times: 1",
+        ("dynamic_mix", "dynamic_weight"),
+        {"mix": "random", "weight": "dft"},
+        None,
+        "tokens",
+    ),
+    (
+        "use_dft_loss: true\ntrain_type: dynamic_weight\ncomponent_name: dft",
+        ("dynamic_weight",),
+        {"weight": "dft"},
+        None,
+        "tokens",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "types", "components", "params", "per"), TOKENS)
+def test_keys_for_weighted_token_losses_add_a_weighter(
+    tmp_path: Path, text: str, types: object, components: object, params: object, per: str
+) -> None:
+    cfg = load(tmp_path, text)
+    flex = cfg.flex
+    assert [flex.train_type, flex.component_name, flex.component_params] == [types, components, params]
+    assert flex.weight_normalization == per
+    again = load_config(cfg.dump_flat(), quiet=True)
+    assert again.flex == flex
+    assert load(tmp_path, text, ["use_dft_loss=false", "use_eaft_loss=false"]).flex.component("weight") in (None, "dft")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("use_dft_loss: maybe", "use_dft_loss: expected true or false, got 'maybe'"),
+        (
+            "use_dft_loss: true\nuse_eaft_loss: true",
+            "use_eaft_loss: a run has one weighter of tokens, and use_dft_loss is true too; keep one",
+        ),
+        (
+            "use_eaft_loss: true\ntrain_type: dynamic_weight\ncomponent_name: loss",
+            "use_eaft_loss: is the weighter eaft, and component_name is loss; keep one",
+        ),
+    ],
+)
+def test_wrong_keys_for_weighted_token_losses(tmp_path: Path, text: str, line: str) -> None:
+    assert lines_of(tmp_path, text) == [f"run.yaml:{line}"]
+
+
+def test_an_alpha_without_its_loss_is_said(tmp_path: Path) -> None:
+    (note,) = load(tmp_path, "eaft_alpha: 2").notes
+    assert note == f"{tmp_path}/run.yaml:eaft_alpha: not used without use_eaft_loss: true"

@@ -182,7 +182,7 @@ FOREIGN = [
     ("pissa_init: true", "pissa_init: not supported: dataflex trains plain LoRA (finetuning_type: lora), full "
      "and freeze"),
     *((f"use_{key}_loss: true", f"use_{key}_loss: not supported: the loss is next-token cross-entropy per "
-       "sample, which selection and weighting build on") for key in ("dft", "asft", "eaft")),
+       "sample, which selection and weighting build on") for key in ("asft",)),
     ("predict_with_generate: true", "predict_with_generate: not supported: dataflex-cli train only trains; "
      "evaluation is by loss (eval_strategy)"),
     ("template: qwen2_vl", "template: 'qwen2_vl' is not supported: vision and audio models are not supported"),

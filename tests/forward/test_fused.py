@@ -16,29 +16,20 @@ from dataflex.forward.losses import Forward
 from dataflex.scoring.checks.head_check import open_head
 from dataflex.utils.errors import UserError
 from tests.forward import models
+from tests.forward.pairs import every_pair, every_row, pairs
 
 CPU = torch.device("cpu")
-# family, kind, dtype, packed, activation checkpointing, weights known before: every pair of conditions occurs.
-CASES = [
-    ("llama", "full", "double", False, True, True),
-    ("llama", "full", "bfloat16", True, False, False),
-    ("llama", "frozen head", "double", True, True, False),
-    ("llama", "lora", "bfloat16", False, True, False),
-    ("llama", "lora head", "double", True, True, True),
-    ("llama", "lora head", "double", False, False, False),
-    ("llama", "saved head", "double", False, True, False),
-    ("llama", "saved head", "bfloat16", True, False, True),
-    ("llama", "resized", "double", True, False, True),
-    ("tied", "full", "double", True, False, True),
-    ("tied", "full", "bfloat16", False, True, False),
-    ("gemma2", "full", "double", True, True, True),
-    ("gemma2", "frozen head", "bfloat16", False, False, True),
-    ("granite", "full", "double", False, False, False),
-    ("granite", "lora head", "bfloat16", True, False, False),
-    ("cohere", "full", "double", True, True, False),
-    ("gptj", "full", "double", False, True, True),
-    ("gptj", "full", "bfloat16", False, False, False),
-]
+# family, kind of head, dtype, packed, activation checkpointing, weights known before.
+AXES = (
+    tuple(models.FAMILIES),
+    ("full", "frozen head", "lora", "lora head", "saved head", "resized"),
+    ("double", "bfloat16", "float16"),
+    (False, True),
+    (True, False),
+    (True, False),
+)
+CASES = every_pair(AXES)
+EVERY = [row for row in every_row(AXES) if row not in CASES]
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +52,7 @@ def run(net: Any, forward: Forward, packed: bool, known: bool) -> tuple[list[Ten
         counted, token_weight=torch.linspace(0.5, 2, tokens), class_weight=torch.linspace(1, 3, _columns(net))
     )
     factors = torch.linspace(0.1, 1, tokens)
-    losses, _, total = forward(net, inputs, counted, factors=factors if known else None)
+    losses, _, total, _ = forward(net, inputs, counted, factors=factors if known else None)
     assert forward.fused is None or (total is not None) == (known and forward.fused.head.trained)
     ((losses.token_loss * factors).sum() if total is None else total).backward()
     grads = {n: p.grad.double() for n, p in net.named_parameters() if p.grad is not None}
@@ -72,10 +63,29 @@ def _columns(net: Any) -> int:
     return int(find_head(net).shape[0])
 
 
-@pytest.mark.parametrize(("name", "kind", "dtype", "packed", "checkpointed", "known"), CASES)
+CONDITIONS = ("name", "kind", "dtype", "packed", "checkpointed", "known")
+
+
+@pytest.mark.parametrize(CONDITIONS, CASES)
 def test_losses_and_gradients_are_those_of_the_logits(
     name: str, kind: str, dtype: str, packed: bool, checkpointed: bool, known: bool
 ) -> None:
+    check(name, kind, dtype, packed, checkpointed, known)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(CONDITIONS, EVERY)
+def test_losses_and_gradients_under_all_conditions(
+    name: str, kind: str, dtype: str, packed: bool, checkpointed: bool, known: bool
+) -> None:
+    check(name, kind, dtype, packed, checkpointed, known)
+
+
+def test_every_pair_of_conditions_occurs() -> None:
+    assert set().union(*map(pairs, CASES)) == set().union(*map(pairs, every_row(AXES)))
+
+
+def check(name: str, kind: str, dtype: str, packed: bool, checkpointed: bool, known: bool) -> None:
     exact = dtype == "double"
     net = models.family(name, getattr(torch, dtype), kind).train()
     if checkpointed:
@@ -201,3 +211,43 @@ class _Held(nn.Module):
     def __init__(self, lm_head: nn.Linear) -> None:
         super().__init__()
         self.lm_head = lm_head
+
+
+class Ends(nn.Module):
+    """A model whose logits go through something last; ``seen`` are they, and the gradient they got."""
+
+    def __init__(self, net: Any, end: Any) -> None:
+        super().__init__()
+        self.net, self.end = net, end
+        self.seen: list[Tensor] = []
+
+    def forward(self, **inputs: Any) -> Tensor:
+        logits: Tensor = self.end(self.net(**inputs).logits)
+        self.seen.append(logits.detach())
+        logits.register_hook(self.seen.append)
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "inplace"),
+    [
+        ("llama", lambda x: x, True),
+        ("gemma2", lambda x: x, True),
+        ("granite", lambda x: x[:], True),
+        ("llama", torch.tanh, False),
+        ("llama", lambda x: torch.tanh(x)[:, :, :], False),
+        ("llama", lambda x: torch.tanh(x) * 2, True),
+        ("llama", lambda x: x.exp().log(), True),
+    ],
+)
+def test_a_gradient_takes_the_place_of_logits_that_no_one_reads(name: str, end: Any, inplace: bool) -> None:
+    inputs, _, counted = models.batch()
+    found = {}
+    for keeps in (True, False):
+        net = Ends(models.family(name), end)
+        Forward(keeps_logits=keeps)(net, inputs, counted).losses.loss.sum().backward()
+        logits, gradient = net.seen
+        assert (logits.data_ptr() == gradient.data_ptr()) == (inplace and not keeps)
+        found[keeps] = [p.grad for p in net.parameters()]
+    for kept, mine in zip(found[True], found[False], strict=True):
+        assert kept is mine is None or torch.equal(kept, mine)

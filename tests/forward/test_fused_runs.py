@@ -70,8 +70,8 @@ def engine_of(case: Any, mode: str) -> Any:
 def figures(case: Any, mode: str) -> dict[str, list[float]]:
     """What a run computes: losses of steps, an evaluation, features, exact scores, a step after them."""
     engine = engine_of(case, mode)
-    fused = engine._loop.stepper._losses.fused
-    assert (fused is None) == (mode == "off")
+    for forward in (engine._loop.stepper._losses, engine.scorer.forward):
+        assert (forward.fused is None) == (mode == "off") and not forward.keeps_logits
     batches = engine.batches()
     losses = [engine.training_step(next(batches)) for _ in range(3)]
     how = {"proj_dim": 256, "seed": 11}

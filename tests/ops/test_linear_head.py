@@ -11,7 +11,8 @@ from torch import Tensor
 from dataflex.ops import linear_per_sample_loss, per_sample_loss
 from dataflex.ops.losses import linear_deltas
 from dataflex.ops.losses.linear_deltas import LinearLossGrad
-from dataflex.ops.losses.linear_sweep import Products, Sweep, Weights
+from dataflex.ops.losses.linear_products import Products
+from dataflex.ops.losses.linear_sweep import Sweep, Weights
 from dataflex.ops.losses.loss_linear import linear_losses
 from dataflex.ops.losses.loss_options import LossOptions
 

@@ -26,6 +26,13 @@ def token_factors(micro: MicroBatch, weights: Tensor | None, normalization: str)
     return by_sample.repeat_interleave(micro.cu_seqlens.diff(), output_size=len(micro.labels))
 
 
+def weighted_tokens(
+    micro: MicroBatch, losses: SampleLoss, weights: Tensor | None, normalization: str, by_token: Tensor
+) -> Tensor:
+    """`micro_loss` of token losses that are multiplied by ``by_token`` [N] first."""
+    return (token_factors(micro, weights, normalization) * by_token * losses.token_loss).sum()
+
+
 def local_denominator(batch: StepBatch, normalization: str) -> Tensor:
     """This rank's part of the step's denominator, float64 scalar: tokens, samples or sum of weights."""
     micro = batch.micro_batches

@@ -14,8 +14,9 @@ from dataflex.core.context import Run
 from dataflex.core.hook import Hook, Planner, Weigher
 from dataflex.core.plan import Plan, group_by_length
 from dataflex.engine.steps.batches import BatchSource, MicroBatch, StepBatch
-from dataflex.engine.steps.contributions import local_denominator, micro_loss, token_factors
+from dataflex.engine.steps.contributions import local_denominator, micro_loss, token_factors, weighted_tokens
 from dataflex.engine.steps.skip import NonFinite, advance_schedule, dropped_by_deepspeed, step_without_update
+from dataflex.engine.steps.token_weighing import TokenWeighing
 from dataflex.forward.counted import Counted
 from dataflex.forward.losses import Forward
 from dataflex.utils import dist
@@ -54,6 +55,7 @@ class Stepper:
         self.loss = math.nan
         self.watchers = [h for h in hooks if type(h).on_losses is not Hook.on_losses]
         self.weighers = [h for h in hooks if isinstance(h, Weigher)]
+        self.tokens = TokenWeighing(hooks)
         self.observers = [h for h in hooks if type(h).on_weights is not Hook.on_weights]
         self.normalization = normalization
 
@@ -73,6 +75,7 @@ class Stepper:
         denominator = dist.all_reduce(local_denominator(batch, self.normalization)).to(torch.float32)
         self._denominator = torch.where(denominator == 0, 1.0, denominator)
         self._total = torch.zeros(2, device=denominator.device)
+        self.tokens.start(denominator.device)
         self._seen: list[Tensor] = []
 
     def train_micro_batches(self, batch: StepBatch) -> None:
@@ -125,7 +128,8 @@ class Stepper:
         """
         run = self.run
         vote = torch.full((1,), float(run.stop.vote(run.world_size)), device=self._total.device)
-        loss, counting, votes = dist.all_reduce(torch.cat([self._total, vote])).tolist()
+        loss, counting, votes, *of_tokens = dist.all_reduce(torch.cat([self._total, vote, self.tokens.sums])).tolist()
+        self.tokens.report(run, *of_tokens)
         if run.step + 1 < run.total_steps:
             run.stop.settle(int(votes), run.world_size)
         return loss, counting
@@ -152,16 +156,18 @@ class Stepper:
         counted = Counted(
             micro.labels, micro.cu_seqlens, token_weight=micro.token_weights, class_weight=self.class_weight
         )
+        rule, late = self.tokens.rule(self.run)
         known = None
-        if not self.weighers:
+        if not self.weighers and not late:
             known = token_factors(micro, micro.weights, self.normalization) / denominator
-        losses, outputs, total = self._losses(self.engine, micro.inputs, counted, factors=known)
+        losses, outputs, total, numbers = self._losses(self.engine, micro.inputs, counted, factors=known, rule=rule)
+        by_token = self.tokens.weights(self.run, micro, numbers)
         for hook in self.watchers:
             hook.on_losses(self.run, micro, losses, outputs)
         answers = [hook.weigh(self.run, micro, losses, outputs) for hook in self.weighers]
         answers = [answer for answer in answers if answer is not None]
         if any(answer.dim() == 0 for answer in answers):
-            (loss,) = self._alone(answers)
+            (loss,) = self._alone(answers, by_token)
             counts = self._counting(micro, None) & (loss.detach() != 0)
             return loss / (self.run.accumulation * self.run.world_size), losses.loss, counts
         weights = micro.weights
@@ -169,24 +175,28 @@ class Stepper:
             weights = answer if weights is None else weights * answer
         for hook in self.observers:
             hook.on_weights(self.run, micro, weights)
-        if total is None:
-            total = micro_loss(losses, weights, self.normalization) / denominator
-        return total, losses.loss, self._counting(micro, weights)
+        plain = micro_loss(losses, weights, self.normalization) / denominator
+        if by_token is not None:
+            self.tokens.note(micro, plain, by_token)
+            plain = weighted_tokens(micro, losses, weights, self.normalization, by_token) / denominator
+        return (plain if total is None else total), losses.loss, self._counting(micro, weights, by_token)
 
-    def _counting(self, micro: MicroBatch, weights: Tensor | None) -> Tensor:
+    def _counting(self, micro: MicroBatch, weights: Tensor | None, by_token: Tensor | None = None) -> Tensor:
         """Whether any token is trained on with a weight other than 0, of it, its class and its sample; bool scalar."""
         tokens = micro.labels != -100
         if micro.token_weights is not None:
             tokens = tokens & (micro.token_weights != 0)
         if self.class_weight is not None:
             tokens = tokens & (self.class_weight[micro.labels.clamp(min=0)] != 0)
+        if by_token is not None:
+            tokens = tokens & (by_token != 0)
         samples = torch.segment_reduce(tokens.float(), "sum", lengths=micro.cu_seqlens.diff(), unsafe=True) > 0
         return (samples if weights is None else samples & (weights.detach() != 0)).any()
 
-    def _alone(self, answers: list[Tensor]) -> list[Tensor]:
+    def _alone(self, answers: list[Tensor], by_token: Tensor | None) -> list[Tensor]:
         """UserError unless there is one answer: a weighter's own loss and another hook's weights do not go together."""
-        if len(answers) > 1:
-            names = ", ".join(hook.identity for hook in self.weighers)
+        if len(answers) > 1 or by_token is not None:
+            names = ", ".join(hook.identity for hook in (*self.weighers, self.tokens.hook) if hook is not None)
             raise UserError(
                 f"step {self.run.step + 1}: one of {names} returns a loss for the whole batch, which leaves no room "
                 "for the others' weights; derive it from SampleWeighter"

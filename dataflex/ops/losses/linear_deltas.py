@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dataflex.ops.known import counted_positions
-from dataflex.ops.losses.linear_sweep import Products
+from dataflex.ops.losses.linear_products import Products
 
 _BLOCK_BYTES = 32 << 20
 # A block has so many columns or a multiple of it: then the products are large and the projections' tiles whole.

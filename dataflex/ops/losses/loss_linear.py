@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from dataflex.ops.losses import loss_reference as reference
-from dataflex.ops.losses.linear_sweep import Products, Sweep, Weights, sweep_losses
+from dataflex.ops.losses.linear_products import Products
+from dataflex.ops.losses.linear_sweep import Sweep, Weights, sweep_losses
 from dataflex.ops.losses.loss_dispatch import SampleLoss
 from dataflex.ops.losses.loss_options import LossOptions, check_loss
 
@@ -50,8 +51,8 @@ def linear_losses(
     products: Products, labels: Tensor, cu_seqlens: Tensor, weights: Weights, how: Sweep
 ) -> tuple[SampleLoss, Tensor | None, Tensor | None]:
     """(losses, total, sketch [N, k1]) of arguments that were checked; total as `sweep_losses` has it."""
-    total, token_loss, lse, sketch = sweep_losses(products, labels, weights, how)
-    return sample_loss(token_loss, lse, labels, cu_seqlens, how.options), total, sketch
+    swept = sweep_losses(products, labels, weights, how)
+    return sample_loss(swept.token_loss, swept.lse, labels, cu_seqlens, how.options), swept.total, swept.sketch
 
 
 def sample_loss(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dataflex.ops.losses.linear_sweep import Products, Sweep, Weights
+from dataflex.ops.losses.linear_products import Products
+from dataflex.ops.losses.linear_sweep import Sweep, Weights
 from dataflex.ops.losses.loss_dispatch import Fold, SketchedLoss, sketched_loss_of_logits
 from dataflex.ops.losses.loss_linear import check_linear, linear_losses
 from dataflex.ops.losses.loss_options import LossOptions, check_loss

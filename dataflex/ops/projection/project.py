@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dataflex.ops.projection import project_native
-from dataflex.ops.projection.project_checks import check_tokens, collect_outputs, common_arguments, sample_scales
+from dataflex.ops.projection.project_checks import check_tokens, collect_outputs, sample_scales, treatment
 from dataflex.ops.projection.transforms import Transform
 
 _SPAN = 1 << 31  # more rows than an embedding has
@@ -60,11 +60,11 @@ def project_per_sample_grad_(
     outputs = collect_outputs(out, sqnorm, dots, directions, cu_seqlens, row.device)
     check_tokens(row, col, cu_seqlens, outputs.samples)
     m, k = row.shape[1], col.shape[1]
-    common = common_arguments(
+    how = treatment(
         outputs, transform, exp_avg, exp_avg_sq, directions, (m, k), projection, seed, tensor_id, row_offset, col_offset
     )
     scales = sample_scales(scale, outputs)
-    project_native.outer(*outputs.tensors, row.detach(), col.detach(), cu_seqlens, scales, *common)
+    project_native.outer(outputs, row.detach(), col.detach(), cu_seqlens, scales, how)
     return out
 
 
@@ -92,7 +92,7 @@ def project_dense_(
         raise ValueError(f"grad: expected [{rows}, K], got {tuple(grad.shape)}")
     pieces = torch.arange(len(grad) + 1, device=grad.device)
     outputs = collect_outputs(out, sqnorm, dots, directions, pieces, grad.device)
-    common = common_arguments(
+    how = treatment(
         outputs,
         transform,
         exp_avg,
@@ -105,13 +105,9 @@ def project_dense_(
         0,
         col_offset,
     )
-    m, v, coefficients, toward, *rest = common
+    how = how.each(lambda x: x[None], lambda x: x[:, None])
     ones = sample_scales(1.0, outputs)
-    m, v = (None if x is None else x[None] for x in (m, v))
-    toward = None if toward is None else toward[:, None]
-    project_native.values(
-        *outputs.tensors, grad.detach()[:, None], None, pieces, ones, m, v, coefficients, toward, *rest, False
-    )
+    project_native.values(outputs, grad.detach()[:, None], None, pieces, ones, how, minus_zero=False)
     return out
 
 
@@ -149,7 +145,7 @@ def project_rows_(
         raise ValueError(f"row_ids: expected int64 [{len(values)}], got {row_ids.dtype} {tuple(row_ids.shape)}")
     known = exp_avg.shape[0] if exp_avg is not None else directions.shape[1] if directions is not None else None
     shape = ("M" if known is None else known, values.shape[1])
-    common = common_arguments(
+    how = treatment(
         outputs, transform, exp_avg, exp_avg_sq, directions, shape, projection, seed, tensor_id, row_offset, col_offset
     )
     if row_ids.device.type == "cpu" and len(row_ids):
@@ -161,7 +157,7 @@ def project_rows_(
             total += part.to(total.dtype)
     scales = sample_scales(scale, outputs)
     grad, rows, bounds = _touched_rows(row_ids, values.detach().to(scales.dtype), cu_seqlens)
-    project_native.values(*outputs.tensors, grad, rows, bounds, scales, *common, True)
+    project_native.values(outputs, grad, rows, bounds, scales, how, minus_zero=True)
     return out
 
 

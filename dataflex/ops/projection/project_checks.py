@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
+from dataflex.ops.projection.arguments import Outputs, Treatment
 from dataflex.ops.projection.project_kinds import PROJECTIONS, check_proj_dim
 from dataflex.ops.projection.segments import check_segments
 from dataflex.ops.projection.transforms import Transform
-
-
-class Outputs(NamedTuple):
-    """out [S, proj_dim or 0], sqnorm [S or 0], dots [S, Q or 0]: what is not wanted is empty."""
-
-    out: Tensor
-    sqnorm: Tensor
-    dots: Tensor
-
-    @property
-    def samples(self) -> int:
-        return self.out.shape[0]
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.out, self.sqnorm, self.dots
 
 
 def collect_outputs(
@@ -60,7 +43,7 @@ def collect_outputs(
     )
 
 
-def common_arguments(
+def treatment(
     outputs: Outputs,
     transform: Transform,
     exp_avg: Tensor | None,
@@ -72,8 +55,8 @@ def common_arguments(
     tensor_id: int,
     row_offset: int,
     col_offset: int,
-) -> list[Any]:
-    """The arguments that both ops share, checked."""
+) -> Treatment:
+    """What is done with the gradients, checked; shape: of the matrix, or of the vector."""
     if outputs.out.shape[1] or projection not in PROJECTIONS:
         check_proj_dim(projection, outputs.out.shape[1])
     if projection == "kronecker" and transform.needs_moments:
@@ -94,7 +77,8 @@ def common_arguments(
         expected = ", ".join(map(str, ("Q", *shape)))
         raise ValueError(f"directions: expected [{expected}], got {tuple(directions.shape)}")
     kind = PROJECTIONS.index(projection) if outputs.out.shape[1] else 0
-    return [*moments, [] if how is None else list(how), directions, kind, seed, tensor_id, row_offset, col_offset]
+    coefficients = () if how is None else tuple(how)
+    return Treatment(*moments, coefficients, directions, kind, seed, tensor_id, row_offset, col_offset)
 
 
 def sample_scales(scale: float | Tensor, outputs: Outputs) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 from dataflex.ops.known import values_of
 from dataflex.ops.native import _ext
 from dataflex.ops.projection import project_reference as reference
+from dataflex.ops.projection.arguments import Outputs, Treatment
 from dataflex.ops.projection.hashing import tile_shape
 from dataflex.ops.projection.project_kinds import PROJECTIONS
 
@@ -45,108 +44,51 @@ def implementation(device: torch.device) -> str:
     return f"native {device.type} ({', '.join(NATIVE_KINDS)}; the other projections portable)"
 
 
-def outer(
-    out: Tensor,
-    sqnorm: Tensor,
-    dots: Tensor,
-    row: Tensor,
-    col: Tensor,
-    cu_seqlens: Tensor,
-    scale: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor | None,
-    coefficients: Sequence[float],
-    directions: Tensor | None,
-    kind: int,
-    *where: int,
-) -> None:
+def outer(outputs: Outputs, row: Tensor, col: Tensor, cu_seqlens: Tensor, scale: Tensor, how: Treatment) -> None:
     """`project_reference.project_outer`, by the fastest implementation that takes these arguments."""
-    ops = native_ops(out, kind)
-    op: Any = reference.project_outer
-    if ops is not None:
-        op = ops.project_outer
-        exp_avg, exp_avg_sq, directions = (_plain(x) for x in (exp_avg, exp_avg_sq, directions))
-        row, col = (row, col) if row.dtype is col.dtype else (row.float(), col.float())
-        row, col = _inner_contiguous(row), _inner_contiguous(col)
-        kernels = out.device.type == "cuda" or ops is torch.ops.dataflex_emu
-        matrices = [x for x in (exp_avg, exp_avg_sq, directions) if x is not None]
-        if kernels and not fused_fits(ops, out, dots, row, col, matrices, kind, where[2], where[3]):
-            op = functools.partial(chunked, ops)
-    op(out, sqnorm, dots, row, col, cu_seqlens, scale, exp_avg, exp_avg_sq, coefficients, directions, kind, *where)
+    ops = native_ops(outputs.out, how.kind)
+    if ops is None:
+        reference.project_outer(outputs, row, col, cu_seqlens, scale, how)
+        return
+    how = how.each(_plain, _plain)
+    row, col = (row, col) if row.dtype is col.dtype else (row.float(), col.float())
+    row, col = _inner_contiguous(row), _inner_contiguous(col)
+    kernels = outputs.out.device.type == "cuda" or ops is torch.ops.dataflex_emu
+    if kernels and not fused_fits(ops, outputs, row, col, how):
+        chunked(ops, outputs, row, col, cu_seqlens, scale, how)
+    else:
+        ops.project_outer(*outputs.tensors, row, col, cu_seqlens, scale, *how.flat)
 
 
-def fused_fits(
-    ops: Any,
-    out: Tensor,
-    dots: Tensor,
-    row: Tensor,
-    col: Tensor,
-    matrices: Sequence[Tensor],
-    kind: int,
-    row_offset: int,
-    col_offset: int,
-) -> bool:
+def fused_fits(ops: Any, outputs: Outputs, row: Tensor, col: Tensor, how: Treatment) -> bool:
     """Whether the tensor-core kernel takes these: 16-bit inputs whose rows lie at multiples of 16 bytes, and outputs
     that the device has the shared memory for."""
-    proj_dim = out.shape[1]
-    sizes = (row.shape[1], col.shape[1], row.stride(0), col.stride(0), row_offset, col_offset)
+    proj_dim = outputs.out.shape[1]
+    sizes = (row.shape[1], col.shape[1], row.stride(0), col.stride(0), how.row_offset, how.col_offset)
     return (
-        PROJECTIONS[kind] == "xorfold"
-        and (proj_dim == 0 or _FUSED_DIM <= proj_dim <= ops.fused_limit(out))
-        and dots.shape[1] <= _FUSED_DIRECTIONS
+        PROJECTIONS[how.kind] == "xorfold"
+        and (proj_dim == 0 or _FUSED_DIM <= proj_dim <= ops.fused_limit(outputs.out))
+        and outputs.dots.shape[1] <= _FUSED_DIRECTIONS
         and row.dtype in (torch.bfloat16, torch.float16)
         and all(size % 8 == 0 for size in sizes)
-        and all(x.data_ptr() % 16 == 0 for x in (row, col, *matrices))
+        and all(x.data_ptr() % 16 == 0 for x in (row, col, *how.matrices))
     )
 
 
 def chunked(
-    ops: Any,
-    out: Tensor,
-    sqnorm: Tensor,
-    dots: Tensor,
-    row: Tensor,
-    col: Tensor,
-    cu_seqlens: Tensor,
-    scale: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor | None,
-    coefficients: Sequence[float],
-    directions: Tensor | None,
-    kind: int,
-    seed: int,
-    tensor_id: int,
-    row_offset: int,
-    col_offset: int,
+    ops: Any, outputs: Outputs, row: Tensor, col: Tensor, cu_seqlens: Tensor, scale: Tensor, how: Treatment
 ) -> None:
     """A library product into a buffer, then the epilogue kernel, rows by rows: few rounds, since each has launches."""
     bounds = values_of(cu_seqlens)
-    samples, m, k = len(scale), row.shape[1], col.shape[1]
-    step = tile_shape(out.shape[1])[0] if PROJECTIONS[kind] == "xorfold" and out.shape[1] else 1
+    proj_dim, samples, m, k = outputs.out.shape[1], len(scale), row.shape[1], col.shape[1]
+    step = tile_shape(proj_dim)[0] if PROJECTIONS[how.kind] == "xorfold" and proj_dim else 1
     per_chunk = max(1, _BUFFER_BYTES // max(1, 4 * samples * k * step)) * step
-    pieces = torch.arange(samples + 1, device=out.device)
+    pieces = torch.arange(samples + 1, device=row.device)
     for start in range(0, m, per_chunk):
-        part = slice(start, min(start + per_chunk, m))
-        grad = _products(row[:, part], col, bounds)
-        ops.project_values(
-            out,
-            sqnorm,
-            dots,
-            grad,
-            None,
-            pieces,
-            scale,
-            None if exp_avg is None else exp_avg[part],
-            None if exp_avg_sq is None else exp_avg_sq[part],
-            coefficients,
-            None if directions is None else directions[:, part].contiguous(),
-            kind,
-            seed,
-            tensor_id,
-            row_offset + start,
-            col_offset,
-            False,
-        )
+        end = min(start + per_chunk, m)
+        grad = _products(row[:, start:end], col, bounds)
+        part = how.rows(start, end).each(_plain, _plain)
+        ops.project_values(*outputs.tensors, grad, None, pieces, scale, *part.flat, False)
 
 
 def _products(row: Tensor, col: Tensor, bounds: list[int]) -> Tensor:
@@ -165,31 +107,27 @@ def _products(row: Tensor, col: Tensor, bounds: list[int]) -> Tensor:
 
 
 def values(
-    out: Tensor,
-    sqnorm: Tensor,
-    dots: Tensor,
+    outputs: Outputs,
     grad: Tensor,
     row_ids: Tensor | None,
     bounds: Tensor,
     scale: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor | None,
-    coefficients: Sequence[float],
-    directions: Tensor | None,
-    kind: int,
-    *rest: Any,
+    how: Treatment,
+    *,
+    minus_zero: bool,
 ) -> None:
     """`project_reference.project_values`, by the fastest implementation that takes these arguments."""
-    ops = native_ops(out, kind)
-    op: Any = reference.project_values
-    if ops is not None:
-        op, grad = ops.project_values, grad.float().contiguous()
-        exp_avg, exp_avg_sq, directions = (_plain(x) for x in (exp_avg, exp_avg_sq, directions))
-    op(out, sqnorm, dots, grad, row_ids, bounds, scale, exp_avg, exp_avg_sq, coefficients, directions, kind, *rest)
+    ops = native_ops(outputs.out, how.kind)
+    if ops is None:
+        reference.project_values(outputs, grad, row_ids, bounds, scale, how, minus_zero=minus_zero)
+        return
+    how = how.each(_plain, _plain)
+    grad = grad.float().contiguous()
+    ops.project_values(*outputs.tensors, grad, row_ids, bounds, scale, *how.flat, minus_zero)
 
 
-def _plain(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()
 
 
 def _inner_contiguous(tensor: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ out [S, proj_dim], sqnorm [S] and dots [S, Q].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from dataflex.ops.projection.arguments import Outputs, Treatment
 from dataflex.ops.projection.project_kinds import FOLDS, PROJECTIONS, kronecker_factors
 from dataflex.ops.projection.transforms import Coefficients, transformed
 
@@ -31,74 +32,33 @@ _SMALLEST_CHUNK = 64
 
 
 def project_outer(
-    out: Tensor,
-    sqnorm: Tensor,
-    dots: Tensor,
-    row: Tensor,
-    col: Tensor,
-    cu_seqlens: Tensor,
-    scale: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor | None,
-    coefficients: Sequence[float],
-    directions: Tensor | None,
-    kind: int,
-    seed: int,
-    tensor_id: int,
-    row_offset: int,
-    col_offset: int,
+    outputs: Outputs, row: Tensor, col: Tensor, cu_seqlens: Tensor, scale: Tensor, how: Treatment
 ) -> None:
     """Each sample's scale * sum of row[t] col[t]^T, transformed, projected; at most 64 MiB of gradients at a time."""
     bounds: list[int] = cu_seqlens.tolist()
-    if PROJECTIONS[kind] == "kronecker" and out.shape[1]:
-        _kronecker_outer(out, row, col, bounds, scale, seed, tensor_id, row_offset, col_offset)
-        out = out[:, :0]
-        if not sqnorm.numel() and not dots.numel():
+    out = outputs.out
+    if PROJECTIONS[how.kind] == "kronecker" and out.shape[1]:
+        _kronecker_outer(out, row, col, bounds, scale, how)
+        outputs = replace(outputs, out=out[:, :0])
+        if not outputs.sqnorm.numel() and not outputs.dots.numel():
             return
     row_bytes = max(1, out.element_size() * len(scale) * col.shape[1])
     per_chunk = max(1, _CHUNK_BYTES // (row_bytes * _SMALLEST_CHUNK)) * _SMALLEST_CHUNK
+    pieces = torch.arange(len(bounds), device=out.device)
     for start in range(0, row.shape[1], per_chunk):
-        part = slice(start, start + per_chunk)
-        grad = outer_sums(row[:, part].to(out.dtype), col.to(out.dtype), bounds)
-        first, second = (None if x is None else x[part] for x in (exp_avg, exp_avg_sq))
-        project_values(
-            out,
-            sqnorm,
-            dots,
-            grad,
-            None,
-            torch.arange(len(bounds), device=out.device),
-            scale,
-            first,
-            second,
-            coefficients,
-            None if directions is None else directions[:, part],
-            kind,
-            seed,
-            tensor_id,
-            row_offset + start,
-            col_offset,
-            False,
-        )
+        end = start + per_chunk
+        grad = outer_sums(row[:, start:end].to(out.dtype), col.to(out.dtype), bounds)
+        project_values(outputs, grad, None, pieces, scale, how.rows(start, end), minus_zero=False)
 
 
 def project_values(
-    out: Tensor,
-    sqnorm: Tensor,
-    dots: Tensor,
+    outputs: Outputs,
     grad: Tensor,
     row_ids: Tensor | None,
     bounds: Tensor,
     scale: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor | None,
-    coefficients: Sequence[float],
-    directions: Tensor | None,
-    kind: int,
-    seed: int,
-    tensor_id: int,
-    row_offset: int,
-    col_offset: int,
+    how: Treatment,
+    *,
     minus_zero: bool,
 ) -> None:
     """grad [P, m, k]: pieces bounds[s] to bounds[s + 1] belong to sample s, bounds int64 [S + 1]; others to none.
@@ -107,68 +67,47 @@ def project_values(
     row row_ids[p].
     minus_zero: take away the transform of a zero gradient.
     """
-    how = Coefficients(*coefficients) if coefficients else None
+    out, sqnorm, dots = outputs.tensors
+    by = Coefficients(*how.coefficients) if how.coefficients else None
     cut: list[int] = bounds.tolist()
-    columns = torch.arange(grad.shape[2], device=grad.device) + col_offset
+    columns = torch.arange(grad.shape[2], device=grad.device) + how.col_offset
     local = torch.arange(grad.shape[1], device=grad.device) if row_ids is None else row_ids
-    wide = [None if x is None else x[local].to(out.dtype) for x in (exp_avg, exp_avg_sq)]
+    wide = [None if x is None else x[local].to(out.dtype) for x in (how.exp_avg, how.exp_avg_sq)]
     if row_ids is None:
         assert cut == list(range(len(grad) + 1)), "without row_ids every sample has one piece"
-        value = transformed(how, grad.to(out.dtype) * scale[:, None, None], *wide)
-        _add(out, sqnorm, dots, value, local, columns, directions, kind, seed, tensor_id, row_offset)
+        value = transformed(by, grad.to(out.dtype) * scale[:, None, None], *wide)
+        _add(outputs, value, local, columns, how)
         return
     if cut[-1] < len(grad):
         grad, local, wide = grad[: cut[-1]], local[: cut[-1]], [None if x is None else x[: cut[-1]] for x in wide]
     factor = torch.repeat_interleave(scale, bounds.diff())
-    value = transformed(how, grad[:, 0].to(out.dtype) * factor[:, None], *wide)
-    base = transformed(how, torch.zeros_like(value), *wide) if minus_zero else torch.zeros_like(value)
+    value = transformed(by, grad[:, 0].to(out.dtype) * factor[:, None], *wide)
+    base = transformed(by, torch.zeros_like(value), *wide) if minus_zero else torch.zeros_like(value)
     for s, (a, b) in enumerate(zip(cut[:-1], cut[1:], strict=True)):
         one = slice(s, s + 1)
         change, before = value[None, a:b] - base[None, a:b], base[None, a:b]
-        none = sqnorm[:0]
-        _add(out[one], none, dots[one], change, local[a:b], columns, directions, kind, seed, tensor_id, row_offset)
+        _add(Outputs(out[one], sqnorm[:0], dots[one]), change, local[a:b], columns, how)
         if sqnorm.numel():
             sqnorm[s] += ((change + before) ** 2 - before**2).sum(dtype=torch.float64)
 
 
-def _add(
-    out: Tensor,
-    sqnorm: Tensor,
-    dots: Tensor,
-    value: Tensor,
-    local: Tensor,
-    columns: Tensor,
-    directions: Tensor | None,
-    kind: int,
-    seed: int,
-    tid: int,
-    row_offset: int,
-) -> None:
+def _add(outputs: Outputs, value: Tensor, local: Tensor, columns: Tensor, how: Treatment) -> None:
     """Add values [S, m, k] of the matrix's rows ``local`` [m] and global ``columns`` [k] to the outputs."""
+    out, sqnorm, dots = outputs.tensors
     if out.shape[1]:
-        FOLDS[PROJECTIONS[kind]](out, value, local + row_offset, columns, tid, seed)
+        FOLDS[PROJECTIONS[how.kind]](out, value, local + how.row_offset, columns, how.tensor_id, how.seed)
     if sqnorm.numel():
         sqnorm += value.flatten(1).square().sum(1, dtype=torch.float64)
     if dots.numel():
-        assert directions is not None
-        dots += value.flatten(1) @ directions[:, local].to(value.dtype).flatten(1).T
+        assert how.directions is not None
+        dots += value.flatten(1) @ how.directions[:, local].to(value.dtype).flatten(1).T
 
 
-def _kronecker_outer(
-    out: Tensor,
-    row: Tensor,
-    col: Tensor,
-    bounds: list[int],
-    scale: Tensor,
-    seed: int,
-    tid: int,
-    row_offset: int,
-    col_offset: int,
-) -> None:
+def _kronecker_outer(out: Tensor, row: Tensor, col: Tensor, bounds: list[int], scale: Tensor, how: Treatment) -> None:
     """(P row_t)(Q col_t)^T summed over tokens: the gradients need not exist."""
-    rows = torch.arange(row.shape[1], device=out.device) + row_offset
-    columns = torch.arange(col.shape[1], device=out.device) + col_offset
-    left, right = kronecker_factors(rows, columns, tid, seed, out.shape[1], out.dtype)
+    rows = torch.arange(row.shape[1], device=out.device) + how.row_offset
+    columns = torch.arange(col.shape[1], device=out.device) + how.col_offset
+    left, right = kronecker_factors(rows, columns, how.tensor_id, how.seed, out.shape[1], out.dtype)
     small = outer_sums(row.to(out.dtype) @ left, col.to(out.dtype) @ right, bounds)
     out += small.flatten(1) * scale.to(out.dtype)[:, None]
 

@@ -58,6 +58,16 @@ def open_head(
         return None
 
 
+def known_head(
+    module: nn.Module, batch: dict[str, Any], *, device: torch.device, release: Callable[[], None] = lambda: None
+) -> FusedHead:
+    """The output layer of a model whatever ``fused_head`` says; UnknownHead where no losses are made inside of it.
+
+    batch, release: as `open_head` takes them; a collective.
+    """
+    return _tried(FusedHead(find_head(module), always=True), module, batch, device, release)
+
+
 def _tried(
     fused: FusedHead, module: nn.Module, batch: dict[str, Any], device: torch.device, release: Callable[[], None]
 ) -> FusedHead:

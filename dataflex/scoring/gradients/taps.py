@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dataflex.forward.fused import HeadCall
 from dataflex.ops.known import values_of
 from dataflex.ops.losses.linear_deltas import LinearLossGrad
-from dataflex.ops.losses.linear_sweep import Products
+from dataflex.ops.losses.linear_products import Products
 from dataflex.scoring.gradients.coverage import Adapter, Target, parameter_names
 from dataflex.scoring.gradients.experts import Routing, run_experts
 from dataflex.scoring.gradients.head_parts import HeadNames

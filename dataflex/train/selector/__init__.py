@@ -2,8 +2,16 @@
 
 from dataflex.train.selector.cluster_less_selector import ClusterLessSelector
 from dataflex.train.selector.custom_selector import CustomSelector
+from dataflex.train.selector.less_head_selector import LessHeadSelector
 from dataflex.train.selector.less_selector import LessSelector
 from dataflex.train.selector.loss_selector import LossSelector
 from dataflex.train.selector.random_selector import RandomSelector
 
-__all__ = ["ClusterLessSelector", "CustomSelector", "LessSelector", "LossSelector", "RandomSelector"]
+__all__ = [
+    "ClusterLessSelector",
+    "CustomSelector",
+    "LessHeadSelector",
+    "LessSelector",
+    "LossSelector",
+    "RandomSelector",
+]

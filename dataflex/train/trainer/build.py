@@ -16,10 +16,11 @@ from dataflex.config import Config
 from dataflex.config.components import component_params
 from dataflex.config.packing import shares_rows
 from dataflex.core.context import Run
-from dataflex.core.hook import Hook, Weigher
+from dataflex.core.hook import Hook, TokenWeigher, Weigher
 from dataflex.core.packing import Packing
 from dataflex.core.plan import Schedule, decision_schedule, epoch_schedule, steps_of_epochs
 from dataflex.core.registry import REGISTRY
+from dataflex.core.weights import StaticWeights
 from dataflex.data.pool import Pool, TrainingPool
 from dataflex.engine.folder.identity import weights_identity
 from dataflex.engine.folder.limits import check_limits
@@ -30,13 +31,13 @@ from dataflex.engine.steps.loop import BatchSource, Loop, Stepper
 from dataflex.engine.steps.skip import NonFinite
 from dataflex.forward.fused import FusedHead
 from dataflex.forward.losses import Forward
-from dataflex.scoring.checks.head_check import open_head
+from dataflex.scoring.checks.head_check import known_head, open_head
 from dataflex.scoring.checks.model_check import check_model, check_packing
 from dataflex.scoring.context import release_gathered
 from dataflex.scoring.kept.sharded import ScoringPasses
 from dataflex.scoring.scorer import Scorer
 from dataflex.train.trainer.component_hooks import HookBuilder
-from dataflex.train.trainer.training_head import training_head
+from dataflex.train.trainer.training_head import logit_readers, training_head
 from dataflex.train.trainer.weight_trainer import WeightLog
 from dataflex.train.weighter.static_weights import static_weights
 from dataflex.utils.errors import UserError
@@ -76,7 +77,8 @@ def attach(
     budget, longest = _batch_tokens(cfg, run)
     head_of = partial(_open_head, cfg.train.fused_head, engine, collator([sample]), longest)
     fused = head_of(engine.module, release=partial(release_gathered, engine))
-    scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names), Forward(fused))
+    scoring = Forward(fused, keeps_logits=False)
+    scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names), scoring)
     scorer.tally = lambda samples: run.clock.add_scored(samples)
     device = torch.device(engine.device)
     weights = static_weights(cfg.weighting, pool, tokenizer, _vocabulary(engine.module), device)
@@ -87,15 +89,12 @@ def attach(
     builder.runtime["open_reference"] = partial(
         open_reference, engine=engine, pool=pool, model=cfg.model, open_head=head_of
     )
+    builder.runtime["open_head"] = partial(_known_head, fused, engine, collator([sample]))
     every = builder.hooks()
-    weighted = any(isinstance(h, Weigher) for h in (*every, *hooks)) or weights.any
-    if weighted:
+    if weights.any or any(isinstance(h, Weigher) for h in (*every, *hooks)):
         every.append(WeightLog(cfg.output.logging_steps, weights))
     every += hooks  # after what dataflex keeps itself: a log or a checkpoint among them holds the whole step
-    normalization = cfg.flex.weight_normalization if weighted else "tokens"
-    policy = NonFinite(cfg.train.nonfinite, cfg.train.nonfinite_limit)
-    training = Forward(training_head(fused, every, longest))
-    stepper = Stepper(engine, run, every, normalization, weights.class_weight, policy, training)
+    stepper = _stepper(run, cfg, every, weights, training_head(fused, every, longest))
     source = BatchSource(run, collator, device, workers, weights)
     loop = Loop(run, every, source, stepper, cfg.train.group_by_length and packing is None)
     wrapped = DataflexEngine(engine, run, loop, scorer, eval_pool, cfg.train.per_device_eval_batch_size)
@@ -110,11 +109,26 @@ def _batch_tokens(cfg: Config, run: Run) -> tuple[int, int]:
     return budget, max(budget, trained)
 
 
+def _stepper(run: Run, cfg: Config, hooks: list[Hook], weights: StaticWeights, fused: FusedHead | None) -> Stepper:
+    """On the engine that ``run`` begins with."""
+    weighted = weights.any or any(isinstance(hook, Weigher | TokenWeigher) for hook in hooks)
+    normalization = cfg.flex.weight_normalization if weighted else "tokens"
+    policy = NonFinite(cfg.train.nonfinite, cfg.train.nonfinite_limit)
+    training = Forward(fused, keeps_logits=bool(logit_readers(hooks)))
+    return Stepper(run.engine, run, hooks, normalization, weights.class_weight, policy, training)
+
+
 def _open_head(
     mode: str, engine: Any, batch: dict[str, Any], tokens: int, module: nn.Module, *, release: Callable[[], None]
 ) -> FusedHead | None:
     """`open_head` of the model in training, or of another one on the same device."""
     return open_head(mode, module, batch, tokens, device=torch.device(engine.device), release=release)
+
+
+def _known_head(fused: FusedHead | None, engine: Any, batch: dict[str, Any]) -> FusedHead:
+    """The output layer of the model in training; UnknownHead where no losses are made inside of it."""
+    release = partial(release_gathered, engine)
+    return fused or known_head(engine.module, batch, device=torch.device(engine.device), release=release)
 
 
 def _short_sample(pool: Pool) -> dict[str, Any]:

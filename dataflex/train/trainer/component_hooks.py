@@ -21,7 +21,9 @@ from dataflex.train.trainer.sample_trainer import WeightedPlanner
 from dataflex.train.trainer.select_trainer import SelectPlanner
 from dataflex.train.trainer.static_trainer import StaticPlanner
 from dataflex.train.trainer.stream_trainer import StreamHook
+from dataflex.train.trainer.token_trainer import TokenWeightHook
 from dataflex.train.trainer.weight_trainer import WeightHook
+from dataflex.train.weighter.token_weighter import TokenWeighter
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
@@ -54,6 +56,8 @@ class HookBuilder:
             found.append(StreamHook(self.run.pool))
         if "weight" in self.flex.kinds:
             weighter, name = self._component("weight")
+            if isinstance(weighter, TokenWeighter):
+                return [*found, TokenWeightHook(weighter, name, self.flex.warmup_step)]
             static = self.weights.loss is not None or self.weights.corrected
             found.append(WeightHook(weighter, name, self.flex.warmup_step, static))
         return found

@@ -36,6 +36,7 @@ RUNTIME = (
     "passes",
     "reference_model_path",
     "open_reference",
+    "open_head",
 )
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dataflex.core.hook import Hook, Weigher
+from dataflex.core.hook import Hook, TokenWeigher, Weigher
 from dataflex.forward.fused import FusedHead
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
+
+
+def logit_readers(hooks: Sequence[Hook]) -> list[str]:
+    """The hooks that may look at the logits of the training forward."""
+    shown = [h for h in hooks if isinstance(h, Weigher) or type(h).on_losses is not Hook.on_losses]
+    return [hook.identity for hook in shown if hook.needs_logits]
 
 
 def training_head(fused: FusedHead | None, hooks: Sequence[Hook], most_tokens: int) -> FusedHead | None:
@@ -18,10 +24,9 @@ def training_head(fused: FusedHead | None, hooks: Sequence[Hook], most_tokens: i
     """
     if fused is None:
         return None
-    weighers = [hook.identity for hook in hooks if isinstance(hook, Weigher)]
-    shown = [h for h in hooks if isinstance(h, Weigher) or type(h).on_losses is not Hook.on_losses]
-    readers = [hook.identity for hook in shown if hook.needs_logits]
-    if readers:
+    late = [hook.identity for hook in hooks if isinstance(hook, TokenWeigher) and hook.late]
+    weighers = [hook.identity for hook in hooks if isinstance(hook, Weigher)] + late
+    if readers := logit_readers(hooks):
         text = f"{', '.join(readers)} may read logits (a hook or weighter that does not sets needs_logits = False)"
         if fused.always:
             raise UserError(f"fused_head: on: {text}; set auto, or off")
