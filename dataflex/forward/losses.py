@@ -16,10 +16,13 @@ from dataflex.ops.known import counted_positions
 from dataflex.ops.losses.token_rules import TokenRows, TokenRule
 
 _RULED_ROWS = 512
-# Of the nodes of a backward: at most so many are looked at, these keep what they returned, those are products.
-_LOOKED_AT = 32
-_KEPT = ("_saved_result", "_saved_output")
-_PRODUCTS = ("mmbackward", "linearbackward")
+# Names of a backward's nodes: products, those that keep what they returned, and what may stand between.
+_PRODUCTS = ("mmbackward", "linear")
+_KEEPERS = ("tanh", "exp", "sigmoid", "softmax")
+_BETWEEN = (
+    *("view", "alias", "slice", "select", "copy", "clone", "transpose", "permute", "squeeze", "accumulategrad"),
+    *("mul", "div", "add", "sub", "neg", "log", "prebackward", "postbackward", "backwardhook"),
+)
 
 
 class Forward:
@@ -74,22 +77,26 @@ def losses_of(logits: Tensor, counted: Counted, *, inplace: bool = False) -> Sam
 
 
 def overwritable(logits: Tensor) -> bool:
-    """Whether the backward that leads to ``logits`` does without their values.
+    """Whether the backward that leads to ``logits`` is known to do without their values.
 
-    It does not where they are what an operation that keeps its result returned, as tanh does. All operations after the
-    last product are looked at: a product makes new numbers, and does not keep them.
+    It does not where they are what an operation that keeps its result returned, as tanh does. What comes after the last
+    product is looked at: a product makes new numbers and does not keep them, and what is saved before it may be made
+    again by activation checkpointing where it is asked for.
     """
     place, nodes = logits.untyped_storage().data_ptr(), [logits.grad_fn]
-    for _ in range(_LOOKED_AT):
-        node = nodes.pop() if nodes else None
-        if node is None:
-            return logits.requires_grad
-        for kept in (getattr(node, name, None) for name in _KEPT):
-            if torch.is_tensor(kept) and kept.untyped_storage().data_ptr() == place:
+    while nodes:
+        node = nodes.pop()
+        name = "" if node is None else node.name().lower()
+        if node is None or any(word in name for word in _PRODUCTS):
+            continue
+        if any(word in name for word in _KEEPERS):
+            kept = getattr(node, "_saved_result", None)
+            if not torch.is_tensor(kept) or kept.untyped_storage().data_ptr() == place:
                 return False
-        if not any(product in node.name().lower() for product in _PRODUCTS):
-            nodes += [before for before, _ in node.next_functions if before is not None]
-    return False
+        elif not any(word in name for word in _BETWEEN):
+            return False
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    return logits.requires_grad
 
 
 @torch.no_grad()
