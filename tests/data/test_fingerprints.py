@@ -110,6 +110,7 @@ DATA: dict[str, tuple[Any, str]] = {
     "preprocessing_num_workers": (2, SAME),
     "dataloader_num_workers": (2, SAME),
     "sample_weight": ("w", TOKENS),
+    "default_system": ("Be brief.", TOKENS),
     "enable_thinking": (False, SAME),  # this template has no thoughts
 }
 WEIGHTING: dict[str, tuple[Any, str]] = {

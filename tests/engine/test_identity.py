@@ -25,6 +25,7 @@ USUAL: dict[str, Any] = {
     "seed": 5,
     "pool": "one",
     "stage": 2,
+    "packing": None,
     "hooks": ("Planner a", "Hook b"),
     "compared": "",
 }
@@ -45,6 +46,12 @@ CHANGES: dict[str, list[tuple[dict[str, Any], str]]] = {
     ],
     "seed": [({"seed": 6}, "the checkpoint has seed 5, this run has 6; resume with the configuration")],
     "pool": [({"pool": "two"}, "the checkpoint has pool one, this run has two")],
+    "packing": [
+        (
+            {"packing": SimpleNamespace(capacity=128)},
+            "the checkpoint has packing None, this run has rows of 128 tokens",
+        )
+    ],
     "zero_stage": [({"stage": 3}, "the checkpoint has zero_stage 2, this run has 3")],
     "hooks": [
         (
@@ -74,6 +81,7 @@ def loop_of(**changes: Any) -> Any:
         rank=0,
         schedule=epoch_schedule(6, 6),
         pool=SimpleNamespace(fingerprint=now["pool"]),
+        packing=now["packing"],
         engine=SimpleNamespace(zero_optimization_stage=lambda: now["stage"]),
     )
     state: dict[str, Any] = {"state_dict": lambda: {}, "load_state_dict": lambda saved: None}

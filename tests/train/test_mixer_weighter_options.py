@@ -12,11 +12,14 @@ import torch
 
 from dataflex.config.weighting import PRESETS, WeightingSection
 from dataflex.data.pool import Pool
+from dataflex.ops.losses.token_rules import TokenRows
 from dataflex.train.mixer.dynamic_moe_mixer import sampled
 from dataflex.train.weighter import adapt_weighter
 from dataflex.train.weighter.adapt_weighter import AdaptWeighter
 from dataflex.train.weighter.custom_weighter import CustomWeighter
+from dataflex.train.weighter.eaft_weighter import EaftWeighter
 from dataflex.train.weighter.loss_weighter import LossWeighter
+from dataflex.train.weighter.rho_weighter import RhoWeighter
 from dataflex.train.weighter.static_weights import draw_probabilities
 from dataflex.utils.errors import UserError
 from tests.train.options import OPTIONS, all_params, option
@@ -188,6 +191,28 @@ def test_the_custom_weighter_is_the_mean() -> None:
     assert CustomWeighter("uniform").get_weighted_loss(torch.tensor([1.0, 2.0, 6.0])) == 3.0
     with pytest.raises(UserError, match="custom weighter: strategy: 'other'; valid: uniform"):
         CustomWeighter("other")
+
+
+@option("weighter", "eaft", "alpha", "top")
+def test_doubt_is_of_the_largest_and_to_a_power() -> None:
+    """Of the logits ln 4, ln 2, ln 2, 0 the largest two have shares of 2/3 and 1/3, the largest three 1/2, 1/4, 1/4."""
+    logits = torch.tensor([[4.0, 2.0, 2.0, 1.0]], dtype=torch.float64).log()
+    rows = TokenRows(logits, torch.tensor([0]), logits.logsumexp(1))
+    for top, entropy in ((2, math.log(3) - 2 / 3 * math.log(2)), (3, 1.5 * math.log(2))):
+        for alpha in (0.5, 1.0, 2.0):
+            found = EaftWeighter(alpha=alpha, top=top).of_logits(rows)
+            assert float(found) == pytest.approx((entropy / 3) ** alpha)
+
+
+@option("weighter", "rho", "share")
+def test_the_share_of_tokens_that_count() -> None:
+    """The excess losses are 4, 3, 2, 1 and 0, the sixth token has no label: the largest count, the mean weight is 1."""
+    reference = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 9.0]])
+    losses = torch.tensor([[5.0, 4.0, 3.0], [2.0, 1.0, 0.0]])
+    micro = SimpleNamespace(labels=torch.tensor([[1, 1, 1], [1, 1, -100]]))
+    for share, weights in ((0.2, [5, 0, 0, 0, 0, 0]), (0.6, [5 / 3, 5 / 3, 5 / 3, 0, 0, 0]), (1.0, [1, 1, 1, 1, 1, 0])):
+        weighter = RhoWeighter(lambda path: lambda micro: reference, reference_model_path="r", share=share)
+        torch.testing.assert_close(weighter.among(losses, micro).flatten(), torch.tensor(weights, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("kind", ["mixer", "weighter"])

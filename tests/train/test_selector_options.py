@@ -14,10 +14,13 @@ import torch
 
 from dataflex.data.pool import Pool
 from dataflex.ops.projection.project_kinds import PROJECTIONS
+from dataflex.scoring.checks.head_check import known_head
 from dataflex.scoring.gradients.layers import LayerRule
+from dataflex.scoring.passes.head_pass import HeadFeatures
 from dataflex.scoring.scorer import Scorer
 from dataflex.train.selector import cluster_less_selector, less_selector
 from dataflex.train.selector.cluster_less_selector import ClusterLessSelector, Clusters
+from dataflex.train.selector.less_head_selector import LessHeadSelector
 from dataflex.train.selector.less_selector import LessSelector
 from dataflex.train.selector.loss_selector import LossSelector
 from dataflex.train.selector.random_selector import RandomSelector
@@ -166,6 +169,24 @@ def test_the_self_check_runs_once_or_not_at_all() -> None:
             for step in range(2):
                 selector.select(None, step, 2)
         assert len(calls) == times
+
+
+@option("selector", "less_head", "sketch_dim", "proj_dim", "seed", "subtask_column")
+def test_features_of_the_output_layer_are_as_asked() -> None:
+    """The features themselves: tests/scoring/test_head_pass.py."""
+    _, batch = next(iter(scorer().batches(POOL, np.arange(1), "one sample")))
+    head = known_head(NET, batch, device=torch.device("cpu"))
+    usual: dict[str, Any] = {"sketch_dim": 2048, "proj_dim": 8192, "seed": 42, "subtask_column": None}
+    found, want = [], []
+    for params in ({}, {"sketch_dim": 16}, {"proj_dim": 256}, {"seed": 1}, {"subtask_column": "task"}):
+        sketch, proj, seed, column = (usual | params).values()
+        made = HeadFeatures(head, sketch, proj, seed)
+        cosines = unit(made.of_samples(scorer(), POOL)) @ unit(made.of_samples(scorer(), TARGET)).T
+        tasks = np.array(list("xyxxyx" if column else "nnnfff"))
+        want.append(np.max([cosines[:, tasks == task].mean(1) for task in sorted(set(tasks))], axis=0))
+        found.append(LessHeadSelector(POOL, None, None, None, scorer(), TARGET, lambda: head, **params).scores())
+    for at, scores in enumerate(found):
+        close(scores, want[at], want[:at] + want[at + 1 :])
 
 
 CLUSTERS = Clusters(np.array([0, 1, 0, 1, 0, 2, 1, 0, 2]), np.float32([0.3, 0.1, 0.2, 0.4, 0.1, 0.0, 0.2, 0.4, 0.5]))
