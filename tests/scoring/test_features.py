@@ -73,7 +73,7 @@ def ranks_features(kind: str, stage: int, ckpt: str | None, steps: int, offload:
     tiny.checkpoint_activations(net, ckpt)
     world = torch.distributed.get_world_size()
     config = tiny.ds_config(stage, micro_batch=4 // world, accumulation=2)
-    config["zero_optimization"] |= {f"offload_{what}": {"device": "cpu"} for what in offload.split()}
+    config["zero_optimization"] |= tiny.NEARBY | {f"offload_{what}": {"device": "cpu"} for what in offload.split()}
     engine = dataflex.initialize(
         model=net,
         config=config,

@@ -38,9 +38,11 @@ def build(case: Case, folder: Path, world: int) -> tuple[Any, Recorder]:
     schedule = {"update_step": UPDATE, "update_times": TIMES, "warmup_step": WARMUP}
     if case.kind == "weighter":
         schedule = {"warmup_step": WARMUP, "train_step": STEPS}
+    config = tiny.ds_config(3, micro_batch=BATCH // world)
+    config["zero_optimization"] |= tiny.NEARBY
     engine = dataflex.initialize(
         model=tiny.model(case.model),
-        config=tiny.ds_config(3, micro_batch=BATCH // world),
+        config=config,
         dataflex={
             "train_type": case.train_type,
             "component_name": case.name,
