@@ -94,14 +94,21 @@ def test_one_machine_is_no_case_of_several(monkeypatch: pytest.MonkeyPatch, valu
          "NPROC_PER_NODE: expected a whole number >= 1 and <= 8 in the environment, got 9"),
         ({"NODE_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "0"}, {},
          "MASTER_PORT: expected a whole number >= 1 and <= 65535 in the environment, got 0"),
+        ({"MASTER_ADDR": "a"}, {"node_rank": "2"}, "--node_rank: expected a whole number >= 0 and <= 1, got 2"),
         ({"NODE_RANK": "0"}, {"include": "localhost:0"},
          "--include: cannot be used together with NNODES=2 in the environment"),
     ],
 )  # fmt: skip
-def test_what_is_missing_is_named(
+def test_what_is_missing_or_wrong_is_named(
     monkeypatch: pytest.MonkeyPatch, values: dict[str, str], flags: dict[str, str], line: str
 ) -> None:
     name(monkeypatch, **{"NNODES": "2", **values})
     with pytest.raises(UserError) as caught:
         machines(flags, None, gpus=8)
     assert str(caught.value) == line
+
+
+def test_more_processes_than_gpus_are_told_of_the_flag_that_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    name(monkeypatch, NNODES="2", NODE_RANK="0", MASTER_ADDR="a")
+    with pytest.raises(UserError, match=r"^--num_processes: expected a whole number >= 1 and <= 8, got 9$"):
+        machines({}, 9, gpus=8)

@@ -99,7 +99,7 @@ def _read_weights(folder: Path, names: tuple[str, ...]) -> list[float]:
 def _small(cfg: Config) -> Config:
     model, flex = cfg.model, cfg.flex
     if flex.proxy_model_name_or_path:
-        model = model.model_copy(update={"model_name_or_path": flex.proxy_model_name_or_path})
+        model = model.model_copy(update={"model_name_or_path": flex.proxy_model_name_or_path, "model_revision": "main"})
     if flex.proxy_train_step:
         flex = flex.model_copy(update={"train_step": flex.proxy_train_step})
     return cfg.model_copy(update={"model": model, "flex": flex})

@@ -87,6 +87,12 @@ def warmup_steps(train: TrainSection, total_steps: int) -> int:
     return train.warmup_steps or int(-(-total_steps * train.warmup_ratio // 1))
 
 
+def check_schedule(train: TrainSection, total_steps: int) -> None:
+    """UserError where `make_scheduler` would raise one, before there is a model."""
+    nothing = torch.nn.Parameter(torch.zeros(1))
+    make_scheduler(torch.optim.SGD([nothing], lr=train.learning_rate), train, total_steps)
+
+
 def make_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, total_steps: int) -> Any:
     """The named schedule of transformers over ``total_steps`` optimizer steps.
 
@@ -97,10 +103,10 @@ def make_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, total_
 
     name, warmup = train.lr_scheduler_type, warmup_steps(train, total_steps)
     options = dict(train.lr_scheduler_kwargs or {})
-    if name == "warmup_stable_decay":
-        after = total_steps - warmup
-        options.setdefault("num_decay_steps", after - options.get("num_stable_steps", after // 3))
     try:
+        if name == "warmup_stable_decay":
+            after = total_steps - warmup
+            options.setdefault("num_decay_steps", after - options.get("num_stable_steps", after // 3))
         return get_scheduler(
             name,
             optimizer,

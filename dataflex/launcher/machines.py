@@ -51,18 +51,26 @@ def machines(flags: Mapping[str, str], num_processes: int | None, gpus: int) -> 
     for name in _LOCAL:
         if name in flags:
             raise UserError(f"--{name}: cannot be used together with NNODES={count} in the environment")
-    rank = _number("NODE_RANK", flags.get("node_rank") or os.environ.get("NODE_RANK"), 0, count - 1)
     address = flags.get("master_addr") or os.environ.get("MASTER_ADDR")
+    rank = _number(*_given("NODE_RANK", flags.get("node_rank")), 0, count - 1)
     if not address:
         raise UserError(f"MASTER_ADDR: NNODES={count} needs the address of the machine with NODE_RANK=0")
-    port = flags.get("master_port") or os.environ.get("MASTER_PORT") or str(PORT)
-    per_machine = str(num_processes) if num_processes else os.environ.get("NPROC_PER_NODE") or str(max(gpus, 1))
-    processes = _number("NPROC_PER_NODE", per_machine, 1, gpus or None)
-    return Machines(count, rank, processes, address, _number("MASTER_PORT", port, 1, 65535))
+    asked = None if num_processes is None else str(num_processes)
+    processes = _number(*_given("NPROC_PER_NODE", asked, "num_processes", str(max(gpus, 1))), 1, gpus or None)
+    port = _number(*_given("MASTER_PORT", flags.get("master_port"), default=str(PORT)), 1, 65535)
+    return Machines(count, rank, processes, address, port)
+
+
+def _given(name: str, by_flag: str | None, flag: str = "", default: str | None = None) -> tuple[str, str | None]:
+    """What a value is called where it was given, and the value: of the flag, else of the environment."""
+    if by_flag is not None:
+        return f"--{flag or name.lower()}", by_flag
+    return name, os.environ.get(name) or default
 
 
 def _number(name: str, value: str | None, low: int, high: int | None = None) -> int:
     expected = f"a whole number >= {low}" + (f" and <= {high}" if high is not None else "")
     if value is None or not value.strip().isdecimal() or int(value) < low or (high is not None and int(value) > high):
-        raise UserError(f"{name}: expected {expected} in the environment, got {value if value is not None else 'none'}")
+        where = "" if name.startswith("--") else " in the environment"
+        raise UserError(f"{name}: expected {expected}{where}, got {value if value is not None else 'none'}")
     return int(value)

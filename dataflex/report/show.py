@@ -184,8 +184,8 @@ class _Texts:
 
 
 def _cut(text: str) -> str:
-    """The text in one line; of a long one its beginning and its end."""
-    line = " ".join(text.split())
+    """The text in one line that a terminal only shows; of a long one its beginning and its end."""
+    line = "".join(mark if mark.isprintable() else "\ufffd" for mark in " ".join(text.split()))
     if len(line) <= LONGEST_TEXT:
         return line
     tail = LONGEST_TEXT // 4

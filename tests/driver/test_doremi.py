@@ -90,6 +90,13 @@ def test_it_goes_on_at_the_unfinished_run(workspace: Path) -> None:
     assert all((out / name / "all_results.json").exists() for name in ("reference", "proxy", "final"))
 
 
+def test_a_revision_is_of_the_model_and_not_of_the_proxy(workspace: Path) -> None:
+    keys = settings(workspace, **RUN, output_dir="three", model_revision="v2")
+    of = command._small(load_config(keys | {"proxy_model_name_or_path": "proxy"}, quiet=True)).model
+    assert (of.model_name_or_path, of.model_revision) == ("proxy", "main")
+    assert command._small(load_config(keys, quiet=True)).model.model_revision == "v2"
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

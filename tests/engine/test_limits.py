@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ import transformers
 from datasets import Dataset
 
 from dataflex.data.pool import Pool
-from dataflex.engine.folder.limits import check_limits
+from dataflex.engine.models.limits import check_limits
+from dataflex.scoring.checks.model_check import refusal
 from dataflex.utils.errors import UserError
 from tests import families
 from tests.tiny import tiny_llama
@@ -78,6 +81,34 @@ def test_a_table_of_positions_is_named_where_the_model_would_fail(family: str) -
         "dataset: sample 13 ('right' at 5) has 17 tokens, the model has 16 positions (max_position_embeddings, the "
         f"rows of {table}) and no more; set cutoff_len: 16"
     )
+
+
+ALIBI: dict[str, dict[str, Any]] = {
+    "MptConfig": {"vocab_size": 259, "d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": POSITIONS},
+    "BloomConfig": {"vocab_size": 259, "hidden_size": 16, "n_head": 2, "n_layer": 1, "max_seq_len": POSITIONS},
+}
+
+
+@pytest.mark.parametrize("name", ALIBI)
+def test_biases_that_end_are_told_from_those_that_go_on(name: str) -> None:
+    """Both configs name a length, neither model has a table or rotary positions; MPT's biases are of that length."""
+    net = model(name, ALIBI[name])
+    forward(net, POSITIONS)
+    engine = SimpleNamespace(module=net.train(), device="cpu", empty_partition_cache=lambda: None)
+    check = partial(check_limits, net, {"dataset": long_pool()}, "set cutoff_len:", True, partial(refusal, engine))
+    if name == "BloomConfig":
+        forward(net, POSITIONS + 1)
+        check()
+    else:
+        with pytest.raises(RuntimeError):
+            forward(net, POSITIONS + 1)
+        with pytest.raises(
+            UserError,
+            match=r"^dataset: sample 13 \('right' at 5\) has 17 tokens, the model has 16 "
+            r"positions \(max_seq_len\) and cannot be run on 17 tokens \(.*\); set cutoff_len: 16$",
+        ):
+            check()
+    assert all(p.requires_grad for p in net.parameters())
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

@@ -16,7 +16,7 @@ from dataflex.data.sources.info import read_dataset_infos
 from dataflex.data.sources.origin import Origin
 from dataflex.data.sources.rows import content_of
 from dataflex.report import decision_table as tables
-from dataflex.report.show import show
+from dataflex.report.show import _cut, show
 from dataflex.utils.errors import UserError
 
 NAN = float("nan")
@@ -92,6 +92,10 @@ def test_a_long_text_is_cut(made: Path) -> None:
     lines = show(made / "run", step=10, top=44)
     (line,) = {line for line in lines if "characters left out" in line}
     assert len(line) < 500 and "599 characters left out" in line
+
+
+def test_text_cannot_steer_the_terminal() -> None:
+    assert _cut("a\x1b[2J\n b\x07 c\u202e \u00e9") == "a\ufffd[2J b\ufffd c\ufffd \u00e9"
 
 
 def test_without_scores_the_first_picks_are_printed(made: Path) -> None:

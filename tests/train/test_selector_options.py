@@ -24,6 +24,7 @@ from dataflex.train.selector.less_head_selector import LessHeadSelector
 from dataflex.train.selector.less_selector import LessSelector
 from dataflex.train.selector.loss_selector import LossSelector
 from dataflex.train.selector.random_selector import RandomSelector
+from dataflex.utils.errors import UserError
 from tests import families
 from tests import tiny_engine as tiny
 from tests.ops.by_hand import FORMULAS
@@ -187,6 +188,25 @@ def test_features_of_the_output_layer_are_as_asked() -> None:
         found.append(LessHeadSelector(POOL, None, None, None, scorer(), TARGET, lambda: head, **params).scores())
     for at, scores in enumerate(found):
         close(scores, want[at], want[:at] + want[at + 1 :])
+
+
+def test_a_decision_of_less_head_scores_once_however_often_it_is_asked() -> None:
+    """Where samples are packed a selector is asked for several numbers at a step."""
+    selector, calls = less_head_with(np.float32([0.1, 0.9, 0.5]))
+    assert [selector.select(None, 4, count) for count in (1, 3, 2)] == [[1], [1, 2, 0], [1, 2]] and len(calls) == 1
+    selector.forget()
+    assert selector.select(None, 4, 1) == [1] and len(calls) == 2
+    selector, _ = less_head_with(np.float32([0.1, np.nan, 0.5]))
+    with pytest.raises(UserError, match=r"^less_head: scores of sample ids \[1\] are not finite at step 4$"):
+        selector.select(None, 4, 1)
+
+
+def less_head_with(scores: np.ndarray) -> tuple[LessHeadSelector, list[int]]:
+    """A selector with these scores, and what is added to whenever they are made."""
+    calls: list[int] = []
+    made = LessHeadSelector(range(len(scores)), None, None, None, scorer(), TARGET, lambda: None)  # type: ignore[arg-type,return-value]
+    made.scores = lambda: (calls.append(1), scores)[1]  # type: ignore[method-assign,func-returns-value]
+    return made, calls
 
 
 CLUSTERS = Clusters(np.array([0, 1, 0, 1, 0, 2, 1, 0, 2]), np.float32([0.3, 0.1, 0.2, 0.4, 0.1, 0.0, 0.2, 0.4, 0.5]))

@@ -55,9 +55,9 @@ def read_tokenizer(cfg: Config) -> Any:
 
 
 def add_new_tokens(tokenizer: Any, cfg: Config) -> None:
-    """Add new_special_tokens; those that the tokenizer has already keep their ids."""
+    """Add new_special_tokens to those that the tokenizer has; what it knows already keeps its id."""
     if cfg.model.new_special_tokens:
-        tokenizer.add_special_tokens({"additional_special_tokens": list(cfg.model.new_special_tokens)})
+        tokenizer.add_special_tokens({"additional_special_tokens": list(cfg.model.new_special_tokens)}, False)
 
 
 def load_model_config(cfg: Config) -> Any:

@@ -46,6 +46,22 @@ def check_model(engine: Any, batch: dict[str, Any]) -> None:
     release_gathered(engine)
 
 
+def refusal(engine: Any, tokens: int) -> str | None:
+    """Why ``engine.module`` cannot be run on a row of so many tokens, or None where it can; a collective."""
+    device = torch.device(engine.device)
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
+    why = None
+    with probing(engine.module, device, []), torch.no_grad():
+        try:
+            engine.module(input_ids=ids, attention_mask=torch.ones_like(ids))
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, RuntimeError, ValueError) as exc:
+            why = brief(exc)
+    release_gathered(engine)
+    return why
+
+
 @contextmanager
 def probing(module: nn.Module, device: torch.device, leaves: list[Tensor]) -> Iterator[None]:
     """Scoring mode; the random state stays as it is. ``leaves`` takes the embeddings, where the model has any."""

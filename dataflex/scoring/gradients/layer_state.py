@@ -19,15 +19,21 @@ class LayerState(Mapping[str, State], Generic[State]):
     """State by the name of a parameter, read when the backward reaches its layer and dropped behind it.
 
     source: makes the whole state of a parameter each time it is asked, as a collective: so every rank must ask for
-    the same names in the same order. What was read first stays, while it fits ``kept_bytes`` (`KEPT_BYTES`) in all.
+    the same names in the same order. What fits ``kept_bytes`` (`KEPT_BYTES`) in all is read here, in the order of
+    ``source``, and stays: where all of it fits, no backward has a collective, whichever layers a rank's batch reaches.
     """
 
     def __init__(self, source: Mapping[str, State], kept_bytes: int | None = None) -> None:
         self._source = source
         self._names = frozenset(source)
-        self._room = KEPT_BYTES if kept_bytes is None else kept_bytes
         self._kept: dict[str, State] = {}
         self._here: dict[str, State] = {}
+        room = KEPT_BYTES if kept_bytes is None else kept_bytes
+        for name in source if room else ():
+            state = source[name]
+            size = _bytes(state)
+            if size <= room:
+                self._kept[name], room = state, room - size
 
     @contextmanager
     def at_hand(self, names: Iterable[str]) -> Iterator[None]:
@@ -46,13 +52,7 @@ class LayerState(Mapping[str, State], Generic[State]):
             return self._here[name]
         if name in self._kept:
             return self._kept[name]
-        state = self._source[name]
-        tensors: Any = (state,) if isinstance(state, Tensor) else state
-        size = sum(tensor.nbytes for tensor in tensors)
-        if size <= self._room:
-            self._room -= size
-            self._kept[name] = state
-        return state
+        return self._source[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -62,3 +62,7 @@ class LayerState(Mapping[str, State], Generic[State]):
 
     def __len__(self) -> int:
         return len(self._source)
+
+
+def _bytes(state: Any) -> int:
+    return sum(tensor.nbytes for tensor in ((state,) if isinstance(state, Tensor) else state))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,14 @@ from dataflex.scoring.kept.sharded import ScoringPasses
 from dataflex.scoring.passes.head_pass import HeadFeatures
 from dataflex.scoring.scorer import Scorer
 from dataflex.train.selector.base_selector import Selector
-from dataflex.train.selector.less_selector import cosine_scores, subtask_ids, target_directions, top_k
+from dataflex.train.selector.less_selector import (
+    cosine_scores,
+    finite,
+    pick_best,
+    subtask_ids,
+    target_directions,
+    target_identity,
+)
 from dataflex.utils.errors import UserError
 
 
@@ -70,15 +76,8 @@ class LessHeadSelector(Selector):
         self.passes = passes or ScoringPasses()
 
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
-        scores = self.scores()
-        bad = np.flatnonzero(~np.isfinite(scores))
-        if len(bad):
-            raise UserError(f"less_head: scores of sample ids {bad[:16].tolist()} are not finite at step {step_id}")
-        picks = self.pick_by_domain(
-            num_samples, kwargs.get("domain_counts"), lambda ids, count: ids[top_k(scores[ids], count)]
-        )
-        self.metric, self.scored = {"score": scores[picks].tolist()}, {"score": scores}
-        return picks.tolist()
+        scores = self.once(step_id, lambda: finite(self.scores(), "less_head", step_id))
+        return pick_best(self, scores, num_samples, kwargs.get("domain_counts"))
 
     def scores(self) -> NDArray[np.float32]:
         """Score of every sample of the pool with the model as it is now, float32 [n]."""
@@ -88,5 +87,4 @@ class LessHeadSelector(Selector):
             features = self.features.of_samples(self.scorer, self.dataset, ids)
             return cosine_scores(torch.from_numpy(features), directions).numpy()
 
-        target = f"{self.target.fingerprint} {hashlib.sha256(self.subtasks.tobytes()).hexdigest()[:16]}"
-        return self.passes.scores(self.scorer, self.dataset, score, target=target)
+        return self.passes.scores(self.scorer, self.dataset, score, target=target_identity(self.target, self.subtasks))

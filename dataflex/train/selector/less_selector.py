@@ -57,6 +57,26 @@ def top_k(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     return np.argsort(-scores, kind="stable")[:count].astype(np.int64)
 
 
+def pick_best(selector: Selector, scores: NDArray[np.float32], num_samples: int, domain_counts: Any) -> list[int]:
+    """The samples of the highest scores, of all or of each domain; the selector's record of the decision is made."""
+    picks = selector.pick_by_domain(num_samples, domain_counts, lambda ids, count: ids[top_k(scores[ids], count)])
+    selector.metric, selector.scored = {"score": scores[picks].tolist()}, {"score": scores}
+    return picks.tolist()
+
+
+def finite(scores: NDArray[np.float32], name: str, step_id: int) -> NDArray[np.float32]:
+    """``scores``. UserError, in the name of a selector, where one is not finite."""
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if len(bad):
+        raise UserError(f"{name}: scores of sample ids {bad[:16].tolist()} are not finite at step {step_id}")
+    return scores
+
+
+def target_identity(target: Any, subtasks: NDArray[np.int64]) -> str:
+    """What kept scores are of, besides the pool and the weights."""
+    return f"{target.fingerprint} {hashlib.sha256(subtasks.tobytes()).hexdigest()[:16]}"
+
+
 def subtask_ids(target: Any, column: str | None) -> NDArray[np.int64]:
     """Which subtask each sample of the target belongs to, int64 [n]: its domain, or the value of its ``column``."""
     if column is None:
@@ -155,21 +175,14 @@ class LessSelector(Selector):
 
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
         scores = self.once(step_id, lambda: self._scores_at(step_id))
-        picks = self.pick_by_domain(
-            num_samples, kwargs.get("domain_counts"), lambda ids, count: ids[top_k(scores[ids], count)]
-        )
-        self.metric, self.scored = {"score": scores[picks].tolist()}, {"score": scores}
-        return picks.tolist()
+        return pick_best(self, scores, num_samples, kwargs.get("domain_counts"))
 
     def _scores_at(self, step_id: int) -> NDArray[np.float32]:
         """What the samples are ranked by at this decision, float32 [n]."""
         if self.unchecked:
             check_one_sample(self.scorer, self.dataset, self.spec)
             self.unchecked = False
-        scores = self.scores()
-        if not np.isfinite(scores).all():
-            bad = np.flatnonzero(~np.isfinite(scores))
-            raise UserError(f"less: scores of sample ids {bad[:16].tolist()} are not finite at step {step_id}")
+        scores = finite(self.scores(), "less", step_id)
         return self._accumulated(scores) if self.accumulate else scores
 
     def use_plain_gradient(self) -> bool:
@@ -192,7 +205,7 @@ class LessSelector(Selector):
     def pool_scores(self, directions: Any) -> NDArray[np.float32]:
         """Scores of the pool's samples, float32 [n]."""
         spec = self.spec
-        target = f"{self.target.fingerprint} {hashlib.sha256(self.subtasks.tobytes()).hexdigest()[:16]}"
+        target = target_identity(self.target, self.subtasks)
         if spec.proj_dim:
             return self.passes.gradient_scores(
                 self.scorer,

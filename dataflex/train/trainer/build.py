@@ -23,7 +23,7 @@ from dataflex.core.registry import REGISTRY
 from dataflex.core.weights import StaticWeights
 from dataflex.data.pool import Pool, TrainingPool
 from dataflex.engine.folder.identity import weights_identity
-from dataflex.engine.folder.limits import check_limits
+from dataflex.engine.models.limits import check_limits
 from dataflex.engine.models.reference import open_reference
 from dataflex.engine.optimizer_state import read_moments
 from dataflex.engine.plugin import DataflexEngine
@@ -32,7 +32,7 @@ from dataflex.engine.steps.skip import NonFinite
 from dataflex.forward.fused import FusedHead
 from dataflex.forward.losses import Forward
 from dataflex.scoring.checks.head_check import known_head, open_head
-from dataflex.scoring.checks.model_check import check_model, check_packing
+from dataflex.scoring.checks.model_check import check_model, check_packing, refusal
 from dataflex.scoring.context import release_gathered
 from dataflex.scoring.kept.sharded import ScoringPasses
 from dataflex.scoring.scorer import Scorer
@@ -68,7 +68,7 @@ def attach(
     if getattr(getattr(engine.module, "config", None), "use_cache", False):
         engine.module.config.use_cache = False
     engine.train()
-    _check_limits(engine.module, cfg, pool, eval_pool, mixer_eval_pool)
+    _check_limits(engine, cfg, pool, eval_pool, mixer_eval_pool)
     sample = _short_sample(pool) if isinstance(pool, Pool) else _ANY_SAMPLE
     if isinstance(pool, Pool):
         check_model(engine, collator([sample]))
@@ -139,12 +139,12 @@ def _short_sample(pool: Pool) -> dict[str, Any]:
     return pool[longer[pool.lengths[longer].argmin()]]
 
 
-def _check_limits(module: Any, cfg: Config, train: Any, target: Any, mixers: Any) -> None:
+def _check_limits(engine: Any, cfg: Config, train: Any, target: Any, mixers: Any) -> None:
     """`check_limits` with the words of a YAML run, or of data that came as objects."""
     from_yaml = bool(cfg.data.dataset)
     pools = {"dataset" if from_yaml else "train_dataset": train, "eval_dataset": target, "mixer_eval_dataset": mixers}
     advice = "set cutoff_len:" if from_yaml else "cut the samples to"
-    check_limits(module, pools, advice, cfg.model.train_from_scratch)
+    check_limits(engine.module, pools, advice, cfg.model.train_from_scratch, partial(refusal, engine))
 
 
 def _passes(run: Run, cfg: Config, engine: Any) -> ScoringPasses:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,36 +12,47 @@ from dataflex.data.pool import Pool, TrainingPool
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
+# What configs call the tokens that a model is made for; MPT has the second name, decoders of speech the third.
+_NAMES = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 # Tables of positions may have a few rows in front that no token gets (OPT, BART).
 _SPARE_ROWS = 8
 
 
-def check_limits(module: nn.Module, pools: Mapping[str, TrainingPool | None], advice: str, scratch: bool) -> None:
-    """UserError for a token id that the model has no row for, or a sample longer than its table of positions.
+def check_limits(
+    module: nn.Module,
+    pools: Mapping[str, TrainingPool | None],
+    advice: str,
+    scratch: bool,
+    refuses: Callable[[int], str | None] = lambda tokens: None,
+) -> None:
+    """UserError for a token id that the model has no row for, or a sample longer than the model can be run on.
 
     Says once where samples reach rotary positions that the model was not trained for. pools: by the key that names
     them. advice: how samples are made shorter. scratch: the weights are random, so that no position is trained.
+    refuses: why the model cannot be run on so many tokens, or None; asked where samples are longer than the config
+    says, and neither a table nor rotary positions tell what follows (MPT's biases end there, BLOOM's do not).
     """
     given = {key: pool for key, pool in pools.items() if pool is not None}
     rows = vocabulary(module)
     for key, pool in given.items():
         if rows is not None and isinstance(pool, Pool):
             _check_ids(key, pool, rows)
-    limit = _positions(module)
-    if limit is None:
-        return
+    name, limit = _positions(module)
     for key, pool in given.items():
-        if pool.longest <= limit:
+        if limit is None or pool.longest <= limit:
             continue
         table = _table_of_positions(module, limit)
         longest = f"{key}: {_longest(pool)}, the model has {limit:,} positions"
         if table is not None:
-            raise UserError(f"{longest} (max_position_embeddings, the rows of {table}) and no more; {advice} {limit}")
-        if not scratch and _rotary(module):
-            logger.warning(
-                f"{longest} in its training (max_position_embeddings); rotary ones beyond them work, but nothing was "
-                f"trained there: {advice} {limit}"
-            )
+            raise UserError(f"{longest} ({name}, the rows of {table}) and no more; {advice} {limit}")
+        if _rotary(module):
+            if not scratch:
+                logger.warning(
+                    f"{longest} in its training ({name}); rotary ones beyond them work, but nothing was "
+                    f"trained there: {advice} {limit}"
+                )
+        elif why := refuses(limit + 1):
+            raise UserError(f"{longest} ({name}) and cannot be run on {limit + 1:,} tokens ({why}); {advice} {limit}")
 
 
 def vocabulary(module: nn.Module) -> int | None:
@@ -81,10 +92,14 @@ def _text_config(module: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _positions(module: nn.Module) -> int | None:
+def _positions(module: nn.Module) -> tuple[str, int | None]:
+    """The tokens that the model is made for, and what its config calls them; None where it does not say."""
     config = _text_config(module)
-    limit = getattr(config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    for name in _NAMES:
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return name, limit
+    return "", None
 
 
 def _table_of_positions(module: nn.Module, limit: int) -> str | None:
