@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataflex.config import deepspeed_json, packing, streaming, weighting
+from dataflex.config import deepspeed_json, packing, streaming
 from dataflex.config.components import component_params
 from dataflex.config.paths import resolve
 from dataflex.config.schema import Config
+from dataflex.config.sections import weighting
 from dataflex.utils.errors import UserError, nearest
 from dataflex.utils.files import names_in
 

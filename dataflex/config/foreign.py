@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
-from dataflex.config.fields import shown
 from dataflex.config.paths import packaged
+from dataflex.config.sections.fields import shown
 from dataflex.config.yaml_reader import read_mapping
 
 _STAGE = "dataflex trains stages pt and sft only"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from dataflex.config.fields import (
+from dataflex.config.sections.fields import (
     AboveZero,
     ComponentParams,
     Components,
@@ -37,10 +37,10 @@ from dataflex.config.fields import (
     choice,
     choices,
 )
-from dataflex.config.score_section import ScoreSection
-from dataflex.config.section import Section
-from dataflex.config.train_section import TrainSection
-from dataflex.config.weighting import WeightingSection
+from dataflex.config.sections.score import ScoreSection
+from dataflex.config.sections.section import Section
+from dataflex.config.sections.train import TrainSection
+from dataflex.config.sections.weighting import WeightingSection
 
 Kind = Literal["select", "mix", "weight"]
 KINDS: tuple[Kind, ...] = ("select", "mix", "weight")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dataflex.config.fields import shown
+from dataflex.config.sections.fields import shown
 from dataflex.utils.errors import cut
 
 WEIGHTERS = {"use_dft_loss": "dft", "use_eaft_loss": "eaft"}

@@ -12,7 +12,7 @@ from torch import nn
 from dataflex.utils.errors import UserError, brief, nearest
 
 if TYPE_CHECKING:
-    from dataflex.config.train_section import TrainSection
+    from dataflex.config.sections.train import TrainSection
 
 
 def make_optimizer(model: nn.Module, train: TrainSection) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataflex.config.schema import OutputSection
-from dataflex.config.score_section import ScoreSection
+from dataflex.config.sections.score import ScoreSection
 from dataflex.data.sources.info import find_dataset_dir
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import pytest
 
 from dataflex.config import Config
 from dataflex.config.schema import DataSection, MethodSection, TrainSection
-from dataflex.config.weighting import WeightingSection
+from dataflex.config.sections.weighting import WeightingSection
 from dataflex.data.encoding.encode import tokenizer_identity
 from dataflex.data.encoding.token_weights import TokenWeights
 from dataflex.data.encoding.tokenize import Encoder, Settings

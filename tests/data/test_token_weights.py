@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dataflex.config import Config
-from dataflex.config.weighting import WeightingSection
+from dataflex.config.sections.weighting import WeightingSection
 from dataflex.data.encoding.collate import Collator
 from dataflex.data.encoding.token_weights import TokenWeights, span_factors
 from dataflex.data.pool import Pool

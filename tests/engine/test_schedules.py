@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dataflex.config.train_section import TrainSection
+from dataflex.config.sections.train import TrainSection
 from dataflex.engine.optimizer import make_scheduler
 from dataflex.utils.errors import UserError
 

@@ -18,7 +18,7 @@ import torch
 from dataflex.config import Config
 from dataflex.config.components import component_params
 from dataflex.config.schema import FlexSection, ModelSection, OutputSection
-from dataflex.config.score_section import ScoreSection
+from dataflex.config.sections.score import ScoreSection
 from dataflex.core.registry import REGISTRY
 from dataflex.data.pool import Pool
 from dataflex.engine.folder import identity

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.config.weighting import PRESETS, WeightingSection
+from dataflex.config.sections.weighting import PRESETS, WeightingSection
 from dataflex.data.pool import Pool
 from dataflex.ops.losses.token_rules import TokenRows
 from dataflex.train.mixer.dynamic_moe_mixer import sampled

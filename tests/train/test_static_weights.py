@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dataflex.config import load_config
-from dataflex.config.weighting import WeightingSection
+from dataflex.config.sections.weighting import WeightingSection
 from dataflex.core.packing import Packing
 from dataflex.core.weights import StaticWeights
 from dataflex.data.pool import Pool

@@ -22,7 +22,7 @@ from dataflex.utils.errors import UserError, cut, nearest
 from dataflex.utils.logging import logger
 
 if TYPE_CHECKING:
-    from dataflex.config.weighting import WeightingSection
+    from dataflex.config.sections.weighting import WeightingSection
 
 
 def static_weights(

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from dataflex.config.fields import Flag, Names, OptionalPositive, OptionalText, Positive, real, to_number
-from dataflex.config.section import Section
+from dataflex.config.sections.fields import Flag, Names, OptionalPositive, OptionalText, Positive, real, to_number
+from dataflex.config.sections.section import Section
 from dataflex.utils.errors import cut, nearest, shown
 
 QUOTA_WORDS = ("proportional", "equal")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from dataflex.config.fields import (
+from dataflex.config.sections.fields import (
     NotNegative,
     OptionalFlag,
     OptionalPositive,
@@ -18,7 +18,7 @@ from dataflex.config.fields import (
     to_weight,
     to_weights,
 )
-from dataflex.config.section import Section
+from dataflex.config.sections.section import Section
 from dataflex.utils.errors import cut, nearest
 
 PRESETS = ("inverse_domain", "inverse_class", "temperature")

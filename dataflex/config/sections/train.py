@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from dataflex.config import deepspeed_json
-from dataflex.config.fields import (
+from dataflex.config.sections.fields import (
     AboveZero,
     Count,
     DeepSpeedConfig,
@@ -24,7 +24,7 @@ from dataflex.config.fields import (
     Weights,
     choice,
 )
-from dataflex.config.section import Section
+from dataflex.config.sections.section import Section
 
 SCHEDULERS = (
     "linear",
