@@ -259,6 +259,7 @@ def test_command_on_gpus_takes_all_or_the_visible_ones(monkeypatch: pytest.Monke
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5")
     words, env = command("m", [], Request(2, {}), gpus=3)
     assert flags_of(words)[0] == "--include=localhost:2,3"
+    assert flags_of(command("m", [], Request(3, {}), gpus=3)[0])[0] == "--include=localhost:2,3,5", "all of them"
     assert "CUDA_VISIBLE_DEVICES" not in env
 
 

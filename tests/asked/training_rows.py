@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataflex.utils import dist
 from tests.asked.engine_facts import (
     adapted,
     every,
@@ -69,8 +70,8 @@ TRAINING = Build(
         Row(
             "seed",
             5,
-            lambda b: [b.engine.run.seed, first_values(b, "lm_head.weight")],
-            lambda w: [5, seeded("lm_head.weight")(w)],
+            lambda b: [b.engine.run.seed, torch.initial_seed() - dist.rank(), first_values(b, "lm_head.weight")],
+            lambda w: [5, 5, seeded("lm_head.weight")(w)],
         ),
         Row("flash_attn", "disabled", lambda b: b.engine.module.config._attn_implementation, "eager"),
         Row("gradient_checkpointing", False, recomputes, False),

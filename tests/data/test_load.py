@@ -60,6 +60,8 @@ def test_truncated_and_masked_samples(add: Add, config: MakeConfig) -> None:
     report = out.report.train[0]
     assert (report.truncated, report.all_masked) == (2, 0)
     assert out.train.lengths.tolist() == [20, 20]
+    trained = sum(label >= 0 for sample in (out.train[0], out.train[1]) for label in sample["labels"])
+    assert (report.tokens, report.trained_tokens) == (40, trained) and 0 < trained < 40
     add("y", [{"instruction": "q" * 90, "output": "a" * 9}, {"instruction": "", "output": "a" * 20}])
     out = load(config("y", cutoff_len=8, template="empty"))
     assert (out.report.train[0].all_masked, len(out.train)) == (1, 1)
@@ -209,6 +211,8 @@ def test_pt_without_packing_has_a_document_a_sample(add: Add, config: MakeConfig
     texts = [byte_tokenizer().decode(out.train[i]["input_ids"]) for i in range(3)]
     assert texts == ["abc</s>", "defgh", "i</s>"]
     assert out.report.train[0].truncated == 1
+    whole = load(config("t", stage="pt", cutoff_len=6, packing=False))
+    assert whole.train.lengths.tolist() == [4, 6, 2] and whole.report.train[0].truncated == 0, "six fit into six"
 
 
 def test_pt_does_not_join_domains_and_needs_an_end_token(add: Add, config: MakeConfig) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from dataflex.config import Config
 from dataflex.data.pool import Pool
+from dataflex.data.sources.source import digests_of
 from tests.data.helpers import load, numbered, prompts
 
 Add = Callable[..., Path]
@@ -55,7 +58,9 @@ def test_each_sample_knows_its_row(two: None, config: MakeConfig, keys: dict[str
     for pool in (out.train, out.eval):
         if pool is not None:
             assert isinstance(pool, Pool)
-            assert places(pool) == [of_prompt(prompt) for prompt in prompts(pool)]
+            rows = [of_prompt(prompt) for prompt in prompts(pool)]
+            assert places(pool) == rows
+            assert [pool.whence(i) for i in range(len(pool))] == [f"{name}:{row + 1}" for name, row in rows]
     assert ("a.jsonl", 2) in places(out.train) + (places(out.eval) if out.eval else [])
 
 
@@ -67,3 +72,12 @@ def test_a_file_that_changes_has_another_digest(add: Add, config: MakeConfig) ->
         assert isinstance(pool, Pool) and pool.origins is not None and pool.origins[0] is not None
         digests.append(pool.origins[0].content)
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_file_of_the_same_size_that_changes_in_a_process_is_read_again(tmp_path: Path) -> None:
+    path, digests = tmp_path / "x", []
+    for time, content in enumerate((b"one", b"two")):
+        path.write_bytes(content)
+        os.utime(path, ns=(0, time))
+        digests += digests_of([path])
+    assert digests == [hashlib.sha256(content).hexdigest() for content in (b"one", b"two")]

@@ -13,7 +13,7 @@ import pytest
 
 from dataflex.config import Config
 from dataflex.data.load import LoadedData
-from dataflex.data.sources.read import column_names, list_files, read_rows
+from dataflex.data.sources.read import _parquet_batches, column_names, list_files, read_rows
 from dataflex.utils.errors import UserError
 from tests.data.conftest import ROWS
 from tests.data.helpers import load
@@ -200,3 +200,11 @@ def test_every_line_of_a_text_file_is_a_row_of_stage_pt(tmp_path: Path) -> None:
     assert list_files(tmp_path) == (tmp_path / "a.txt",)
     (tmp_path / "b.jsonl").write_text('{"text": "x"}\n')
     assert list_files(tmp_path) == (tmp_path / "b.jsonl",)
+
+
+@pytest.mark.parametrize(("done", "first"), [(0, 0), (1, 0), (2, 2), (3, 2), (4, 4)])
+def test_row_groups_that_were_read_are_left_out(tmp_path: Path, done: int, first: int) -> None:
+    path = tmp_path / "x.parquet"
+    pa.parquet.write_table(pa.table({"a": list(range(5))}), path, row_group_size=2)
+    found = [(before, batch["a"].to_pylist()) for before, batch in _parquet_batches(path, ["a"], done)]
+    assert found[0][0] == first and [v for _, values in found for v in values] == list(range(first, 5))

@@ -50,3 +50,12 @@ def test_of_a_large_file_blocks_are_read(tmp_path: Path, place: int, monkeypatch
         handle.seek(place)
         handle.write(b"x")
     assert sample_digest(path, 3 * BLOCK) != before and read == [path, path]
+
+
+def test_of_large_files_of_zeros_the_size_tells(tmp_path: Path) -> None:
+    digests = set()
+    for blocks in (8, 9, 12):
+        path = tmp_path / str(blocks)
+        path.write_bytes(bytes(blocks * BLOCK))
+        digests.add(sample_digest(path, 3 * BLOCK))
+    assert len(digests) == 3

@@ -103,6 +103,7 @@ def test_going_on_from_a_state_gives_the_same_samples(
         torch.save(checkpoint.encode(again.state_dict()), file)
         fresh = open_streams(cfg)
         fresh.load_state_dict(checkpoint.decode(torch.load(file, weights_only=True)))
+        assert fresh.sizes.tolist() == again.sizes.tolist(), "how long a pass is, where one has ended"
         assert samples(fresh, ids[place : place + 9]) == made[place : place + 9]
         assert fresh.fingerprint == pool.fingerprint
         samples(again, ids[place : place + 3])
@@ -161,6 +162,9 @@ def test_max_samples_takes_the_first_rows_and_num_samples_is_refused(add: Add, c
     pool = open_streams(config("a", streaming=True, max_samples=6, buffer_size=4))
     mapped = load(config("a", max_samples=6)).train
     assert sorted(samples(pool, range(6))) == sorted(samples(mapped, range(6))) == sorted(samples(pool, range(6, 12)))
+    add("holes", [{"instruction": "q", "output": None}, *numbered(6)])
+    kept = open_streams(config("holes", streaming=True, max_samples=5, buffer_size=4))
+    assert sorted(samples(kept, range(5))) == sorted(samples(mapped, range(5))), "a row that is dropped is no sample"
     add("b", numbered(20), num_samples=5)
     with pytest.raises(UserError, match="b.num_samples: streaming: true cannot draw among rows that it does not know"):
         open_streams(config("b", streaming=True))

@@ -27,6 +27,7 @@ MakeConfig = Callable[..., Config]
     ("text", "want"),
     [
         ("a + 2 * b", 7.0), ("-a ** 2 / b", -1 / 3), ("a * (b > 2)", 1.0), ("min(a, b, 0.5)", 0.5), ("b % 2", 1.0),
+        ("a >= 1", 1.0), ("a > 1", 0.0), ("a <= 1", 1.0), ("a < 1", 0.0), ("a == 1", 1.0), ("a != 1", 0.0),
         ("sqrt(abs(a - b - 2))", 2.0), ("log(exp(b))", 3.0), ("1 / (a - 1)", float("nan")),
         ("(a - 9) ** 0.5", float("nan")), ("10 ** 400 * a", float("nan")),
     ],
@@ -128,6 +129,33 @@ def test_weights_by_turn(add: Add, config: MakeConfig) -> None:
     first = next(i for i, w in enumerate(weights) if w == 1)
     assert text.startswith("<t>no</t>yes") and set(weights[:first]) == {0.0} and set(weights[first:]) == {1.0}
     assert len(weights[first:]) == len("ok #7") + 1, "the end token counts with its turn"
+
+
+@pytest.mark.parametrize(
+    ("weights", "turns", "found"),
+    [((1, 2, 3), 2, [2, 3]), ((1, 2), 3, [1, 1, 2]), ((1, 2), 2, [1, 2]), ((4,), 2, [4, 4]), ((), 2, [1, 1])],
+)
+def test_turns_are_counted_from_the_last(weights: tuple[float, ...], turns: int, found: list[float]) -> None:
+    assert [TokenWeights(turns=weights).turn(index, turns) for index in range(turns)] == found
+
+
+def test_a_column_goes_on_from_turn_to_turn() -> None:
+    answers: Any = [("x", None)] * 3
+    made = TokenWeights(column="w").of_pairs([(1, 1), (0, 2), (2, 1)], answers, [5, 6, 7, 8], "row 1")
+    assert made == [([1.0], [5.0]), ([], [6.0, 7.0]), ([1.0, 1.0], [8.0])]
+
+
+def test_a_span_ends_behind_its_own_start() -> None:
+    assert span_factors("aaba", [(i, i + 1) for i in range(4)], [("aa", "a", 2.0)]) == [2.0] * 4
+
+
+def test_weights_are_cut_as_the_ids_are_where_only_the_last_answer_is_trained(add: Add, config: MakeConfig) -> None:
+    add("talk", [{"messages": TALK}], formatting="openai", columns={"messages": "messages"})
+    cfg = config("talk", mask_history=True, cutoff_len=24)
+    sample = load(cfg.model_copy(update={"weighting": WeightingSection(turn_weights=[3, 5])})).train[0]
+    answer = [w for w, label in zip(sample["token_weight"], sample["labels"], strict=True) if label >= 0]
+    assert len(sample["token_weight"]) == len(sample["input_ids"]) == 24
+    assert answer and set(answer) == {5.0} and 5.0 not in sample["token_weight"][: -len(answer)]
 
 
 def test_weights_by_span(add: Add, config: MakeConfig) -> None:

@@ -90,6 +90,12 @@ def test_it_goes_on_at_the_unfinished_run(workspace: Path) -> None:
     assert all((out / name / "all_results.json").exists() for name in ("reference", "proxy", "final"))
 
 
+def test_weights_are_by_name_whatever_their_order_in_the_file(tmp_path: Path) -> None:
+    found = {"domain_names": ["b", "a"], "average_weights": [0.75, 0.25], "update_times": 2}
+    (tmp_path / command.RESULT).write_text(json.dumps(found))
+    assert command._read_weights(tmp_path, ("a", "b")) == [0.25, 0.75]
+
+
 def test_a_revision_is_of_the_model_and_not_of_the_proxy(workspace: Path) -> None:
     keys = settings(workspace, **RUN, output_dir="three", model_revision="v2")
     of = command._small(load_config(keys | {"proxy_model_name_or_path": "proxy"}, quiet=True)).model

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dataflex.config import load_config
+from dataflex.data.pool import Pool
+from dataflex.driver import estimate
 from tests.distributed import run_ranks
 from tests.driver.workspace import settings
 
@@ -60,3 +64,17 @@ def test_a_weighter_that_scores_before_a_step_has_a_trial(workspace: Path) -> No
     adapt = {"train_type": "dynamic_weight", "component_name": "adapt", "val_size": 0.1}
     keys = settings(workspace, max_steps=2, save_strategy="no", deepspeed="ds_zero0.json", **adapt)
     assert run_ranks("tests.driver.test_estimate:trial_of_a_weighter", 1, keys=keys)[0] > 0
+
+
+def test_a_pass_is_estimated_by_tokens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A batch of 4 short samples, 100 tokens in 2 s, tells 20 s of 10 samples with 1,000 tokens: not 5 s by samples."""
+    probe = SimpleNamespace(seconds=2.0, samples=4, tokens=100, row_bytes=8)
+    monkeypatch.setattr(estimate, "_probe", lambda pool, engine: probe)
+    pool = Pool(range(10), np.zeros(10, dtype=np.int64), ["a"], np.full(10, 100), "f00d")
+    score = SimpleNamespace(score_token_losses=True, keep_features=False)
+    inputs: Any = SimpleNamespace(data=SimpleNamespace(train=pool), cfg=SimpleNamespace(score=score))
+    engine: Any = SimpleNamespace(run=SimpleNamespace(packing=None, schedule=SimpleNamespace(phases=[])), planner=None)
+    estimate.estimate(inputs, engine, training=False)
+    said = capsys.readouterr().err
+    assert "scoring: 0:00:20 a pass, 1 passes = 0:00:20 (2.0 samples/s, 50 tokens/s in a batch of 4 samples)" in said
+    assert "disk: 3.9 KiB of token losses a pass" in said

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-from dataflex.config import load_config
-from dataflex.driver import scores
+from dataflex.config import Config, load_config
+from dataflex.config.sections.score import ScoreSection
+from dataflex.driver import scores, scoring, selecting
 from dataflex.driver.selecting import select
 from dataflex.scoring.kept.store import StoreReader
 from dataflex.utils.errors import UserError
@@ -22,6 +23,7 @@ from dataflex.utils.logging import logger
 from dataflex.utils.records import write_sealed
 from tests.distributed import run_ranks
 from tests.driver.workspace import ZERO3, settings
+from tests.engine.test_manifest import make
 
 LESS: dict[str, Any] = {
     "deepspeed": ZERO3,
@@ -260,3 +262,20 @@ def test_changed_data_is_said(scored: Scored, tmp_path: Path) -> None:
         UserError, match="dataset_info.json:b: the data has changed since .*at2 was scored; score again"
     ):
         choose(tmp_path, "x", model_name_or_path="m", select_from=[str(folder / "at2")], select_count=4)
+
+
+def test_the_rate_of_a_checkpoint_is_that_of_its_own_steps(tmp_path: Path) -> None:
+    for step in (2, 4):
+        make(tmp_path / f"checkpoint-{step}", step)
+    lines = [{"current_steps": step, "lr": rate} for step, rate in enumerate((8.0, 4.0, 2.0, 1.0, 16.0), start=1)]
+    (tmp_path / "trainer_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rates = [scoring._learning_rate(tmp_path / f"checkpoint-{step}") for step in (2, 4)]
+    assert rates == [6.0, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "there", "chosen"), [(0.5, 7, 4), (0.5, 9, 4), (0.26, 10, 3), (0.01, 10, 1), (1, 3, 3)]
+)
+def test_a_fraction_of_the_samples_is_rounded_to_the_nearest(fraction: float, there: int, chosen: int) -> None:
+    cfg = Config(score=ScoreSection(select_fraction=fraction))
+    assert selecting._count(cfg, there) == chosen

@@ -6,6 +6,8 @@ import pytest
 
 from dataflex.config import load_config
 from dataflex.driver import setup
+from dataflex.train.trainer.components import load_components, with_effective_params
+from dataflex.utils.errors import UserError
 
 
 @pytest.mark.parametrize(("installed", "used"), [(False, "sdpa"), (True, "fa2")])
@@ -16,3 +18,13 @@ def test_without_its_package_fa2_is_sdpa(
     keys = {"model_name_or_path": "org/m", "dataset": "a", "output_dir": "out", "flash_attn": "fa2"}
     assert setup.with_components(load_config(keys, quiet=True)).model.flash_attn == used
     assert capfd.readouterr().err.count("flash_attn: fa2 needs the package flash_attn") == (not installed)
+
+
+def test_a_decision_may_take_the_whole_pool_and_no_more() -> None:
+    keys = {"train_type": "dynamic_select", "component_name": "random", "update_step": 2, "update_times": 1}
+    keys |= {"per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    cfg = with_effective_params(load_config(keys, embedded=True))
+    load_components(())
+    assert [phase.steps for phase in setup._schedule(cfg, 8).phases if phase.decides] == [2]
+    with pytest.raises(UserError, match="= 8 samples without replacement, the pool has 7"):
+        setup._schedule(cfg, 7)

@@ -69,6 +69,8 @@ def test_a_table_of_positions_is_named_where_the_model_would_fail(family: str) -
     name, settings, table = TABLES[family]
     net = model(name, settings)
     forward(net, POSITIONS)
+    ids = list(range(3, 3 + POSITIONS))
+    check_limits(net, {"dataset": Pool.from_datasets([{"input_ids": ids, "labels": ids}])}, "", False)
     if table is None:
         forward(net, POSITIONS + 1)
         check_limits(net, {"dataset": long_pool()}, "set cutoff_len:", False)

@@ -161,3 +161,23 @@ def test_every_phase_is_grouped_by_a_draw_of_its_own_and_figures_begin_anew() ->
     assert made[0] != made[1]
     loop.begin(SimpleNamespace())  # type: ignore[arg-type]
     assert run.figures == {}
+
+
+def test_what_counts_as_trained_by_each_kind_of_weight() -> None:
+    """Of two samples with labels 1, 2 and 2: something counts unless every token, class or sample weighs 0."""
+    micro: Any = SimpleNamespace(
+        labels=torch.tensor([1, 2, 2, -100]), token_weights=None, cu_seqlens=torch.tensor([0, 2, 4])
+    )
+
+    def counts(of_class: Any = None, samples: Any = None, tokens: Any = None, by_token: Any = None) -> bool:
+        as_tensor = lambda values: None if values is None else torch.tensor(values)  # noqa: E731
+        stepper: Any = SimpleNamespace(class_weight=as_tensor(of_class))
+        micro.token_weights = as_tensor(tokens)
+        return bool(Stepper._counting(stepper, micro, as_tensor(samples), as_tensor(by_token)))
+
+    assert counts()
+    assert counts([9.0, 0.0, 0.5]) and counts([0.0, 1.0, 0.0]) and not counts([9.0, 0.0, 0.0])
+    assert counts(samples=[0.0, 1.0]) and not counts(samples=[0.0, 0.0])
+    assert not counts([9.0, 1.0, 0.0], samples=[0.0, 1.0]), "the sample that counts has no label of weight"
+    assert counts(tokens=[0.0, 0.0, 1.0, 0.0]) and not counts(tokens=[0.0, 0.0, 0.0, 1.0])
+    assert counts(by_token=[1.0, 0.0, 0.0, 0.0]) and not counts(by_token=[0.0, 0.0, 0.0, 1.0])

@@ -44,6 +44,16 @@ def test_the_step_is_the_manifests_not_the_names(tmp_path: Path, name: str) -> N
     assert (checkpoint.saved_step(newest), checkpoint.saved_step(tmp_path / "checkpoint-99")) == (24, 99)
 
 
+@pytest.mark.parametrize("name", ["first", "last"])
+def test_every_file_is_compared_with_the_manifest(tmp_path: Path, name: str) -> None:
+    folder = make(tmp_path / "checkpoint-3", 3)
+    assert checkpoint.broken(folder) is None
+    files = sorted(path.name for path in folder.iterdir() if path.name != checkpoint.MANIFEST)
+    damaged = files[0 if name == "first" else -1]
+    (folder / damaged).write_bytes(b"xxxxx")
+    assert len(files) > 1 and damaged in str(checkpoint.broken(folder))
+
+
 def test_a_whole_checkpoint_that_is_being_removed_does_not_count(tmp_path: Path) -> None:
     older = make(tmp_path / "checkpoint-3", 3)
     make(tmp_path / "checkpoint-6", 6).rename(tmp_path / ".removing-checkpoint-6")

@@ -114,6 +114,7 @@ def test_the_same_command_starts_over_and_numbers_the_logs(out: Path, capfd: pyt
     [
         ("trainer_log.jsonl", {"learning_rate": 0.5}, r"has another learning_rate \(5e-05, here 0.5\)"),
         ("trainer_log.jsonl", {"seed": 1, "dataset": ["b"]}, "has another dataset"),
+        ("trainer_log.jsonl", {"seed": 1}, r"has another seed \(42, here 1\)"),
         ("all_results.json", {}, "has results"),
         ("model-00001-of-00002.safetensors", {}, "has exported weights"),
         ("checkpoint-3/adapter_model.safetensors", {}, "has exported weights"),

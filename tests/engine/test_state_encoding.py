@@ -52,6 +52,14 @@ def test_states_survive_a_file_that_loads_without_code(key: str, tmp_path: Path)
     assert same(value, checkpoint.decode(torch.load(tmp_path / "state.pt", weights_only=True)))
 
 
+@pytest.mark.parametrize(
+    "value", [np.int64(2**53 + 1), np.float32(0.5), np.bool_(True)], ids=lambda v: type(v).__name__
+)
+def test_a_number_of_numpy_comes_back_as_pythons(value: Any) -> None:
+    assert checkpoint.encode(value) == value and type(checkpoint.encode(value)) in (int, float, bool)
+    assert type(checkpoint.encode(value)) is type(value.item())
+
+
 def test_read_only_arrays_are_saved(tmp_path: Path) -> None:
     frozen = np.arange(3)
     frozen.flags.writeable = False
@@ -129,3 +137,5 @@ def test_the_state_of_a_run_by_hand_and_back() -> None:
         check_identity(plain["identity"], state["identity"], Path("c"))
     with pytest.raises(UserError, match="the checkpoint is at step 6, inside a phase of 3 steps from step 5"):
         restore(loop_at(step=0), state | {"phase": [1, 5, 3]})
+    with pytest.raises(UserError, match="a phase of 3 steps from step 4; this run's schedule has 4 from 4 there"):
+        restore(loop_at(step=0), state | {"phase": [1, 4, 3]})

@@ -16,7 +16,7 @@ from dataflex.data.sources.info import read_dataset_infos
 from dataflex.data.sources.origin import Origin
 from dataflex.data.sources.rows import content_of
 from dataflex.report import decision_table as tables
-from dataflex.report.show import _cut, show
+from dataflex.report.show import _cut, _read, show
 from dataflex.utils.errors import UserError
 
 NAN = float("nan")
@@ -86,6 +86,8 @@ def test_the_highest_and_the_lowest_are_printed_as_text(made: Path, monkeypatch:
         "    assistant: answer 0",
         "  rank 43  score 1  not picked  many:13 (a.json)  sample 13",
     ]
+    assert lines[19:21] == ["    user: question 13", "    assistant: answer 13"]
+    assert sum(line.startswith("  rank ") for line in lines) == 4, "two of each end"
 
 
 def test_a_long_text_is_cut(made: Path) -> None:
@@ -96,6 +98,20 @@ def test_a_long_text_is_cut(made: Path) -> None:
 
 def test_text_cannot_steer_the_terminal() -> None:
     assert _cut("a\x1b[2J\n b\x07 c\u202e \u00e9") == "a\ufffd[2J b\ufffd c\ufffd \u00e9"
+
+
+def test_a_pick_counts_as_often_as_it_was_made(tmp_path: Path) -> None:
+    pool = Pool(range(3), np.zeros(3, dtype=np.int64), ["a"], np.ones(3), "f00d")
+    columns = [
+        *tables.pool_columns(pool),
+        *tables.score_columns({"score": np.float32([1, 4, 10])}, 3, "x"),
+        tables.picked_column(np.array([0, 0, 1]), 3, replacement=True),
+    ]
+    (tmp_path / "decisions").mkdir()
+    table = tmp_path / "decisions/step_1.parquet"
+    tables.write_table(table, columns, 3, tables.Facts(1, "mine", 3, tables.contents_of(pool)))
+    counts = _read(table, tables.Facts(1, "mine", 3, tables.contents_of(pool)), 1).by_dataset["a"]
+    assert (counts.picked, counts.scored_picks, counts.total_of_picks, counts.total) == (3, 3, 6.0, 15.0)
 
 
 def test_without_scores_the_first_picks_are_printed(made: Path) -> None:

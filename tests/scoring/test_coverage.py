@@ -175,6 +175,21 @@ def test_layers_leave_out() -> None:
             LayerRule.of(rule, None).factors(names)
 
 
+def test_ends_and_numbers_of_twelve_layers() -> None:
+    names = [f"model.layers.{number}.{part}.weight" for number in range(12) for part in ("q", "v")]
+    for rule, numbers in (
+        (["last:2"], [10, 11]),
+        (["first:2"], [0, 1]),
+        (["last:12"], list(range(12))),
+        (["layers.1"], [1]),
+        (["layers.1", "layers.11"], [1, 11]),
+        (["layers.1*"], [1, 10, 11]),
+    ):
+        pattern = [f"*.{one}.*" if "*" in one else one for one in rule]
+        found = {int(name.split(".")[2]) for name in LayerRule.of(pattern, None).factors(names)}
+        assert sorted(found) == numbers, rule
+
+
 def test_layers_and_their_weights() -> None:
     net, samples = families.model("mixtral"), pool(3)
     names = [n for n, _ in net.named_parameters()]

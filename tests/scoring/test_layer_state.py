@@ -13,6 +13,7 @@ import torch
 
 from dataflex.scoring.gradients.coverage import find_targets, parameter_names
 from dataflex.scoring.gradients.layer_state import LayerState
+from dataflex.scoring.gradients.layers import LayerRule
 from dataflex.scoring.scorer import Scorer
 from tests import families
 from tests.scoring.test_coverage import CONSTANTS, PROJ_DIM, SEED, pool, random_moments, scorer
@@ -22,7 +23,7 @@ class Watched(Mapping[str, Any]):
     """Moments of which every lookup makes a copy; what is alive of the copies is counted, in bytes."""
 
     def __init__(self, moments: dict[str, Any]) -> None:
-        self.moments = moments
+        self.moments = self.all = moments
         self.reads: Counter[str] = Counter()
         self.alive = self.peak = 0
 
@@ -37,7 +38,7 @@ class Watched(Mapping[str, Any]):
 
     def only(self, names: list[str]) -> Watched:
         """Of these parameters, as the engine's moments are made."""
-        self.moments = {name: self.moments[name] for name in names}
+        self.moments = {name: self.all[name] for name in names}
         return self
 
     def _gone(self, size: int) -> None:
@@ -75,6 +76,20 @@ def test_a_pass_holds_the_moments_of_one_layer_at_a_time(family: str, monkeypatc
     layers = [sum(size[n] for group in t.groups() for n in group.values()) for t in find_targets(net, None)]
     assert max(size.values()) <= moments.peak <= max(layers) < sum(size.values()) / 2
     assert moments.alive == 0, "nothing outlives the pass"
+
+
+def test_moments_are_kept_inside_of_keep_moments_for_the_same_parameters() -> None:
+    net, samples = families.model("llama"), pool(3)
+    made, moments = watched_scorer(net)
+    how = {"proj_dim": PROJ_DIM, "seed": SEED, "adam": "adam_less"}
+    with made.keep_moments():
+        whole = made.gradient_features(samples, **how)
+        np.testing.assert_array_equal(made.gradient_features(samples, **how), whole)
+        assert set(moments.reads.values()) == {1}
+        last = made.gradient_features(samples, layers=LayerRule.of(["last:1"], None), **how)
+    made.gradient_features(samples, **how)
+    assert moments.reads["lm_head.weight"] == 2, "a step may have been taken since"
+    np.testing.assert_array_equal(made.gradient_features(samples, layers=LayerRule.of(["last:1"], None), **how), last)
 
 
 def test_state_is_read_once_while_it_is_at_hand_and_kept_while_it_fits() -> None:

@@ -63,6 +63,50 @@ def test_a_pass_that_changes_training_fails(monkeypatch: pytest.MonkeyPatch) -> 
         self_check.require(verdicts)
 
 
+def test_features_that_depend_on_what_a_sample_is_scored_with_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another order is another batch for most samples: here the first of a call comes out a tenth larger."""
+    original = self_check._values
+
+    def first_is_larger(*args: Any) -> Any:
+        values = original(*args).copy()
+        values[0] *= 1.1
+        return values
+
+    monkeypatch.setattr(self_check, "_values", first_is_larger)
+    failed, _ = checked("llama")
+    assert "ranks agree" in failed
+
+
+def test_a_pass_that_leaves_a_module_in_another_mode_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = self_check.Scorer.gradient_features
+
+    def forgets(self: Any, *args: Any, **how: Any) -> Any:
+        found = original(self, *args, **how)
+        next(iter(self.engine.module.children())).training ^= True
+        return found
+
+    monkeypatch.setattr(self_check.Scorer, "gradient_features", forgets)
+    monkeypatch.setattr(self_check, "compare_with_autograd", lambda *_: self_check.Verdict("autograd", True, ""))
+    assert changes_of(families.model("llama")) == ["training mode"]
+
+
+def changes_of(net: torch.nn.Module) -> list[str]:
+    """What of the state of training differs behind a pass of an odd number of calls."""
+    scoring = scorer(net.train())
+    scoring.engine.optimizer = torch.optim.Adam(net.parameters())
+    before = self_check.state_checksums(scoring.engine)
+    scoring.gradient_features(pool(), **SPEC.projected())
+    after = self_check.state_checksums(scoring.engine)
+    return [key for key in before if before[key] != after[key]]
+
+
+def test_what_is_frozen_stays_frozen_behind_a_pass() -> None:
+    net = families.model("llama")
+    for parameter in list(net.parameters())[:3]:
+        parameter.requires_grad_(False)
+    assert changes_of(net) == []
+
+
 def test_features_that_are_zero_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taps.Taps, "_deliver", lambda self, target, *_: self.fired.update(target.names.values()))
     failed, _ = checked("llama")

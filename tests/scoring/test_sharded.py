@@ -139,6 +139,13 @@ def test_a_digest_sees_every_bit_and_place(dtype: torch.dtype) -> None:
     assert len({digest, bits_digest(swapped), bits_digest(negative), bits_digest(values[:, :6])}) == 4
 
 
+def test_a_digest_sees_places_beyond_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dataflex.engine.folder.identity._CHUNK", 4)
+    values = torch.arange(10.0)
+    swapped = values[[4, 1, 2, 3, 0, *range(5, 10)]]  # the first of two chunks
+    assert bits_digest(values) != bits_digest(swapped)
+
+
 def test_words_for_people() -> None:
     assert (duration(3661.4), size(512), size(3 * 2**30)) == ("1:01:01", "512 B", "3.0 GiB")
     assert (counted(1, "batch", "es"), counted(1200, "sample")) == ("1 batch", "1,200 samples")

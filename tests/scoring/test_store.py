@@ -14,6 +14,7 @@ from dataflex.scoring.kept.store import (
     MANIFEST,
     ShardStore,
     StoreReader,
+    broken_shard,
     differing,
     digest_of,
     folder_for,
@@ -91,11 +92,26 @@ def test_a_broken_shard_is_made_anew(tmp_path: Path, said: list[str], how: str) 
     assert len(StoreReader(tmp_path, check=False)) == 3
 
 
+def test_a_shard_without_what_a_pass_reads_is_broken(tmp_path: Path) -> None:
+    (_, shard), *_ = filled(tmp_path, upto=1).shards.items()
+    assert broken_shard(tmp_path, shard, ["features"]) is None
+    assert broken_shard(tmp_path, shard, ["features", "score"]) == "it has no score"
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_another_fingerprint_is_said_and_not_used(tmp_path: Path, said: list[str], part: str) -> None:
     filled(tmp_path)
     assert not resumed(tmp_path, **{part: "other"}).shards
     assert said == [f"{tmp_path}: not used and written anew, since it differs in {part}"]
+
+
+def test_a_shard_that_ends_elsewhere_is_not_taken_up(tmp_path: Path, said: list[str]) -> None:
+    filled(tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    manifest["shards"]["1"]["samples"] = [4, 7]
+    manifest.pop("seal", None)
+    write_sealed(tmp_path / MANIFEST, manifest)
+    assert sorted(resumed(tmp_path).shards) == [0, 2] and "shard 1 is made anew: it is of other samples" in said[0]
 
 
 def test_other_shards_are_another_store(tmp_path: Path, said: list[str]) -> None:

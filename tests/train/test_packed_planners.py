@@ -69,6 +69,25 @@ def test_a_selector_is_asked_until_its_picks_fill_the_phase() -> None:
     assert sorted(rows(made[3])) == sorted(rows(made[2])) and rows(made[3]) != rows(made[2]), "goes on pack by pack"
 
 
+def test_what_a_decision_kept_is_dropped_behind_it() -> None:
+    class Keeps(Short):
+        made = 0
+
+        def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
+            self.once(step_id, self.make)
+            return super().select(model, step_id, num_samples, **kwargs)
+
+        def make(self) -> int:
+            self.made += 1
+            return self.made
+
+    selector, run = Keeps(), packed_run()
+    planner, phase = SelectPlanner(selector, "keeps"), run.schedule.phases[1]
+    for decision in (1, 2):
+        planner.plan(run, phase)  # at the same step: of another run in this process, with other weights
+        assert selector.made == decision < len(selector.asked)
+
+
 def test_where_order_is_asked_for_rows_are_next_fit() -> None:
     schedule = decision_schedule(warmup_step=0, update_step=1, update_times=1, train_step=None, epoch_steps=1)
     selector = Short(order=[0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14])

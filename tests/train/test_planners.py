@@ -92,6 +92,13 @@ def test_a_selector_is_asked_once_per_decision_for_update_step_global_batches() 
     assert not np.array_equal(made[2].sample_ids, made[3].sample_ids), "what goes on is shuffled again"
 
 
+def test_every_phase_that_goes_on_has_an_order_of_its_own() -> None:
+    schedule = decision_schedule(warmup_step=2, update_step=3, update_times=1, train_step=11, epoch_steps=1)
+    made = plans(SelectPlanner(Told(), "told"), make_run(schedule))
+    orders = {tuple(plan.sample_ids.tolist()) for plan in made[1:]}
+    assert len(made) == 4 and len(orders) == 3 and len({tuple(sorted(order)) for order in orders}) == 1
+
+
 def test_a_longer_or_shorter_phase_goes_on_with_the_last_picks() -> None:
     for train_step, size in ((9, 4), (7, 8)):
         schedule = decision_schedule(warmup_step=2, update_step=3, update_times=1, train_step=train_step, epoch_steps=1)
