@@ -83,6 +83,14 @@ def test_a_plan_is_a_function_of_seed_and_phase() -> None:
         assert any(not np.array_equal(ids, planned(seed, replacement)[0]) for seed in (4, 5, 6))
 
 
+@pytest.mark.parametrize("replacement", [True, False])
+def test_every_pass_has_a_draw_of_its_own(replacement: bool) -> None:
+    run = make_run(Schedule((Phase(0, 0, 1, 0, False), Phase(1, 1, 1, 0, False), Phase(2, 2, 1, 0, False))))
+    planner = WeightedPlanner(WEIGHTS / WEIGHTS.sum(), replacement)
+    drawn = {tuple(planner.plan(run, phase).sample_ids.tolist()) for phase in run.schedule.phases}
+    assert len(drawn) == 3
+
+
 def test_a_pass_of_more_samples_than_there_are_is_refused() -> None:
     run = make_run(Schedule((Phase(0, 0, 2, 0, False),)))
     WeightedPlanner(WEIGHTS / WEIGHTS.sum(), True).on_train_start(run)

@@ -120,8 +120,7 @@ def project_case(m: int, k: int, lengths: list[int], dim: int, projection: str =
 SHAPES = {
     "one group of tiles": (64, 128, [3, 2], 64),
     "the most groups of tiles": (64 * 9, 128 * 4 + 1, [2, 1], 256),
-    "fewer columns than rows are exchanged for": (130, 15, [5, 0, 4], 512),
-    "columns that are not exchanged": (130, 16, [5, 0, 4], 512),
+    "no column of a tile is exchanged with rows": (130, 15, [5, 0, 4], 512),
     "a token batch and one more": (9, 20, [256, 257, 255], 64),
     "no vector of a tile": (70, 140, [3, 4], 32),
     "more samples than partial sums hold": (64 * 9, 128 * 4 + 1, [1] * 5, 1 << 18),
@@ -142,6 +141,14 @@ def test_projections_of_every_division_of_work(shape: str) -> None:
     assert error(got.out, project(case, torch.float64).out) < 1e-5
     assert error(got.sqnorm, exact.square().sum((1, 2))) < 1e-5
     assert error(got.dots, torch.einsum("smk,qmk->sq", exact, case.options["directions"].double())) < 1e-5
+
+
+@pytest.mark.parametrize("k", [1, 8, 15, 16, 17])
+def test_few_columns_that_begin_with_a_tile_are_exchanged_with_rows(k: int) -> None:
+    case = project_case(130, k, [5, 0, 4], 512)
+    case.options["col_offset"] = 256
+    matrix = matrix_of("xorfold", torch.arange(130) + 3, torch.arange(k) + 256, 9, 5, 512).flatten(0, 1)
+    assert error(project(case).out, gradients(case).flatten(1) @ matrix) < 1e-5
 
 
 @pytest.mark.parametrize("projection", ["xorfold", "countsketch", "sjlt"])

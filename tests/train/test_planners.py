@@ -92,6 +92,13 @@ def test_a_selector_is_asked_once_per_decision_for_update_step_global_batches() 
     assert not np.array_equal(made[2].sample_ids, made[3].sample_ids), "what goes on is shuffled again"
 
 
+def test_decisions_are_counted_from_one_without_a_warm_up_too() -> None:
+    schedule = decision_schedule(warmup_step=0, update_step=3, update_times=2, train_step=6, epoch_steps=1)
+    selector = Told()
+    plans(SelectPlanner(selector, "told"), make_run(schedule))
+    assert [(asked["step_id"], asked["current_update_times"]) for asked in selector.asked] == [(0, 1), (3, 2)]
+
+
 def test_every_phase_that_goes_on_has_an_order_of_its_own() -> None:
     schedule = decision_schedule(warmup_step=2, update_step=3, update_times=1, train_step=11, epoch_steps=1)
     made = plans(SelectPlanner(Told(), "told"), make_run(schedule))

@@ -97,6 +97,16 @@ def test_a_save_removes_what_it_makes_useless(keep: int | None, tmp_path: Path) 
     assert (tmp_path / "checkpoint-8/config.yaml").read_text() == "seed: 3"
 
 
+def test_the_newest_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
+    for step in (8, 9, 10):
+        make(tmp_path, step)
+    run: Any = SimpleNamespace(output_dir=tmp_path, step=11, total_steps=20, clock=Clock(), stop=Stop())
+    run.engine = SimpleNamespace(save_checkpoint=lambda: make(tmp_path, 11))
+    (tmp_path / "config.yaml").write_text("seed: 3")
+    CheckpointHook(11, 2, False, None).on_step_end(run, None)
+    assert names(tmp_path) == {"config.yaml", "checkpoint-10", "checkpoint-11"}
+
+
 @pytest.mark.parametrize(("start", "evaluated"), [(0, [0, 3, 6, 7]), (3, [6, 7]), (4, [6, 7])])
 def test_evaluations_fall_before_the_first_step_every_so_often_and_after_the_last(
     start: int, evaluated: list[int]

@@ -79,6 +79,15 @@ def test_a_line_that_is_none_is_named_and_half_a_last_line_left_out(tmp_path: Pa
         read_lines(log, dict[str, int])
 
 
+@pytest.mark.parametrize("name", ["..", "a/../b", "a/..", "./a", "a//b", "/a", "", "a\0b"])
+def test_names_stay_below_their_folder(name: str, tmp_path: Path) -> None:
+    facts = write(tmp_path / "f.json")
+    content = facts.model_dump() | {"names": {name: facts.names["a.bin"].model_dump()}}
+    write_sealed(tmp_path / "f.json", content)
+    with pytest.raises(DamagedError, match="a path below the folder"):
+        read_sealed(tmp_path / "f.json", Facts)
+
+
 def test_long_values_are_cut_and_every_message_can_be_printed() -> None:
     assert cut("a" * 100, 11) == "aaaa...aaaa" and cut("abc") == "abc"
     assert shown("x" * 5000) == "'" + "x" * 29 + "..." + "x" * 28 + "'"
@@ -89,6 +98,7 @@ def test_long_values_are_cut_and_every_message_can_be_printed() -> None:
     assert shown(nested) == "[[[[[...]]]]]"
     assert shown({"a": [1, None, 2.5]}) == "{'a': [1, None, 2.5]}"
     assert listed(range(100), 3) == "0, 1, 2, ... (97 more)"
+    assert cut("a\x1b[2Jb\tc") == "a\\x1b[2Jb\\tc"
     text = str(UserError("a \ud800 b\nnext " + "y" * 10_000))
     assert text.startswith("a \\ud800 b\nnext yyy") and max(map(len, text.splitlines())) == 2000
     json.dumps(text).encode("utf-8")

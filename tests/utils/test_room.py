@@ -7,13 +7,14 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dataflex.utils import room
 from dataflex.utils.errors import UserError
 from dataflex.utils.files import write_atomically
-from dataflex.utils.room import full_disk_said
+from dataflex.utils.room import check_room, full_disk_said
 
 
 def by_a_library() -> None:
@@ -42,8 +43,6 @@ def test_a_log_on_a_full_disk_is_one_line(tmp_path: Path) -> None:
 def test_the_fullest_of_the_disks_is_named_where_the_error_names_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[], None]
 ) -> None:
-    from types import SimpleNamespace
-
     (tmp_path / "tight").mkdir()
     left = {"wide": 5 << 30, "tight": 3 << 20}
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=left.get(path.name, 9 << 30)))
@@ -83,3 +82,10 @@ def test_every_command_of_the_driver_says_it(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setitem(driver.COMMANDS, command, full)
         with pytest.raises(UserError, match="the disk at .* is full"):
             driver.run(load_config(keys, quiet=True), command)
+
+
+def test_room_for_what_is_wanted_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 << 20))
+    check_room(tmp_path, 3 << 20, "a checkpoint")
+    with pytest.raises(UserError, match="it takes about 4 MiB, the disk at .* has 3 MiB free"):
+        check_room(tmp_path, (3 << 20) + 1, "a checkpoint")
