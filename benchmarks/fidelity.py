@@ -42,7 +42,7 @@ from reference_less import (
     unit,
 )
 
-from dataflex.ops import Transform, project_per_sample_grad_, tensor_id
+from dataflex.ops import Projection, Sums, Transform, project_per_sample_grad_, tensor_id
 
 PROJECTIONS = ("xorfold", "countsketch", "sjlt", "rademacher", "kronecker")
 DIMS = (512, 2048, 8192)
@@ -108,8 +108,8 @@ def features(case: Case, gradients: Tensor, transform: Transform, projection: st
         if projection == "kronecker":
             grad, used = transform(grad, m, v), Transform()
         moments = {"exp_avg": m, "exp_avg_sq": v} if used.needs_moments else {}
-        how = {"transform": used, "seed": seed, "tensor_id": tensor_id(name), "projection": projection}
-        project_per_sample_grad_(out, *as_tokens(grad), **how, **moments)
+        of = Projection(tensor_id(name), seed, used, projection, **moments)
+        project_per_sample_grad_(Sums(out), *as_tokens(grad), of)
     return out
 
 
@@ -119,9 +119,9 @@ def exact_by_ops(case: Case) -> Tensor:
     goal = torch.cat([goal, goal.mean(0, keepdim=True)])
     sqnorm, dots = torch.zeros(len(case.pool)), torch.zeros(len(case.pool), len(goal))
     for (name, grad, m, v), (_, toward, _, _) in zip(case.parts(case.pool), case.parts(goal), strict=True):
-        how = {"transform": adam_less(case), "seed": 0, "tensor_id": tensor_id(name), "exp_avg": m, "exp_avg_sq": v}
-        what = {"sqnorm": sqnorm, "directions": toward.contiguous(), "dots": dots}
-        project_per_sample_grad_(None, *as_tokens(grad), **how, **what)
+        moments = {"exp_avg": m, "exp_avg_sq": v}
+        of = Projection(tensor_id(name), 0, adam_less(case), **moments, directions=toward.contiguous())
+        project_per_sample_grad_(Sums(None, sqnorm, dots), *as_tokens(grad), of)
     return dots / sqnorm.sqrt()[:, None]
 
 

@@ -13,7 +13,7 @@ import torch
 from measure import Bench, Row, Variant, relative_error
 from torch import Tensor
 
-from dataflex.ops import Transform, project_per_sample_grad_
+from dataflex.ops import Projection, Sums, Transform, project_per_sample_grad_
 from dataflex.ops.projection import project_native
 from dataflex.ops.projection import project_reference as reference
 from dataflex.ops.projection.arguments import Outputs, Treatment
@@ -70,18 +70,8 @@ def features(data: Data, transform: Transform, projection: str, dtype: torch.dty
     wide = dtype is torch.float64
     out = torch.zeros(SAMPLES, PROJ_DIM, dtype=dtype, device=data.row.device)
     row, col = (data.row.double(), data.col.double()) if wide else (data.row, data.col)
-    project_per_sample_grad_(
-        out,
-        row,
-        col,
-        data.cu_seqlens,
-        transform=transform,
-        seed=1,
-        tensor_id=2,
-        exp_avg=data.exp_avg,
-        exp_avg_sq=data.exp_avg_sq,
-        projection=projection,
-    )
+    of = Projection(2, 1, transform, projection, data.exp_avg, data.exp_avg_sq)
+    project_per_sample_grad_(Sums(out), row, col, data.cu_seqlens, of)
     return out
 
 
@@ -105,20 +95,8 @@ def exact_scores(data: Data, directions: Tensor, dtype: torch.dtype = torch.floa
     sqnorm = torch.zeros(SAMPLES, dtype=dtype, device=data.row.device)
     dots = torch.zeros(SAMPLES, len(directions), dtype=dtype, device=data.row.device)
     row, col = (data.row.double(), data.col.double()) if dtype is torch.float64 else (data.row, data.col)
-    project_per_sample_grad_(
-        None,
-        row,
-        col,
-        data.cu_seqlens,
-        transform=ADAM,
-        seed=1,
-        tensor_id=2,
-        exp_avg=data.exp_avg,
-        exp_avg_sq=data.exp_avg_sq,
-        sqnorm=sqnorm,
-        directions=directions,
-        dots=dots,
-    )
+    of = Projection(2, 1, ADAM, exp_avg=data.exp_avg, exp_avg_sq=data.exp_avg_sq, directions=directions)
+    project_per_sample_grad_(Sums(None, sqnorm, dots), row, col, data.cu_seqlens, of)
     return torch.cat([sqnorm[:, None], dots], dim=1)
 
 

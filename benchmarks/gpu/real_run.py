@@ -162,7 +162,7 @@ def batch_one(engine: Any, reference: Any, features: np.ndarray, log: Log) -> No
 def sample_features(
     sample: Any, net: Any, plain: dict[str, Any], moments: Any, transform: Any, device: torch.device
 ) -> torch.Tensor:
-    from dataflex.ops import project_per_sample_grad_, tensor_id
+    from dataflex.ops import Projection, Sums, project_per_sample_grad_, tensor_id
 
     ids, labels = (torch.tensor([list(sample[key])], device=device) for key in ("input_ids", "labels"))
     logits = net(input_ids=ids).logits[0, :-1].float()
@@ -170,17 +170,9 @@ def sample_features(
     out = torch.zeros(1, PROJ_DIM, device=device)
     for name, grad in zip(plain, gradients, strict=True):
         m, v = moments[name]
-        project_per_sample_grad_(
-            out,
-            torch.eye(len(grad), device=device),
-            grad.float(),
-            torch.tensor([0, len(grad)], device=device),
-            transform=transform,
-            seed=SEED,
-            tensor_id=tensor_id(name),
-            exp_avg=m,
-            exp_avg_sq=v,
-        )
+        rows, bounds = torch.eye(len(grad), device=device), torch.tensor([0, len(grad)], device=device)
+        of = Projection(tensor_id(name), SEED, transform, exp_avg=m, exp_avg_sq=v)
+        project_per_sample_grad_(Sums(out), rows, grad.float(), bounds, of)
     return out[0]
 
 

@@ -6,13 +6,16 @@ from dataflex.ops.losses.loss import SampleLoss, merge_vocab_shards, per_sample_
 from dataflex.ops.losses.loss_dispatch import SketchedLoss
 from dataflex.ops.losses.loss_linear import linear_per_sample_loss
 from dataflex.ops.losses.loss_sketch import loss_and_head_sketch
+from dataflex.ops.projection.arguments import Projection, Sums
 from dataflex.ops.projection.hashing import tensor_id
 from dataflex.ops.projection.project import project_dense_, project_per_sample_grad_, project_rows_, project_zero
 from dataflex.ops.projection.transforms import Transform
 
 __all__ = [
+    "Projection",
     "SampleLoss",
     "SketchedLoss",
+    "Sums",
     "Transform",
     "implementations",
     "linear_per_sample_loss",

@@ -20,7 +20,7 @@ from torch import Tensor
 from dataflex.forward.counted import Counted
 from dataflex.forward.losses import Forward
 from dataflex.forward.split import split_batch
-from dataflex.ops import SampleLoss, Transform
+from dataflex.ops import SampleLoss, Sums, Transform
 from dataflex.ops.known import moved
 from dataflex.scoring.batches import MOST_SAMPLES, Ids, bucket, deal, sample_lengths
 from dataflex.scoring.context import release_gathered, scoring_mode
@@ -29,7 +29,7 @@ from dataflex.scoring.gradients.coverage import Target, find_targets, parameter_
 from dataflex.scoring.gradients.direction_sink import DirectionSink
 from dataflex.scoring.gradients.layer_state import LayerState
 from dataflex.scoring.gradients.layers import LayerRule
-from dataflex.scoring.gradients.sinks import Moments, ProjectingSink, Totals
+from dataflex.scoring.gradients.sinks import Moments, ProjectingSink
 from dataflex.scoring.gradients.taps import Taps
 from dataflex.scoring.progress import counted
 from dataflex.utils import dist
@@ -162,7 +162,7 @@ class Scorer:
         targets = find_targets(self.engine.module, layers)
         sink = self.sink(targets, adam=adam, layers=layers, proj_dim=proj_dim, seed=seed, projection=projection)
 
-        def keep(places: Ids, totals: Totals) -> None:
+        def keep(places: Ids, totals: Sums) -> None:
             assert totals.out is not None
             consume(places, totals.out)
 

@@ -1,18 +1,21 @@
 """Every public op with every option, once each: what `test_rows` runs on the device and compares with float64.
 
-`OPTIONS` has a row for each parameter of each op's signature; `test_every_op_and_option_has_a_row` holds it to that.
+`OPTIONS` has a row for each parameter of each op's signature, and for each field of those that are dataclasses;
+`test_every_op_and_option_has_a_row` holds it to that.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dataflex import ops
-from dataflex.ops import Transform
+from dataflex.ops import Projection, Sums, Transform
 from dataflex.ops.projection.project_kinds import PROJECTIONS
 from dataflex.ops.projection.transforms import TRANSFORMS
 
@@ -52,7 +55,7 @@ def base(op: str, draw: torch.Generator) -> Arguments:
         return logits | made | how
     how = {"transform": Transform(), "seed": 1, "tensor_id": 2}
     if op == "project_zero":
-        return {"shape": (40, 48), "proj_dim": 512, **how}
+        return {"shape": (40, 48), "out": 512, **how}
     if op == "project_dense_":
         return {"out": 512, "grad": randn(draw, 3, 48), **how}
     made = {"out": 512, "cu_seqlens": cu_seqlens, **how}
@@ -87,14 +90,13 @@ def exact(draw: torch.Generator, arguments: Arguments) -> Arguments:
 
 def kind_of(projection: str) -> Callable[..., Arguments]:
     def change(draw: torch.Generator, arguments: Arguments) -> Arguments:
-        return {"projection": projection} | ({} if projection == "kronecker" else adam()(draw, arguments))
+        return {"kind": projection} | ({} if projection == "kronecker" else adam()(draw, arguments))
 
     return change
 
 
 def based(draw: torch.Generator, arguments: Arguments) -> Arguments:
-    every = {"base": randn(draw, 512), "base_sqnorm": randn(draw, 1), "base_dots": randn(draw, 1, 3)}
-    return exact(draw, arguments) | every
+    return exact(draw, arguments) | {"base": Sums(randn(draw, 1, 512), randn(draw, 1), randn(draw, 1, 3))}
 
 
 def head(draw: torch.Generator, arguments: Arguments) -> Arguments:
@@ -128,14 +130,15 @@ _PROJECT: dict[str, list[Any]] = {
     "exp_avg_sq": [adam("adam")],
     "seed": [2**62 + 5],
     "tensor_id": [2**31 + 1],
-    "projection": [kind_of(projection) for projection in PROJECTIONS],
+    "kind": [kind_of(projection) for projection in PROJECTIONS],
     "sqnorm": [exact],
     "directions": [exact],
-    "dots": [lambda draw, a: exact(draw, a) | ({"proj_dim": 0} if "shape" in a else {"out": None})],
+    "dots": [lambda draw, a: exact(draw, a) | {"out": None}],
+    "row_offset": [8, 5],
     "col_offset": [16, 3],
+    "out": [4, 64, 4096, 8192, 16384],
 }
-_OUT = {"out": [4, 64, 4096, 8192, 16384]}
-_ROWS = {"scale": [0.5, tensor("scale", 3)], "row_offset": [8, 5]}
+_ROWS = {"scale": [0.5, tensor("scale", 3)]}
 OPTIONS: dict[str, dict[str, list[Any]]] = {
     "per_sample_loss": _MORE_LOSS | {"vocab_offset": [0], "inplace_backward": [True]},
     "merge_vocab_shards": _LOSS,
@@ -144,12 +147,10 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {
     | {"k1": [16, 128, 2048, 4096, 8192], "seed": [2**62], "tensor_id": [2**31], "inplace_backward": [True]}
     | {"weight": [head], "chunk_tokens": [lambda draw, a: head(draw, a) | {"chunk_tokens": 4}]}
     | {"bias": [lambda draw, a: head(draw, a) | {"bias": randn(draw, VOCABULARY)}]},
-    "project_per_sample_grad_": _PROJECT | _OUT | _ROWS,
-    "project_dense_": _PROJECT | _OUT,
-    "project_rows_": _PROJECT | _OUT | _ROWS | {name: [based] for name in ("base", "base_sqnorm", "base_dots")},
-    "project_zero": _PROJECT
-    | {"row_offset": [8]}
-    | {"shape": [lambda draw, a: {"shape": (9, 40)} | adam()(draw, {"shape": (9, 40)})]},
+    "project_per_sample_grad_": _PROJECT | _ROWS,
+    "project_dense_": _PROJECT,
+    "project_rows_": _PROJECT | _ROWS | {"base": [based]},
+    "project_zero": _PROJECT | {"shape": [lambda draw, a: {"shape": (9, 40)} | adam()(draw, {"shape": (9, 40)})]},
 }
 
 
@@ -180,6 +181,8 @@ def run(op: str, arguments: Arguments, device: torch.device, wide: bool) -> dict
     """The op's results by name, on the CPU in float64; wide: computed in float64 as well."""
 
     def there(value: Any) -> Any:
+        if isinstance(value, Sums):
+            return Sums(*map(there, value.tensors))
         if not isinstance(value, Tensor):
             return value
         value = value.to(device)
@@ -215,12 +218,13 @@ def _losses(op: str, made: Arguments) -> dict[str, Tensor]:
 
 
 def _projected(op: str, made: Arguments, device: torch.device, wide: bool) -> dict[str, Tensor]:
-    where: Any = {"device": device, "dtype": torch.float64 if wide and op != "project_zero" else torch.float32}
+    where: Any = {"device": device, "dtype": torch.float64 if wide else torch.float32}
     samples, found = 1 if op == "project_zero" else 3, {}
-    if made.get("out") is not None:
-        made["out"] = found["out"] = torch.zeros(samples, made["out"], **where)
+    if made["out"] is not None:
+        found["out"] = torch.zeros(samples, made["out"], **where)
     if made.get("sqnorm"):
-        made["sqnorm"] = found["sqnorm"] = torch.zeros(samples, **where)
-        made["dots"] = found["dots"] = torch.zeros(samples, made["dots"], **where)
-    result = getattr(ops, op)(**made)
-    return found | ({"zero": result} if op == "project_zero" else {})
+        found |= {"sqnorm": torch.zeros(samples, **where), "dots": torch.zeros(samples, made["dots"], **where)}
+    of = Projection(**{field.name: made[field.name] for field in fields(Projection) if field.name in made})
+    rest = {name: made[name] for name in inspect.signature(getattr(ops, op)).parameters if name in made}
+    assert getattr(ops, op)(sums := Sums(**found), of=of, **rest) is sums
+    return found

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from dataflex.ops import Transform, linear_per_sample_loss, per_sample_loss, project_per_sample_grad_
+from dataflex.ops import Projection, Sums, linear_per_sample_loss, per_sample_loss, project_per_sample_grad_
 from tests.ops.loss_cases import DTYPES, Case, by_hand, within_budget
 
-HOW: dict[str, Any] = {"transform": Transform(), "seed": 1, "tensor_id": 2}
+OF = Projection(tensor_id=2, seed=1)
 
 
 def needs_cuda(device: torch.device, count: int = 1) -> None:
@@ -81,7 +79,7 @@ def a_step(leaf: Tensor, labels: Tensor, bounds: Tensor, out: Tensor) -> tuple[T
     loss = per_sample_loss(leaf, labels, bounds).loss
     (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     out.zero_()
-    project_per_sample_grad_(out, leaf.detach()[:, :128], leaf.detach()[:, 128:640], bounds, **HOW)
+    project_per_sample_grad_(Sums(out), leaf.detach()[:, :128], leaf.detach()[:, 128:640], bounds, OF)
     return loss.detach(), gradient
 
 

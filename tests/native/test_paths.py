@@ -109,7 +109,7 @@ def project_case(m: int, k: int, lengths: list[int], dim: int, projection: str =
         "scale": 0.5 + torch.rand(len(lengths), generator=draw),
         "row_offset": 3,
         "col_offset": 100,
-        "projection": projection,
+        "kind": projection,
         "directions": torch.randn(2, m, k, generator=draw),
     }
     tokens = sum(lengths)

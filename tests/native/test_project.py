@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from dataflex.ops import Transform, project_per_sample_grad_, project_rows_
+from dataflex.ops import Projection, Sums, Transform, project_per_sample_grad_, project_rows_
 from dataflex.ops.native import _ext
 from dataflex.ops.projection import project_native
 from dataflex.ops.projection import project_reference as reference
@@ -57,11 +57,11 @@ def test_cpu_equals_float64_and_is_the_same_bits_twice_and_by_any_number_of_thre
 def test_cpu_bits_of_a_sample_do_not_depend_on_its_batch(native_cpu: Any) -> None:
     draw = torch.Generator().manual_seed(0)
     row, col = torch.randn(600, 300, generator=draw), torch.randn(600, 270, generator=draw)
-    how: dict[str, Any] = {"transform": Transform(), "seed": 3, "tensor_id": 4}
+    of = Projection(tensor_id=4, seed=3)
 
     def features(a: int, b: int, *bounds: int) -> torch.Tensor:
         out = torch.zeros(len(bounds) - 1, 4096)
-        project_per_sample_grad_(out, row[a:b], col[a:b], torch.tensor(bounds), **how)
+        project_per_sample_grad_(Sums(out), row[a:b], col[a:b], torch.tensor(bounds), of)
         return out
 
     together = features(0, 600, 0, 5, 305, 600)
@@ -100,7 +100,7 @@ def fixed_cases() -> list[Case]:
                     "scale": 0.5 + torch.rand(4, generator=draw),
                     "row_offset": 13 * i,
                     "col_offset": 37 * i,
-                    "projection": projection,
+                    "kind": projection,
                     "directions": torch.randn(j, m, k, generator=draw),
                 }
                 row, col = torch.randn(340, m, generator=draw), torch.randn(340, k, generator=draw)
@@ -195,21 +195,16 @@ def test_rows_of_an_embedding_equal_float64(projection: str, kernels: bool, nati
 
     def run(dtype: torch.dtype) -> list[torch.Tensor]:
         results = [torch.zeros(4, *rest, dtype=dtype) for rest in ((512,), (), (5,))]
-        project_rows_(
-            results[0],
-            row_ids,
-            values.to(dtype),
-            torch.tensor([0, 10, 10, 11, 40]),
-            transform=Transform("adam_less", 0.9, 0.99, 1e-4),
-            seed=7,
+        of = Projection(
             tensor_id=8,
-            projection=projection,
+            seed=7,
+            transform=Transform("adam_less", 0.9, 0.99, 1e-4),
+            kind=projection,
             row_offset=5,
-            sqnorm=results[1],
-            dots=results[2],
             directions=directions.to(dtype),
-            **{k: v.to(dtype) for k, v in moments.items()},
+            **{name: moment.to(dtype) for name, moment in moments.items()},
         )
+        project_rows_(Sums(*results), row_ids, values.to(dtype), torch.tensor([0, 10, 10, 11, 40]), of)
         return results
 
     want = run(torch.float64)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dataflex.ops import Transform, project_per_sample_grad_
+from dataflex.ops import Projection, Sums, Transform, project_per_sample_grad_
 from dataflex.ops.projection.hashing import (
     buckets,
     count_buckets,
@@ -25,7 +25,7 @@ TRANSFORMS = ("sgd", "adam_less", "adam", "adam_fixed_v")
 
 
 class Case(NamedTuple):
-    """row [N, M], col [N, K], cu_seqlens [S + 1], and the keyword arguments of `project_per_sample_grad_`."""
+    """row [N, M], col [N, K], cu_seqlens [S + 1], and the fields of `Projection`, with ``scale``."""
 
     row: Tensor
     col: Tensor
@@ -63,7 +63,7 @@ def cases(
         "scale": 0.5 + torch.rand(len(lengths), generator=generator),
         "row_offset": unit * draw(st.integers(0, 90 // unit)),
         "col_offset": unit * draw(st.integers(0, 200 // unit)),
-        "projection": draw(st.sampled_from(projections)),
+        "kind": draw(st.sampled_from(projections)),
         "directions": torch.randn(draw(st.integers(0, 6)), m, k, generator=generator),
     }
     return Case(row, col, bounds, draw(st.sampled_from(dims)), options)
@@ -83,9 +83,8 @@ def project(case: Case, dtype: torch.dtype = torch.float32) -> Results:
     if dtype is torch.float64:
         row, col = row.double(), col.double()
         options = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
-    project_per_sample_grad_(
-        results.out, row, col, case.cu_seqlens, **options, sqnorm=results.sqnorm, dots=results.dots
-    )
+    scale = options.pop("scale")
+    project_per_sample_grad_(Sums(*results), row, col, case.cu_seqlens, Projection(**options), scale)
     return results
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from dataflex.ops import Transform, project_dense_, project_per_sample_grad_, project_rows_, project_zero
+from dataflex.ops import (
+    Projection,
+    Sums,
+    Transform,
+    project_dense_,
+    project_per_sample_grad_,
+    project_rows_,
+    project_zero,
+)
 from dataflex.ops.projection import project_reference as implementation
 from dataflex.ops.projection.hashing import buckets, signs, tile_shape
 from tests.ops.by_hand import FORMULAS
@@ -26,7 +35,7 @@ def tokens(bounds: list[int], m: int = M, k: int = K, dtype: torch.dtype = torch
 
 
 def how(kind: str, m: int = M, k: int = K) -> dict[str, Any]:
-    """Arguments of a projection with the transform ``kind`` and moments [m, k]."""
+    """Fields of a projection with the transform ``kind`` and moments [m, k]."""
     draw = torch.Generator().manual_seed(1)
     first = 0.1 * torch.randn(m, k, generator=draw, dtype=torch.float64)
     second = torch.rand(m, k, generator=draw, dtype=torch.float64)
@@ -51,10 +60,12 @@ def fold(matrix: torch.Tensor, proj_dim: int, arguments: dict[str, Any], at: tup
     return out
 
 
-def projected(row: Any, col: Any, cu: Any, proj_dim: int = 64, dtype: Any = torch.float64, **arguments: Any) -> Any:
-    out = torch.zeros(len(cu) - 1, proj_dim, dtype=dtype)
-    assert project_per_sample_grad_(out, row, col, cu, **arguments) is out
-    return out
+def projected(
+    row: Any, col: Any, cu: Any, proj_dim: int = 64, dtype: Any = torch.float64, scale: Any = 1.0, **of: Any
+) -> Any:
+    sums = Sums.zeros(len(cu) - 1, proj_dim, dtype=dtype)
+    assert project_per_sample_grad_(sums, row, col, cu, Projection(**of), scale) is sums
+    return sums.out
 
 
 def transformed(gradient: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
@@ -130,17 +141,8 @@ def test_adds_up_over_shards_of_rows_and_of_columns(kind: str, cut: int) -> None
     for rows in (slice(0, cut), slice(cut, M)):
         for columns in (slice(0, 2 * cut), slice(2 * cut, K)):
             m, v = (moment[rows, columns] for moment in moments)
-            project_per_sample_grad_(
-                out,
-                row[:, rows],
-                col[:, columns],
-                cu,
-                exp_avg=m,
-                exp_avg_sq=v,
-                row_offset=rows.start,
-                col_offset=columns.start,
-                **arguments,
-            )
+            of = Projection(exp_avg=m, exp_avg_sq=v, row_offset=rows.start, col_offset=columns.start, **arguments)
+            project_per_sample_grad_(Sums(out), row[:, rows], col[:, columns], cu, of)
     torch.testing.assert_close(out, whole, rtol=1e-12, atol=1e-12)
 
 
@@ -150,7 +152,7 @@ def test_accumulates_into_out_and_over_layers() -> None:
     first = projected(row, col, cu, **arguments)
     second = projected(row, col, cu, **(arguments | {"tensor_id": 124}))
     out = first.clone()
-    project_per_sample_grad_(out, row, col, cu, **(arguments | {"tensor_id": 124}))
+    project_per_sample_grad_(Sums(out), row, col, cu, Projection(**(arguments | {"tensor_id": 124})))
     torch.testing.assert_close(out, first + second)
     assert not torch.allclose(first, second)
 
@@ -183,7 +185,7 @@ def test_inner_products_are_unbiased_with_the_predicted_variance(proj_dim: int) 
     products = []
     for seed in range(seeds):
         out = torch.zeros(2, proj_dim, dtype=torch.float64)
-        project_per_sample_grad_(out, row, col, cu, transform=Transform(), seed=seed, tensor_id=8)
+        project_per_sample_grad_(Sums(out), row, col, cu, Projection(8, seed))
         products.append(out[0] @ out[1])
     got = torch.stack(products)
     tiles = [t.unfold(0, tile_rows, tile_rows).unfold(1, tile_columns, tile_columns) for t in (a, b)]
@@ -207,11 +209,11 @@ def test_dense_vectors_are_row_zero_of_their_tensor(kind: str) -> None:
     gradient = torch.randn(4, K, generator=draw, dtype=torch.float64)
     arguments = how(kind, 1, K)
     vectors = arguments | {n: arguments[n][0] for n in ("exp_avg", "exp_avg_sq")}
-    out = torch.zeros(4, 64, dtype=torch.float64)
-    assert project_dense_(out, gradient, **vectors) is out
+    sums = Sums.zeros(4, 64, dtype=torch.float64)
+    assert project_dense_(sums, gradient, Projection(**vectors)) is sums and sums.out is not None
     for s in range(4):
         want = fold(transformed(gradient[s : s + 1], arguments), 64, arguments)
-        torch.testing.assert_close(out[s], want, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(sums.out[s], want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,27 +225,30 @@ def test_rows_equal_the_dense_projection_of_the_scattered_matrix(kind: str) -> N
     values = torch.randn(RAGGED[-1], K, generator=draw, dtype=torch.float64)
     arguments, cu = how(kind), torch.tensor(RAGGED)
     out = torch.zeros(len(RAGGED) - 1, 64, dtype=torch.float64)
-    base = project_zero((M, K), 64, **arguments)
-    project_rows_(out, row_ids, values, cu, base=base.double(), scale=2.0, **arguments)
+    of = Projection(**arguments)
+    base = project_zero(Sums.zeros(1, 64, dtype=torch.float64), (M, K), of)
+    project_rows_(Sums(out), row_ids, values, cu, of, 2.0, base)
     scattered = torch.nn.functional.one_hot(row_ids, M).double()
     want = projected(scattered, values, cu, scale=2.0, **arguments)
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-4)
     if kind == "sgd":
-        assert not base.any() and not out[1].any()
+        assert base.out is not None and not base.out.any() and not out[1].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_project_zero_is_the_feature_of_a_sample_without_gradient(kind: str) -> None:
     arguments = how(kind)
     want = fold(transformed(torch.zeros(M, K, dtype=torch.float64), arguments), 64, arguments)
-    got = project_zero((M, K), 64, **arguments)
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    for dtype, room in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        sums = project_zero(Sums.zeros(1, 64, dtype=dtype), (M, K), Projection(**arguments))
+        assert sums.out is not None
+        torch.testing.assert_close(sums.out[0].double(), want, rtol=room, atol=room)
 
 
 ROW, COL, CU = tokens([0, 2, 4])
 OUT = torch.zeros(2, 64)
-SGD = {"transform": Transform(), "seed": 1, "tensor_id": 2}
-ADAM = SGD | {"transform": Transform("adam_less")}
+SGD = Projection(tensor_id=2, seed=1)
+ADAM = Projection(tensor_id=2, seed=1, transform=Transform("adam_less"))
 
 
 @pytest.mark.parametrize(
@@ -261,20 +266,21 @@ ADAM = SGD | {"transform": Transform("adam_less")}
 )
 def test_error_texts(arguments: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        project_per_sample_grad_(*arguments, **SGD)
+        project_per_sample_grad_(Sums(arguments[0]), *arguments[1:], SGD)
 
 
 def test_missing_or_misshapen_moments_are_refused() -> None:
     moments = torch.zeros(M, K)
     with pytest.raises(ValueError, match=r"exp_avg: transform 'adam_less' expects \[37, 70\], got None"):
-        project_per_sample_grad_(OUT.clone(), ROW, COL, CU, **ADAM)
+        project_per_sample_grad_(Sums(OUT.clone()), ROW, COL, CU, ADAM)
     with pytest.raises(ValueError, match=r"exp_avg_sq: transform 'adam_less' expects \[37, 70\], got \(70, 37\)"):
-        project_per_sample_grad_(OUT.clone(), ROW, COL, CU, exp_avg=moments, exp_avg_sq=moments.T, **ADAM)
+        of = replace(ADAM, exp_avg=moments, exp_avg_sq=moments.T)
+        project_per_sample_grad_(Sums(OUT.clone()), ROW, COL, CU, of)
     with pytest.raises(ValueError, match=r"grad: expected \[2, K\], got \(3, 5\)"):
-        project_dense_(OUT.clone(), torch.zeros(3, 5), **SGD)
+        project_dense_(Sums(OUT.clone()), torch.zeros(3, 5), SGD)
     with pytest.raises(ValueError, match=r"exp_avg: transform 'adam_less' expects \[5\], got None"):
-        project_dense_(OUT.clone(), torch.zeros(2, 5), **ADAM)
+        project_dense_(Sums(OUT.clone()), torch.zeros(2, 5), ADAM)
     with pytest.raises(ValueError, match=r"row_ids: expected int64 \[4\], got torch.int64 \(3,\)"):
-        project_rows_(OUT.clone(), torch.zeros(3, dtype=torch.int64), COL, CU, base=OUT[0], **SGD)
+        project_rows_(Sums(OUT.clone()), torch.zeros(3, dtype=torch.int64), COL, CU, SGD)
     with pytest.raises(ValueError, match=r"exp_avg: transform 'adam_less' expects \[M, 70\], got None"):
-        project_rows_(OUT.clone(), torch.zeros(4, dtype=torch.int64), COL, CU, base=OUT[0], **ADAM)
+        project_rows_(Sums(OUT.clone()), torch.zeros(4, dtype=torch.int64), COL, CU, ADAM)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 
-from dataflex.ops import Transform, project_dense_, project_per_sample_grad_, project_rows_, project_zero
+from dataflex.ops import (
+    Projection,
+    Sums,
+    Transform,
+    project_dense_,
+    project_per_sample_grad_,
+    project_rows_,
+    project_zero,
+)
 from dataflex.ops.projection.project_kinds import PROJECTIONS
 from tests.ops.project_cases import Case, cases, error, gradients, matrix_of, project
 
-SGD: dict[str, Any] = {"transform": Transform(), "seed": 5, "tensor_id": 6}
+SGD: dict[str, Any] = {"seed": 5, "tensor_id": 6}
 ADAM = Transform("adam_less", 0.9, 0.99, 1e-4)
 
 
@@ -27,7 +36,7 @@ def positions(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 def test_every_kind_is_its_matrix_times_the_transformed_gradient(case: Case) -> None:
     o = case.options
     truth = gradients(case)
-    projection = matrix_of(o["projection"], *positions(case), o["tensor_id"], o["seed"], case.proj_dim)
+    projection = matrix_of(o["kind"], *positions(case), o["tensor_id"], o["seed"], case.proj_dim)
     for dtype, budget in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         got = project(case, dtype)
         assert error(got.out, truth.flatten(1) @ projection.flatten(0, 1)) < budget
@@ -63,7 +72,7 @@ def test_inner_products_are_unbiased_with_the_predicted_variance(projection: str
     products = []
     for seed in range(seeds):
         out = torch.zeros(2, proj_dim, dtype=torch.float64)
-        project_per_sample_grad_(out, row, col, cu, **SGD | {"seed": seed}, projection=projection)
+        project_per_sample_grad_(Sums(out), row, col, cu, Projection(6, seed, kind=projection))
         products.append(out[0] @ out[1])
     got = torch.stack(products)
     deviation = got - (a * b).sum()
@@ -115,7 +124,7 @@ def test_linear_transforms_add_over_tokens_and_all_add_over_shards(projection: s
 
     def features(r: Any, c: Any, bounds: Any, **more: Any) -> torch.Tensor:
         out = torch.zeros(len(bounds) - 1, 64)
-        project_per_sample_grad_(out, r, c, bounds, **SGD, projection=projection, **more)
+        project_per_sample_grad_(Sums(out), r, c, bounds, Projection(**SGD, kind=projection, **more))
         return out
 
     whole = features(row, col, cu)
@@ -140,15 +149,14 @@ def test_exact_scores_are_the_inner_products_with_autograds_gradients() -> None:
     losses = torch.stack([(outputs[a:b] ** 3).sum() for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
     truth = torch.stack([torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in losses])
     delta = torch.autograd.grad(losses.sum(), outputs)[0]
-    sqnorm, dots = torch.zeros(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
-    more = {"sqnorm": sqnorm, "directions": directions, "dots": dots}
-    assert project_per_sample_grad_(None, delta, inputs, torch.tensor(bounds), **SGD, **more) is None
-    with_no_out = project_per_sample_grad_(
-        None, delta.float(), inputs.float(), torch.tensor(bounds), **SGD, projection="rademacher", sqnorm=torch.zeros(3)
-    )
-    assert with_no_out is None
-    torch.testing.assert_close(sqnorm, (truth**2).sum((1, 2)), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(dots, torch.einsum("smk,qmk->sq", truth, directions), rtol=1e-12, atol=1e-12)
+    sums, cu = Sums.zeros(3, 0, 3, dtype=torch.float64), torch.tensor(bounds)
+    project_per_sample_grad_(sums, delta, inputs, cu, Projection(**SGD, directions=directions))
+    assert sums.out is None and sums.sqnorm is not None and sums.dots is not None
+    torch.testing.assert_close(sums.sqnorm, (truth**2).sum((1, 2)), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sums.dots, torch.einsum("smk,qmk->sq", truth, directions), rtol=1e-12, atol=1e-12)
+    norms = Sums.zeros(3, 0, dtype=torch.float32)
+    project_per_sample_grad_(norms, delta.float(), inputs.float(), cu, Projection(**SGD, kind="rademacher"))
+    assert norms.sqnorm is not None and error(norms.sqnorm, sums.sqnorm) < 1e-5
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS[:4])
@@ -158,35 +166,34 @@ def test_rows_and_vectors_give_the_same_three_outputs_as_the_matrix(projection: 
     row_ids, values = torch.randint(0, 20, (12,), generator=draw), torch.randn(12, 150, generator=draw).to(dtype)
     cu, scale = torch.tensor([0, 5, 5, 12]), torch.tensor([0.5, 1.0, 2.0], dtype=dtype)
     moments = {"exp_avg": 0.1 * torch.randn(20, 150, generator=draw), "exp_avg_sq": torch.rand(20, 150, generator=draw)}
-    how: dict[str, Any] = (
-        SGD | {"transform": ADAM, "projection": projection} | {k: v.to(dtype) for k, v in moments.items()}
+    of = Projection(
+        **SGD,
+        **{name: moment.to(dtype) for name, moment in moments.items()},
+        transform=ADAM,
+        kind=projection,
+        directions=torch.randn(5, 20, 150, generator=draw).to(dtype),
+        row_offset=3,
+        col_offset=9,
     )
-    how |= {"directions": torch.randn(5, 20, 150, generator=draw).to(dtype), "row_offset": 3, "col_offset": 9}
 
-    def outputs(samples: int) -> dict[str, torch.Tensor]:
-        return {"sqnorm": torch.zeros(samples, dtype=dtype), "dots": torch.zeros(samples, 5, dtype=dtype)}
+    def sums(samples: int) -> Sums:
+        shapes = (64,), (), (5,)
+        return Sums(*(torch.zeros(samples, *shape, dtype=dtype) for shape in shapes))
 
-    want, wanted = torch.zeros(3, 64, dtype=dtype), outputs(3)
+    def equal(got: Sums, want: Sums) -> None:
+        for one, other in zip(got.tensors, want.tensors, strict=True):
+            assert one is not None and other is not None and error(one, other.double()) < 1e-5
+
     one_hot = torch.nn.functional.one_hot(row_ids, 20).to(dtype)
-    project_per_sample_grad_(want, one_hot, values, cu, scale=scale, **how, **wanted)
-    nothing = {k: v.float() for k, v in outputs(1).items()}
-    base = project_zero((20, 150), 64, **how, **nothing)
-    got, measured = torch.zeros(3, 64, dtype=dtype), outputs(3)
-    bases = {"base": base, "base_sqnorm": nothing["sqnorm"], "base_dots": nothing["dots"]}
-    assert project_rows_(got, row_ids, values, cu, scale=scale, **how, **measured, **bases) is got
-    for one, other in ((got, want), (measured["sqnorm"], wanted["sqnorm"]), (measured["dots"], wanted["dots"])):
-        assert error(one, other.double()) < 1e-5
+    base = project_zero(sums(1), (20, 150), of)
+    got = project_rows_(sums(3), row_ids, values, cu, of, scale, base)
+    equal(got, project_per_sample_grad_(sums(3), one_hot, values, cu, of, scale))
 
-    vector = {k: v[0] for k, v in how.items() if k in moments} | {"directions": how["directions"][:, 0]}
-    dense: dict[str, Any] = {k: v for k, v in how.items() if k != "row_offset"} | vector
-    got, measured = torch.zeros(12, 64, dtype=dtype), outputs(12)
-    project_dense_(got, values, **dense, **measured)
-    want, wanted = torch.zeros(12, 64, dtype=dtype), outputs(12)
-    matrix = {k: v[None] for k, v in vector.items() if k in moments} | {"directions": vector["directions"][:, None]}
+    first = replace(of.rows(slice(0, 1)), row_offset=0)
+    m, v, toward = (None if t is None else t.squeeze(-2) for t in (first.exp_avg, first.exp_avg_sq, first.directions))
+    got = project_dense_(sums(12), values, replace(first, exp_avg=m, exp_avg_sq=v, directions=toward))
     ones = torch.ones(12, 1, dtype=dtype)
-    project_per_sample_grad_(want, ones, values, torch.arange(13), **dense | matrix, **wanted)
-    for one, other in ((got, want), (measured["sqnorm"], wanted["sqnorm"]), (measured["dots"], wanted["dots"])):
-        assert error(one, other.double()) < 1e-5
+    equal(got, project_per_sample_grad_(sums(12), ones, values, torch.arange(13), first))
 
 
 ROW, COL, CU = torch.zeros(4, 3), torch.zeros(4, 5), torch.tensor([0, 2, 4])
@@ -196,9 +203,9 @@ OUT, NORM = torch.zeros(2, 64), torch.zeros(2)
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        ({"projection": "xorfolds"}, "projection: expected one of xorfold, countsketch, .*, got 'xorfolds'"),
-        ({"out": torch.zeros(2, 6), "projection": "sjlt"}, "proj_dim: sjlt expects a multiple of 4, got 6"),
-        ({"projection": "kronecker", "transform": ADAM}, "'kronecker' expects transform 'sgd', got 'adam_less'"),
+        ({"kind": "xorfolds"}, "projection: expected one of xorfold, countsketch, .*, got 'xorfolds'"),
+        ({"out": torch.zeros(2, 6), "kind": "sjlt"}, "proj_dim: sjlt expects a multiple of 4, got 6"),
+        ({"kind": "kronecker", "transform": ADAM}, "'kronecker' expects transform 'sgd', got 'adam_less'"),
         ({"seed": -1}, r"seed: expected 0 to \d+, got -1"),
         ({"tensor_id": 1 << 32}, "tensor_id: expected 0 to 4294967295, got 4294967296"),
         ({"row_offset": -8}, r"row_offset: expected 0 to \d+, got -8"),
@@ -216,9 +223,12 @@ OUT, NORM = torch.zeros(2, 64), torch.zeros(2)
     ],
 )
 def test_error_texts(more: dict[str, Any], text: str) -> None:
-    arguments = {"out": OUT, "row": ROW, "col": COL, "cu_seqlens": CU} | SGD | more
+    tokens = {"row": ROW, "col": COL, "cu_seqlens": CU, "scale": 1.0} | more
+    given = {"out": OUT} | SGD | more
+    sums = Sums(*(given.get(name) for name in ("out", "sqnorm", "dots")))
+    of = Projection(**{field.name: given[field.name] for field in fields(Projection) if field.name in given})
     with pytest.raises(ValueError, match=text):
-        project_per_sample_grad_(**arguments)
+        project_per_sample_grad_(sums, tokens["row"], tokens["col"], tokens["cu_seqlens"], of, tokens["scale"])
 
 
 def test_row_ids_out_of_range_are_refused() -> None:
@@ -226,4 +236,4 @@ def test_row_ids_out_of_range_are_refused() -> None:
     for bad in (-1, 5):
         ids = torch.tensor([0, bad, 0, 0])
         with pytest.raises(ValueError, match=f"row_ids: expected 0 to 5 - 1, got {bad}"):
-            project_rows_(OUT.clone(), ids, COL, CU, **SGD | {"transform": ADAM}, **moments)
+            project_rows_(Sums(OUT.clone()), ids, COL, CU, Projection(**SGD, transform=ADAM, **moments))

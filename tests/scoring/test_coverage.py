@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dataflex.data.encoding.collate import Collator
-from dataflex.ops import Transform, project_per_sample_grad_, tensor_id
+from dataflex.ops import Projection, Sums, Transform, project_per_sample_grad_, tensor_id
 from dataflex.scoring.gradients.coverage import find_targets, kind_of
 from dataflex.scoring.gradients.exact import exact_dots, mean_directions
 from dataflex.scoring.gradients.layers import LayerRule
@@ -83,16 +83,8 @@ def projected(rows: list[dict[str, torch.Tensor]], projection: str = "xorfold", 
         for name, value in found.items():
             factor = 1.0 if factors is None else factors.get(name, 0.0)
             one = torch.eye(len(value), dtype=torch.float64) * factor
-            project_per_sample_grad_(
-                out[row : row + 1],
-                one,
-                value,
-                torch.tensor([0, len(value)]),
-                transform=Transform("sgd"),
-                seed=SEED,
-                tensor_id=tensor_id(name),
-                projection=projection,
-            )
+            of = Projection(tensor_id(name), SEED, kind=projection)
+            project_per_sample_grad_(Sums(out).of(row), one, value, torch.tensor([0, len(value)]), of)
     return out
 
 

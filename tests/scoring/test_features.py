@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dataflex
-from dataflex.ops import Transform, project_dense_, project_per_sample_grad_, tensor_id
+from dataflex.ops import Projection, Sums, Transform, project_dense_, project_per_sample_grad_, tensor_id
 from dataflex.scoring.gradients import layer_state
 from dataflex.scoring.gradients.exact import exact_dots
 from tests import families
@@ -51,17 +51,12 @@ def autograd_features(net: torch.nn.Module, pool: list[Any], adam: Any = None) -
 def _add(out: torch.Tensor, name: str, grad: torch.Tensor, adam: Any) -> None:
     """Project one whole gradient: as the product with an identity, so that no tap is involved."""
     moments = {} if adam is None else {"exp_avg": adam[0][name][0].double(), "exp_avg_sq": adam[0][name][1].double()}
-    how = {
-        "transform": Transform() if adam is None else adam[1],
-        "seed": SEED,
-        "tensor_id": tensor_id(name),
-        **moments,
-    }
+    of = Projection(tensor_id(name), SEED, Transform() if adam is None else adam[1], **moments)
     if grad.dim() == 1:
-        project_dense_(out, grad[None], **how)
+        project_dense_(Sums(out), grad[None], of)
     else:
         rows = torch.eye(grad.shape[0], dtype=torch.float64)
-        project_per_sample_grad_(out, rows, grad, torch.tensor([0, len(rows)]), **how)
+        project_per_sample_grad_(Sums(out), rows, grad, torch.tensor([0, len(rows)]), of)
 
 
 def ranks_features(kind: str, stage: int, ckpt: str | None, steps: int, offload: str = "") -> list[list[float]]:

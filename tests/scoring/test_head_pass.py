@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dataflex.forward import fused as rule
 from dataflex.forward.head import UnknownHead, find_head
-from dataflex.ops import Transform, project_per_sample_grad_, tensor_id
+from dataflex.ops import Projection, Sums, project_per_sample_grad_, tensor_id
 from dataflex.ops.losses.loss_reference import fold
 from dataflex.scoring.checks.head_check import known_head
 from dataflex.scoring.passes.head_pass import PROJECTED, SKETCH, HeadFeatures
@@ -42,8 +42,8 @@ def by_autograd(net: Any, packed: bool) -> tuple[Tensor, Tensor]:
         folded = grad.new_zeros(K1, grad.shape[1]).index_add_(0, bucket, grad * sign[:, None])
         out = grad.new_zeros(1, PROJ)
         rows = torch.eye(K1, dtype=grad.dtype)
-        how = {"transform": Transform("sgd"), "seed": SEED, "tensor_id": tensor_id(PROJECTED)}
-        project_per_sample_grad_(out, rows, folded, torch.tensor([0, K1]), **how)
+        of = Projection(tensor_id(PROJECTED), SEED)
+        project_per_sample_grad_(Sums(out), rows, folded, torch.tensor([0, K1]), of)
         grads.append(grad)
         features.append(out[0])
     return torch.stack(grads), torch.stack(features)

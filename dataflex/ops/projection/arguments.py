@@ -6,12 +6,78 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from dataflex.ops.projection.transforms import Transform
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What projections of S samples are added to, in place: float32 or float64, None where not wanted.
+
+    out: [S, proj_dim], the features. sqnorm: [S], squared norms of what is projected. dots: [S, Q], inner products with
+    the directions. Those that are given have one dtype and device.
+    """
+
+    out: Tensor | None = None
+    sqnorm: Tensor | None = None
+    dots: Tensor | None = None
+
+    @classmethod
+    def zeros(cls, samples: int, proj_dim: int, directions: int = 0, **like: Any) -> Sums:
+        """Features where proj_dim > 0, else norms, and inner products where directions > 0. like: dtype, device."""
+        if proj_dim:
+            return cls(torch.zeros(samples, proj_dim, **like))
+        dots = torch.zeros(samples, directions, **like) if directions else None
+        return cls(None, torch.zeros(samples, **like), dots)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.out, self.sqnorm, self.dots
+
+    def of(self, sample: int) -> Sums:
+        """Those of one sample, S = 1: views."""
+        return Sums(*(None if t is None else t[sample : sample + 1] for t in self.tensors))
+
+    def add(self, other: Sums, factor: float) -> None:
+        """Add ``other``, whose gradients, but not whose directions, are to count ``factor`` times."""
+        for mine, theirs, by in zip(self.tensors, other.tensors, (factor, factor * factor, factor), strict=True):
+            if mine is not None and theirs is not None:
+                mine.add_(theirs, alpha=by)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One parameter, the matrix [M, K] or vector [K] whose gradients are projected, and how.
+
+    transform: applied to each sample's whole gradient. exp_avg, exp_avg_sq: Adam's moments in the parameter's shape,
+    needed unless the transform is sgd. seed: 0 to 2^63 - 1; tensor_id: of the parameter (`tensor_id`), below 2^32.
+    kind: one of `project_kinds.PROJECTIONS`. row_offset, col_offset: global position of element (0, 0), for sharded
+    matrices. directions: [Q, ...] in the parameter's shape, which `Sums.dots` are the inner products with.
+    """
+
+    tensor_id: int
+    seed: int
+    transform: Transform = Transform()
+    kind: str = "xorfold"
+    exp_avg: Tensor | None = None
+    exp_avg_sq: Tensor | None = None
+    directions: Tensor | None = None
+    row_offset: int = 0
+    col_offset: int = 0
+
+    def rows(self, part: slice) -> Projection:
+        """Of the rows ``part`` of the matrix."""
+        m, v, toward = (
+            None if t is None else t[..., part, :] for t in (self.exp_avg, self.exp_avg_sq, self.directions)
+        )
+        return replace(self, exp_avg=m, exp_avg_sq=v, directions=toward, row_offset=self.row_offset + part.start)
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """out [S, proj_dim or 0], sqnorm [S or 0], dots [S, Q or 0]: what is not wanted is empty."""
+    """`Sums` as the ops take them: out [S, proj_dim or 0], sqnorm [S or 0], dots [S, Q or 0]; empty if not wanted."""
 
     out: Tensor
     sqnorm: Tensor
@@ -28,7 +94,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Treatment:
-    """How the gradients of a matrix [M, K] are transformed, compared and projected.
+    """`Projection` as the ops take it: how the gradients of a matrix [M, K] are transformed, compared and projected.
 
     exp_avg, exp_avg_sq: [M, K], and coefficients (`transforms.Coefficients`), or None and () for the plain gradient.
     directions: [Q, M, K] or None. kind: place of the projection in `project_kinds.PROJECTIONS`. row_offset, col_offset:

@@ -5,25 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dataflex.ops.projection.arguments import Outputs, Treatment
+from dataflex.ops.projection.arguments import Outputs, Projection, Sums, Treatment
 from dataflex.ops.projection.project_kinds import PROJECTIONS, check_proj_dim
 from dataflex.ops.projection.segments import check_segments
-from dataflex.ops.projection.transforms import Transform
 
 
-def collect_outputs(
-    out: Tensor | None,
-    sqnorm: Tensor | None,
-    dots: Tensor | None,
-    directions: Tensor | None,
-    cu_seqlens: Tensor,
-    device: torch.device,
-) -> Outputs:
+def collect_outputs(sums: Sums, directions: Tensor | None, cu_seqlens: Tensor, device: torch.device) -> Outputs:
+    out, sqnorm, dots = sums.out, sums.sqnorm, sums.dots
     if out is not None and (out.dim() != 2 or out.dtype not in (torch.float32, torch.float64)):
         raise ValueError(f"out: expected float32 [S, proj_dim], got {out.dtype} {tuple(out.shape)}")
     if (directions is None) != (dots is None):
         raise ValueError("directions, dots: expected both or neither")
-    wanted = next((x for x in (out, sqnorm, dots) if x is not None), None)
+    wanted = next((x for x in sums.tensors if x is not None), None)
     if wanted is None:
         raise ValueError("out: expected a tensor, or sqnorm or dots, got none of them")
     samples, dtype = max(0, len(cu_seqlens) - 1) if out is None else out.shape[0], wanted.dtype
@@ -43,42 +36,27 @@ def collect_outputs(
     )
 
 
-def treatment(
-    outputs: Outputs,
-    transform: Transform,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor | None,
-    directions: Tensor | None,
-    shape: tuple[int | str, ...],
-    projection: str,
-    seed: int,
-    tensor_id: int,
-    row_offset: int,
-    col_offset: int,
-) -> Treatment:
+def treatment(of: Projection, outputs: Outputs, shape: tuple[int | str, ...]) -> Treatment:
     """What is done with the gradients, checked; shape: of the matrix, or of the vector."""
-    if outputs.out.shape[1] or projection not in PROJECTIONS:
-        check_proj_dim(projection, outputs.out.shape[1])
-    if projection == "kronecker" and transform.needs_moments:
+    proj_dim, transform, directions = outputs.out.shape[1], of.transform, of.directions
+    if proj_dim or of.kind not in PROJECTIONS:
+        check_proj_dim(of.kind, proj_dim)
+    if of.kind == "kronecker" and transform.needs_moments:
         raise ValueError(f"projection: 'kronecker' expects transform 'sgd', got '{transform.kind}'")
-    for name, number, limit in (
-        ("seed", seed, 1 << 63),
-        ("tensor_id", tensor_id, 1 << 32),
-        ("row_offset", row_offset, 1 << 31),
-        ("col_offset", col_offset, 1 << 31),
-    ):
-        if not 0 <= number < limit:
-            raise ValueError(f"{name}: expected 0 to {limit - 1}, got {number}")
+    limits = {"seed": 1 << 63, "tensor_id": 1 << 32, "row_offset": 1 << 31, "col_offset": 1 << 31}
+    for name, limit in limits.items():
+        if not 0 <= getattr(of, name) < limit:
+            raise ValueError(f"{name}: expected 0 to {limit - 1}, got {getattr(of, name)}")
     how = transform.coefficients()
-    moments = (exp_avg, exp_avg_sq) if how is not None else (None, None)
     if how is not None:
-        _check_moments(transform, exp_avg, exp_avg_sq, shape, outputs.out.device)
+        _check_moments(of, shape, outputs.out.device)
     if directions is not None and directions.shape[1:] != shape:
         expected = ", ".join(map(str, ("Q", *shape)))
         raise ValueError(f"directions: expected [{expected}], got {tuple(directions.shape)}")
-    kind = PROJECTIONS.index(projection) if outputs.out.shape[1] else 0
+    moments = (of.exp_avg, of.exp_avg_sq) if how is not None else (None, None)
+    kind = PROJECTIONS.index(of.kind) if proj_dim else 0
     coefficients = () if how is None else tuple(how)
-    return Treatment(*moments, coefficients, directions, kind, seed, tensor_id, row_offset, col_offset)
+    return Treatment(*moments, coefficients, directions, kind, of.seed, of.tensor_id, of.row_offset, of.col_offset)
 
 
 def sample_scales(scale: float | Tensor, outputs: Outputs) -> Tensor:
@@ -102,17 +80,11 @@ def check_tokens(row: Tensor, col: Tensor, cu_seqlens: Tensor, samples: int) -> 
     check_segments(cu_seqlens, row.shape[0], samples)
 
 
-def _check_moments(
-    transform: Transform,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor | None,
-    shape: tuple[int | str, ...],
-    device: torch.device,
-) -> None:
-    for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+def _check_moments(of: Projection, shape: tuple[int | str, ...], device: torch.device) -> None:
+    for name, moment in (("exp_avg", of.exp_avg), ("exp_avg_sq", of.exp_avg_sq)):
         if moment is None or tuple(moment.shape) != shape:
             got = None if moment is None else tuple(moment.shape)
             expected = ", ".join(map(str, shape))
-            raise ValueError(f"{name}: transform '{transform.kind}' expects [{expected}], got {got}")
+            raise ValueError(f"{name}: transform '{of.transform.kind}' expects [{expected}], got {got}")
         if moment.device != device:
             raise ValueError(f"{name}: expected a tensor on {device}, got one on {moment.device}")

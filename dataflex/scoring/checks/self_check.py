@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dataflex.forward.counted import Counted
 from dataflex.forward.losses import Forward
 from dataflex.forward.split import split_batch
-from dataflex.ops import Transform, project_rows_, tensor_id
+from dataflex.ops import Projection, Sums, project_rows_, tensor_id
 from dataflex.scoring.batches import Ids
 from dataflex.scoring.context import evaluating, frozen, leaf_embeddings
 from dataflex.scoring.gradients.coverage import Target, find_targets, parameter_names
@@ -132,16 +132,9 @@ def _plain_values(scorer: Scorer, dataset: Any, ids: Ids, spec: FeatureSpec, fac
 
 def _project(out: Tensor, name: str, value: Tensor, spec: FeatureSpec) -> None:
     """Add one whole gradient [M, K] row by row, so that no product over tokens is involved."""
-    project_rows_(
-        out,
-        torch.arange(len(value), device=value.device),
-        value,
-        torch.tensor([0, len(value)], device=value.device),
-        transform=Transform("sgd"),
-        seed=spec.seed,
-        tensor_id=tensor_id(name),
-        projection=spec.projection,
-    )
+    rows = torch.arange(len(value), device=value.device)
+    bounds = torch.tensor([0, len(value)], device=value.device)
+    project_rows_(Sums(out), rows, value, bounds, Projection(tensor_id(name), spec.seed, kind=spec.projection))
 
 
 def _matrix(t: Tensor) -> Tensor:

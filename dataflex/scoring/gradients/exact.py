@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dataflex.ops import Sums
 from dataflex.scoring.batches import Ids
 from dataflex.scoring.gather import merge
 from dataflex.scoring.gradients.coverage import find_targets, parameter_names, trained_names
@@ -22,7 +23,6 @@ from dataflex.scoring.gradients.direction_sink import DirectionSink
 from dataflex.scoring.gradients.directions import Directions
 from dataflex.scoring.gradients.layer_state import LayerState
 from dataflex.scoring.gradients.layers import LayerRule
-from dataflex.scoring.gradients.sinks import Totals
 from dataflex.scoring.scorer import Floats, Scorer
 
 
@@ -79,7 +79,7 @@ def exact_dots(
     queries = directions.queries if isinstance(directions, Directions) else 0
     out = np.zeros((len(ids), queries + 1), dtype=np.float32)
 
-    def keep(places: Ids, totals: Totals) -> None:
+    def keep(places: Ids, totals: Sums) -> None:
         assert totals.sqnorm is not None
         found = [*([] if totals.dots is None else [totals.dots]), totals.sqnorm[:, None]]
         out[places] = torch.cat(found, 1).cpu().numpy()

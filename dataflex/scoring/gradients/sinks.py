@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dataflex.ops import (
+    Projection,
+    Sums,
     Transform,
     project_dense_,
     project_per_sample_grad_,
@@ -40,28 +42,6 @@ def as_matrix(parameter: Tensor) -> Tensor:
     return parameter.reshape(-1, parameter.shape[-1]) if parameter.dim() > 1 else parameter.reshape(-1)
 
 
-class Totals(NamedTuple):
-    """out [S, proj_dim], sqnorm [S] and dots [S, Q]; None where not wanted."""
-
-    out: Tensor | None
-    sqnorm: Tensor | None
-    dots: Tensor | None
-
-    @classmethod
-    def zeros(cls, samples: int, proj_dim: int, directions: int, **like: Any) -> Totals:
-        """Features where proj_dim > 0, else norms, and inner products where directions > 0."""
-        if proj_dim:
-            return cls(torch.zeros(samples, proj_dim, **like), None, None)
-        dots = torch.zeros(samples, directions, **like) if directions else None
-        return cls(None, torch.zeros(samples, **like), dots)
-
-    def add(self, other: Totals, factor: float) -> None:
-        """Add what parameters with ``factor`` contribute; their directions have the factor in them already."""
-        for mine, theirs, by in zip(self, other, (factor, factor * factor, factor), strict=True):
-            if mine is not None and theirs is not None:
-                mine.add_(theirs, alpha=by)
-
-
 @dataclass
 class ProjectingSink:
     """Adds every layer's transformed per-sample gradient to the batch's totals as soon as it is delivered.
@@ -88,10 +68,10 @@ class ProjectingSink:
     scale: float = 1.0
     dtype: torch.dtype = torch.float32
     cu_seqlens: Tensor = field(init=False)
-    _by_factor: dict[float, Totals] = field(default_factory=dict)
+    _by_factor: dict[float, Sums] = field(default_factory=dict)
     _waiting: dict[str, list[tuple[str, Tensor, Tensor]]] = field(default_factory=dict)
     _heads: list[tuple[HeadNames, LinearLossGrad]] = field(default_factory=list)
-    _zero: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _zero: dict[str, Sums] = field(default_factory=dict)
     per_sample: ClassVar[bool] = True
 
     def start(self, cu_seqlens: Tensor) -> None:
@@ -128,14 +108,13 @@ class ProjectingSink:
 
     def dense(self, name: str, per_token: Tensor) -> None:
         grad = segment_sums(per_token, self.cu_seqlens).mul_(self.scale)
-        self._add(name, project_dense_, grad)
+        project_dense_(self._totals(name), grad, self._how(name))
 
     def rows(self, name: str, row_ids: Tensor, values: Tensor) -> None:
         if name in self.shared:
             self._waiting.setdefault(name, []).append(("rows", row_ids, values))
         else:
-            base = self._zero_of(name, values.shape[1])
-            self._add(name, project_rows_, row_ids, values, self.cu_seqlens, scale=self.scale, **base)
+            self._rows(self._totals(name), name, row_ids, values, self.cu_seqlens)
 
     def experts(self, name: str, row: Tensor, col: Tensor, tokens: Tensor, counts: list[int]) -> None:
         """The parameter counts as the matrix [E * M, K] of its experts one below the other."""
@@ -155,18 +134,15 @@ class ProjectingSink:
 
     def sample(self, name: str, sample: int, grad: Tensor) -> None:
         """The parameter counts as a matrix (`as_matrix`), a vector as one row."""
-        part = slice(sample, sample + 1)
-        totals = Totals(*(None if t is None else t[part] for t in self._totals(name)))
+        sums = self._totals(name).of(sample)
         if grad.dim() < 2:
-            self._add(name, project_dense_, grad.reshape(1, -1) * self.scale, totals=totals)
+            project_dense_(sums, grad.reshape(1, -1) * self.scale, self._how(name))
             return
         values = as_matrix(grad)
         rows = torch.arange(len(values), device=values.device)
-        bounds = torch.arange(2, device=values.device) * len(values)
-        base = self._zero_of(name, values.shape[1])
-        self._add(name, project_rows_, rows, values, bounds, totals=totals, scale=self.scale, **base)
+        self._rows(sums, name, rows, values, torch.arange(2, device=values.device) * len(values))
 
-    def finish(self) -> Totals:
+    def finish(self) -> Sums:
         """The batch's totals, after the parameters that waited were added."""
         for names, grad in self._heads:
             with whole([weight for _, weight in grad.products.pairs]), self._holding(names.every()):
@@ -180,17 +156,17 @@ class ProjectingSink:
             total.add(totals, factor)
         return total
 
-    def _new_totals(self, samples: int) -> Totals:
-        return Totals.zeros(samples, self.proj_dim, self.queries, device=self.cu_seqlens.device, dtype=self.dtype)
+    def _new_totals(self, samples: int) -> Sums:
+        return Sums.zeros(samples, self.proj_dim, self.queries, device=self.cu_seqlens.device, dtype=self.dtype)
 
-    def _totals(self, name: str) -> Totals:
+    def _totals(self, name: str) -> Sums:
         factor = self.factors.get(name, 1.0)
         if factor not in self._by_factor:
             self._by_factor[factor] = self._new_totals(len(self.cu_seqlens) - 1)
         return self._by_factor[factor]
 
-    def _how(self, name: str, part: tuple[int, int] | None = None) -> dict[str, Any]:
-        """The arguments that every projection of parameter ``name`` shares; part: (e, E) of experts' matrices."""
+    def _how(self, name: str, part: tuple[int, int] | None = None) -> Projection:
+        """Of parameter ``name``; part: (e, E), of expert e's matrix among E."""
         m, v = self.moments.get(name, (None, None))
         toward = self.directions.get(name)
         if part is not None:
@@ -200,26 +176,17 @@ class ProjectingSink:
         else:
             m, v = (None if x is None else as_matrix(x) for x in (m, v))
             toward = None if toward is None else torch.stack([as_matrix(d) for d in toward])
-        return {
-            "transform": self.transform,
-            "seed": self.seed,
-            "tensor_id": tensor_id(name),
-            "exp_avg": m,
-            "exp_avg_sq": v,
-            "projection": self.projection,
-            "directions": toward,
-        }
-
-    def _add(
-        self, name: str, project: Callable[..., Any], *args: Any, totals: Totals | None = None, **more: Any
-    ) -> None:
-        out, sqnorm, dots = self._totals(name) if totals is None else totals
-        project(out, *args, sqnorm=sqnorm, dots=dots, **(self._how(name) | more))
+        return Projection(tensor_id(name), self.seed, self.transform, self.projection, m, v, toward)
 
     def _outer(self, name: str, row: Tensor, col: Tensor, bounds: Tensor, part: tuple[int, int] | None = None) -> None:
-        offset = 0 if part is None else part[0] * row.shape[1]
-        more = self._how(name, part) | {"scale": self.scale, "row_offset": offset}
-        self._add(name, project_per_sample_grad_, row, col, bounds, **more)
+        how = self._how(name, part)
+        if part is not None:
+            how = replace(how, row_offset=part[0] * row.shape[1])
+        project_per_sample_grad_(self._totals(name), row, col, bounds, how, self.scale)
+
+    def _rows(self, sums: Sums, name: str, row_ids: Tensor, values: Tensor, bounds: Tensor) -> None:
+        base = self._zero_of(name, values.shape[1])
+        project_rows_(sums, row_ids, values, bounds, self._how(name), self.scale, base)
 
     def _head(self, names: HeadNames, grad: LinearLossGrad) -> None:
         """Block by block of the vocabulary; where an embedding is tied to it, with what waits of that."""
@@ -233,14 +200,13 @@ class ProjectingSink:
                 for kind, ids, values in lookups:
                     assert kind == "rows", f"{name} is tied to a layer that is no embedding"
                     part = with_lookups(part, columns, ids, values, self.cu_seqlens)
-                cut = {key: how[key] for key in ("exp_avg", "exp_avg_sq", "directions")}
-                mine = {key: None if t is None else t[..., columns, :] for key, t in cut.items()}
-                more = how | mine | {"scale": self.scale, "row_offset": columns.start}
-                self._add(name, project_per_sample_grad_, part.row, part.col, part.bounds, **more)
+                sums = self._totals(name)
+                project_per_sample_grad_(sums, part.row, part.col, part.bounds, how.rows(columns), self.scale)
             if names.bias is not None:
                 biases.append(segment_sums(delta, bounds))
         if names.bias is not None:
-            self._add(names.bias, project_dense_, torch.cat(biases, 1).mul_(self.scale))
+            of_bias = torch.cat(biases, 1).mul_(self.scale)
+            project_dense_(self._totals(names.bias), of_bias, self._how(names.bias))
 
     def _combined(self, name: str, parts: list[tuple[str, Tensor, Tensor]]) -> None:
         """A tied matrix: its uses become more tokens of one outer product, block by block of its rows."""
@@ -253,10 +219,7 @@ class ProjectingSink:
         for start in range(0, vocabulary, _COLUMNS):
             columns = slice(start, min(start + _COLUMNS, vocabulary))
             row = torch.cat([self._rows_of(kind, left, columns) for kind, left, _ in parts])[order]
-            cut = {key: how[key] for key in ("exp_avg", "exp_avg_sq", "directions")}
-            mine = {key: None if t is None else t[..., columns, :] for key, t in cut.items()}
-            more = how | mine | {"scale": self.scale, "row_offset": start}
-            self._add(name, project_per_sample_grad_, row, col, bounds, **more)
+            project_per_sample_grad_(self._totals(name), row, col, bounds, how.rows(columns), self.scale)
 
     def _rows_of(self, kind: str, left: Tensor, columns: slice) -> Tensor:
         """Rows ``columns`` of a use of a tied matrix, [N, columns]: a lookup is a one where the token's id is."""
@@ -267,14 +230,11 @@ class ProjectingSink:
         one = torch.zeros(len(left), columns.stop - columns.start, device=left.device, dtype=self.dtype)
         return one.scatter_(1, place[:, None], inside.to(self.dtype)[:, None])
 
-    def _zero_of(self, name: str, columns: int) -> dict[str, Any]:
+    def _zero_of(self, name: str, columns: int) -> Sums | None:
         """What the rows of an embedding that a sample does not touch contribute; once per pass."""
         if not self.transform.needs_moments:
-            return {}
+            return None
         if name not in self._zero:
-            zero = self._new_totals(1)
             shape = (as_matrix(self.moments[name][0]).shape[0], columns)
-            base = project_zero(shape, self.proj_dim, sqnorm=zero.sqnorm, dots=zero.dots, **self._how(name))
-            parts = {"base": base, "base_sqnorm": zero.sqnorm, "base_dots": zero.dots}
-            self._zero[name] = {k: v for k, v in parts.items() if v is not None and v.numel()}
+            self._zero[name] = project_zero(self._new_totals(1), shape, self._how(name))
         return self._zero[name]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dataflex.forward.counted import Counted
 from dataflex.forward.fused import FusedHead
 from dataflex.forward.split import split_batch
-from dataflex.ops import Transform, project_per_sample_grad_, tensor_id
+from dataflex.ops import Projection, Sums, project_per_sample_grad_, tensor_id
 from dataflex.scoring.batches import Ids
 from dataflex.scoring.context import scoring_mode
 from dataflex.scoring.gather import merge
@@ -40,16 +40,9 @@ class HeadFeatures:
         how = {"k1": self.sketch_dim, "seed": self.seed, "tensor": tensor_id(SKETCH)}
         losses, sketch, hidden = self.head.sketched(module, inputs, counted, **how)
         out = sketch.new_zeros(len(losses.count), self.proj_dim)
-        project_per_sample_grad_(
-            out,
-            sketch,
-            hidden,
-            counted.cu_seqlens,
-            transform=Transform("sgd"),
-            seed=self.seed,
-            tensor_id=tensor_id(PROJECTED),
-            scale=1.0 / losses.count.clamp(min=1).to(out.dtype),
-        )
+        scale = 1.0 / losses.count.clamp(min=1).to(out.dtype)
+        of = Projection(tensor_id(PROJECTED), self.seed)
+        project_per_sample_grad_(Sums(out), sketch, hidden, counted.cu_seqlens, of, scale)
         return out
 
     def of_samples(self, scorer: Scorer, dataset: Any, ids: Ids | None = None) -> NDArray[np.float32]:
