@@ -1,11 +1,12 @@
 """Time and memory of losses without logits: a step, the output layer alone, and LESS over a trained output layer.
 
     python benchmarks/bench_head.py [--dtype fp32|bf16] [--words 128256] [--hidden 256] [--layers 2] [--tokens 8192]
-                                    [--rows 8] [--rounds 7] [--csv FILE] [--smoke]
+                                    [--rows 8] [--rounds 7] [--csv FILE] [--smoke] [--model FOLDER]
 
-One process; a Llama of random weights. Before timing, the losses of the variants are compared. ``ratio``: the median of
-the ratios of neighbouring rounds to the variant named in ``against``; ``peak_ratio`` likewise of the peak memory, that
-of a call above what the process held before it.
+One process; a Llama of random weights, or --model, a causal language model's folder (what `real_model.py fetch` makes):
+then only steps and LESS of that model, LoRA and full. Before timing, the losses of the variants are compared.
+``ratio``: the median of the ratios of neighbouring rounds to the variant named in ``against``; ``peak_ratio`` likewise
+of the peak memory, that of a call above what the process held before it.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ PLAIN, WITH, WITHOUT = "transformers + DeepSpeed", "dataflex, logits", "dataflex
 
 @dataclass(frozen=True)
 class Size:
-    """The model and the micro-batch: ``rows`` samples of together ``tokens`` tokens."""
+    """The model and the micro-batch: ``rows`` samples of together ``tokens`` tokens; folder: of a model, or empty."""
 
     words: int
     hidden: int
@@ -46,6 +47,14 @@ class Size:
     tokens: int
     rows: int
     dtype: str
+    folder: str = ""
+
+    @classmethod
+    def of_folder(cls, folder: str, tokens: int, rows: int, dtype: str) -> Size:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder)
+        return cls(config.vocab_size, config.hidden_size, config.num_hidden_layers, tokens, rows, dtype, folder)
 
     def samples(self, count: int) -> list[dict[str, list[int]]]:
         draw = torch.Generator().manual_seed(1)
@@ -55,20 +64,24 @@ class Size:
     def model(self, kind: str) -> Any:
         """kind: ``lora``, ``full`` or ``tied``."""
         from peft import LoraConfig, get_peft_model
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=self.words,
-            hidden_size=self.hidden,
-            intermediate_size=2 * self.hidden,
-            num_hidden_layers=self.layers,
-            num_attention_heads=max(1, self.hidden // 32),
-            max_position_embeddings=self.tokens,
-            tie_word_embeddings=kind == "tied",
-            use_cache=False,
-        )
-        net: Any = LlamaForCausalLM(config)
+        if self.folder:
+            net: Any = AutoModelForCausalLM.from_pretrained(self.folder)
+            net.config.use_cache = False
+        else:
+            config = LlamaConfig(
+                vocab_size=self.words,
+                hidden_size=self.hidden,
+                intermediate_size=2 * self.hidden,
+                num_hidden_layers=self.layers,
+                num_attention_heads=max(1, self.hidden // 32),
+                max_position_embeddings=self.tokens,
+                tie_word_embeddings=kind == "tied",
+                use_cache=False,
+            )
+            net = LlamaForCausalLM(config)
         if kind == "lora":
             net = get_peft_model(net, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
         net = net.to(DTYPES[self.dtype])
@@ -87,7 +100,7 @@ class Size:
 
     def row(self) -> Row:
         return {
-            "model": "Llama, random weights",
+            "model": Path(self.folder).name if self.folder else "Llama, random weights",
             "layers": self.layers,
             "hidden": self.hidden,
             "words": self.words,
@@ -240,20 +253,23 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     for name, value in (("words", 128_256), ("hidden", 256), ("layers", 2), ("tokens", 8192), ("rows", 8)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--model", default="")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--csv", default="")
     parser.add_argument("--smoke", action="store_true")
     asked = parser.parse_args()
     size = Size(asked.words, asked.hidden, asked.layers, asked.tokens, asked.rows, asked.dtype)
-    if asked.smoke:
+    if asked.model:
+        size = Size.of_folder(asked.model, asked.tokens, asked.rows, asked.dtype)
+    elif asked.smoke:
         size = Size(512, 32, 1, 64, 2, asked.dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bench = Bench(device, asked.rounds, asked.smoke)
     start_process()
-    rows = head_alone(bench, size)
+    rows = [] if size.folder else head_alone(bench, size)
     for kind in ("lora", "full"):
         rows += steps(bench, size, kind)
-    for kind in ("full", "tied"):
+    for kind in ("lora", "full") if size.folder else ("full", "tied"):
         rows += scoring(bench, size, kind)
     if asked.csv:
         rows = [row | machine(device) for row in rows]
