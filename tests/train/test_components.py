@@ -28,16 +28,19 @@ SAVE_AT = WARMUP + UPDATE - 1
 STEPS = WARMUP + UPDATE * TIMES
 
 
-def build(case: Case, folder: Path, world: int) -> tuple[Any, Recorder]:
-    """A fresh engine with ``case``'s component, as a user's YAML and `dataflex.initialize` make it."""
+def build(case: Case, folder: Path, world: int, times: int = TIMES, mode: str | None = None) -> tuple[Any, Recorder]:
+    """A fresh engine with ``case``'s component, as a user's YAML and `dataflex.initialize` make it.
+
+    times: decisions; mode: of fused_head, by default one for each number of ranks: the run is the same.
+    """
     components = folder / f"components_{dist.rank()}.yaml"  # a file of its own: the other rank may be reading
     folder.mkdir(parents=True, exist_ok=True)
     params = case.params | case.prepare(folder)
     components.write_text(yaml.safe_dump({f"{case.kind}s": {case.name: {"params": params}}}))
     recorder = Recorder()
-    schedule = {"update_step": UPDATE, "update_times": TIMES, "warmup_step": WARMUP}
+    schedule = {"update_step": UPDATE, "update_times": times, "warmup_step": WARMUP}
     if case.kind == "weighter":
-        schedule = {"warmup_step": WARMUP, "train_step": STEPS}
+        schedule = {"warmup_step": WARMUP, "train_step": WARMUP + UPDATE * times}
     config = tiny.ds_config(3, micro_batch=BATCH // world)
     config["zero_optimization"] |= tiny.NEARBY
     engine = dataflex.initialize(
@@ -48,7 +51,7 @@ def build(case: Case, folder: Path, world: int) -> tuple[Any, Recorder]:
             "component_name": case.name,
             "components_cfg_file": str(components),
             "output_dir": str(folder),
-            "fused_head": "on" if world > 1 else "off",  # with logits or without, the run is the same
+            "fused_head": mode or ("on" if world > 1 else "off"),
             **schedule,
         },
         train_dataset={name: tiny.samples(size, seed=size) for name, size in SIZES.items()},
@@ -134,6 +137,29 @@ def test_component(case: Case, results: dict[int, list[dict[str, Any]]]) -> None
     for other in two:
         assert other.phases == one.phases
         np.testing.assert_allclose(other.losses, one.losses, rtol=0, atol=1e-5)
+
+
+def without_and_with_logits(folder: str, times: int) -> dict[str, Any]:
+    """Of every case: losses and the samples of each phase, by fused_head."""
+    fused.CHUNK_TOKENS = {"cpu": 16, "cuda": 16}
+    found: dict[str, Any] = {}
+    for case in CASES:
+        found[case.id] = {}
+        for mode in ("on", "off"):
+            engine, recorder = build(case, Path(folder, case.id, mode), 1, times, mode)
+            losses = [engine.training_step(batch) for batch in engine.batches()]
+            found[case.id][mode] = losses, recorder.phases
+    return found
+
+
+@pytest.mark.slow
+def test_twenty_steps_with_and_without_logits_are_the_same(tmp_path: Path) -> None:
+    times = -(-(20 - WARMUP) // UPDATE)
+    (found,) = run_ranks("tests.train.test_components:without_and_with_logits", 1, folder=str(tmp_path), times=times)
+    assert set(found) == {case.id for case in CASES}
+    for name, ((losses, phases), (others, other_phases)) in ((n, (f["on"], f["off"])) for n, f in found.items()):
+        assert len(losses) >= 20 and phases == other_phases, name
+        np.testing.assert_allclose(losses, others, rtol=0, atol=1e-5, err_msg=name)
 
 
 def check_run(case: Case, got: Outcome) -> None:
