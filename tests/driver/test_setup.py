@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from dataflex.config import load_config
 from dataflex.driver import setup
 from dataflex.train.trainer.components import load_components, with_effective_params
 from dataflex.utils.errors import UserError
+from tests.driver.workspace import settings
 
 
 @pytest.mark.parametrize(("installed", "used"), [(False, "sdpa"), (True, "fa2")])
@@ -28,3 +31,10 @@ def test_a_decision_may_take_the_whole_pool_and_no_more() -> None:
     assert [phase.steps for phase in setup._schedule(cfg, 8).phases if phase.decides] == [2]
     with pytest.raises(UserError, match="= 8 samples without replacement, the pool has 7"):
         setup._schedule(cfg, 7)
+
+
+def test_a_pass_of_the_schedule_has_as_many_samples_as_are_drawn(workspace: Path) -> None:
+    drawn = {"sampling": "inverse_domain", "sampling_samples": 10, "max_steps": None, "num_train_epochs": 2}
+    cfg = setup.with_components(load_config(settings(workspace, **drawn), quiet=True))
+    schedule = setup.read_inputs(cfg).schedule
+    assert [phase.steps for phase in schedule.phases] == [5, 5] and schedule.total_steps == 10

@@ -154,7 +154,7 @@ def test_a_device_with_less_shared_memory_runs_another_form(kib: int, monkeypatc
     monkeypatch.setattr(project_native, "chunked", lambda ops, out, *rest: (went.append(1), chunked(ops, out, *rest)))
     for projection, dim in (("xorfold", 16384), ("xorfold", 512), ("countsketch", 12000), ("sjlt", 16384)):
         options = {
-            "transform": Transform(), "seed": 1, "tensor_id": 2, "scale": torch.ones(2), "projection": projection,
+            "transform": Transform(), "seed": 1, "tensor_id": 2, "scale": torch.ones(2), "kind": projection,
             "directions": torch.ones(1, 16, 24),
         }  # fmt: skip
         case = Case(row, col, torch.tensor([0, 17, 40]), dim, options)
@@ -176,7 +176,7 @@ def test_emulated_kernels_give_the_same_bits_in_every_order(dtype: torch.dtype) 
     for order in ORDERS:
         for projection in ("xorfold", "countsketch", "sjlt"):
             options = {
-                "transform": Transform(), "seed": 1, "tensor_id": 2, "scale": torch.ones(3), "projection": projection,
+                "transform": Transform(), "seed": 1, "tensor_id": 2, "scale": torch.ones(3), "kind": projection,
                 "directions": torch.ones(1, 72, 264),
             }  # fmt: skip
             with emulated(*order):
@@ -225,11 +225,11 @@ def test_native_ops_run_where_they_should(native_cpu: Any, monkeypatch: pytest.M
     monkeypatch.setattr(reference, "project_outer", refuse)
     case = fixed_cases()[0]
     for projection in ("xorfold", "countsketch", "sjlt"):
-        project(case._replace(options=case.options | {"projection": projection}))
+        project(case._replace(options=case.options | {"kind": projection}))
     with pytest.raises(AssertionError, match="portable"):
         project(case, torch.float64)
     with pytest.raises(AssertionError, match="portable"):
-        project(case._replace(options=case.options | {"projection": "rademacher"}))
+        project(case._replace(options=case.options | {"kind": "rademacher"}))
     assert project_native.implementation(torch.device("cpu")).startswith("native cpu (xorfold, countsketch, sjlt;")
 
 
