@@ -35,6 +35,13 @@ RUNNER_VALUES = {
     "bind_core_list": "with --bind_cores_to_rank: cores to use, such as 0-7,16-23",
     "enable_each_rank_log": "folder for one log file per process",
 }
+_EXPORT = "dataflex only trains; write the model with `dataflex-cli export CFG export_dir=DIR`"
+# Commands of llamafactory-cli that are none here.
+INSTEAD = {
+    "chat": f"{_EXPORT}, and talk to it with `transformers chat DIR`",
+    "api": f"{_EXPORT}, and serve it with `transformers serve` or `vllm serve DIR`",
+    "webui": "dataflex has no web page; write a YAML file and start it with `dataflex-cli train CFG`",
+}
 RUNNER_NUMBERS = ("num_nodes", "master_port", "node_rank", "ssh_port")
 RUNNER_SWITCHES = {
     "no_ssh": "this command is started on every machine by hand",
@@ -78,6 +85,11 @@ LAUNCHED = {
         "Build CFG's model and engine, compare a few samples' gradient features with single-sample autograd, and print "
         "a verdict for each point. Trains and writes nothing; the exit code is not 0 where a check fails.",
     ),
+    "eval": Launched(
+        "print the losses of datasets by domain",
+        "Print the loss of CFG's eval_dataset (else dataset) by domain: of the model and adapter named, of what a run "
+        "in output_dir has exported, or of a checkpoint (resume_from_checkpoint). Trains nothing.",
+    ),
     "doremi": Launched(
         "find domain weights with DoReMi, and train with them",
         "Three runs as CFG says (dynamic_mix by doremi): a reference, a proxy that finds the weights of the domains, "
@@ -112,6 +124,13 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         allow_abbrev=False,
     )
     _add_config(of_command["select"])
+    of_command["export"] = commands.add_parser(
+        "export",
+        help="write a model with its LoRA adapter merged",
+        description="Write the model of CFG, or of the run in its output_dir, to export_dir, its adapter merged.",
+        allow_abbrev=False,
+    )
+    _add_config(of_command["export"])
     of_command["show"] = commands.add_parser(
         "show",
         help="print a decision of a finished run: its best and worst samples as text",
@@ -122,8 +141,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     of_command["show"].add_argument("run", metavar="RUN", help="folder of the run")
     of_command["show"].add_argument("--step", type=int, metavar="N", help="the decision after N steps (default: last)")
     of_command["show"].add_argument("--top", type=int, metavar="K", default=10, help="samples each way (default: 10)")
-    text = "show versions, the accelerator and which kernels run"
-    of_command["env"] = commands.add_parser("env", help=text, allow_abbrev=False)
+    of_command["version"] = commands.add_parser("version", help="print dataflex's version", allow_abbrev=False)
+    of_command["env"] = commands.add_parser("env", help="show versions and which kernels run", allow_abbrev=False)
     return parser, of_command
 
 
@@ -146,6 +165,8 @@ def _add_run_arguments(command: argparse.ArgumentParser) -> None:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse with overrides and flags in any order."""
     parser, of_command = _parser()
+    if argv and argv[0] in INSTEAD:
+        parser.error(f"{argv[0]}: {INSTEAD[argv[0]]}")
     if argv and not argv[0].startswith("-") and argv[0] not in of_command:
         names = ", ".join(of_command)
         parser.error(f"unknown command '{argv[0]}'{nearest(argv[0], of_command)}; the commands are {names}")
@@ -188,11 +209,14 @@ def _request(args: argparse.Namespace) -> Request:
     return Request(num_processes=args.num_processes, flags=flags)
 
 
+def _config(args: argparse.Namespace, quiet: bool = False) -> Config:
+    return load_config(args.config, args.overrides, quiet=quiet, command=args.command)
+
+
 def _launch(args: argparse.Namespace) -> int:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        quiet = LAUNCH_DIR in os.environ
-        return run_worker(lambda: _work(load_config(args.config, args.overrides, quiet=quiet), args.command))
-    load_config(args.config, args.overrides)
+        return run_worker(lambda: _work(_config(args, quiet=LAUNCH_DIR in os.environ), args.command))
+    _config(args)
     return launch("dataflex.cli", [args.command, args.config, *args.overrides], _request(args))
 
 
@@ -207,6 +231,14 @@ def _select(cfg: Config) -> int:
 
     with full_disk_said({"select_dir": cfg.score.select_dir or cfg.output.output_dir}):
         select(cfg)
+    return 0
+
+
+def _export(cfg: Config) -> int:
+    from dataflex.driver.exporting import export_model
+
+    with full_disk_said({"export_dir": cfg.export.export_dir or ""}):
+        export_model(cfg)
     return 0
 
 
@@ -239,15 +271,24 @@ def _env() -> int:
     return 0
 
 
+# Commands of one process.
+ALONE = {"select": _select, "export": _export}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code (0 good, 2 bad input, else the launcher's)."""
     args = _parse(sys.argv[1:] if argv is None else argv)
     try:
         if args.command == "env":
             return _env()
+        if args.command == "version":
+            print(f"dataflex {__version__}")
+            return 0
         if args.command == "show":
             return _show(args)
-        return _select(load_config(args.config, args.overrides)) if args.command == "select" else _launch(args)
+        if args.command not in ALONE:
+            return _launch(args)
+        return ALONE[args.command](_config(args))
     except UserError as e:
         print_error(str(e))
         return USER_ERROR

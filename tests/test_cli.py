@@ -57,7 +57,7 @@ def test_help_is_quick_and_names_the_commands() -> None:
 
 
 def test_version() -> None:
-    assert program("--version").stdout == f"dataflex {dataflex.__version__}\n"
+    assert program("--version").stdout == program("version").stdout == f"dataflex {dataflex.__version__}\n"
 
 
 def test_config_and_command_line_load_no_heavy_module(run_yaml: Path) -> None:
@@ -86,7 +86,10 @@ def test_bad_config_is_refused_before_anything_starts(tmp_path: Path) -> None:
     [
         ([], "the following arguments are required: COMMAND"),
         (["trian", "x.yaml"], "unknown command 'trian' (did you mean 'train'?); the commands are train, score, check, "
-         "doremi, select, show, env"),
+         "eval, doremi, select, export, show, version, env"),
+        (["chat", "x.yaml"], "chat: dataflex only trains; write the model with `dataflex-cli export CFG export_dir=DIR`, "
+         "and talk to it with `transformers chat DIR`"),
+        (["webui"], "webui: dataflex has no web page; write a YAML file and start it with `dataflex-cli train CFG`"),
         (["train"], "the following arguments are required: CFG"),
         (["train", "x.yaml", "--banana", "3"], "unknown argument '--banana'"),
         (["train", "x.yaml", "--num_procs=3"], "unknown argument '--num_procs=3' (did you mean '--num_processes'?)"),

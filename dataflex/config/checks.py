@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataflex.config import deepspeed_json, packing, streaming
+from dataflex.config import best, commands, deepspeed_json, packing, streaming
 from dataflex.config.components import component_params
 from dataflex.config.paths import resolve
 from dataflex.config.schema import Config
@@ -35,10 +35,13 @@ class Problem(NamedTuple):
     text: str
 
 
-def problems(cfg: Config, embedded: bool) -> Iterator[Problem]:
+def problems(cfg: Config, embedded: bool, command: str) -> Iterator[Problem]:
     """Yield every broken rule; ``embedded`` configs get model and data as objects, not by name."""
     if not embedded:
-        yield from _required(cfg)
+        yield from _required(cfg, command)
+    if command in commands.ONLY_LOOK:
+        yield from (*_train(cfg), *_deepspeed(cfg), *_paths(cfg))
+        return
     yield from _data(cfg)
     yield from _train(cfg)
     yield from _deepspeed(cfg)
@@ -47,22 +50,16 @@ def problems(cfg: Config, embedded: bool) -> Iterator[Problem]:
     yield from _mixing(cfg)
     for keys, text in weighting.problems(cfg.weighting, cfg.data, cfg.flex.kinds, embedded):
         yield Problem(keys, text)
-    for keys, text in (*streaming.problems(cfg, embedded), *packing.problems(cfg)):
+    for keys, text in (*streaming.problems(cfg, embedded), *packing.problems(cfg), *best.problems(cfg)):
         yield Problem(keys, text)
     yield from _components(cfg, embedded)
     yield from _paths(cfg)
 
 
-def _required(cfg: Config) -> Iterator[Problem]:
-    missing = {
-        "model_name_or_path": not cfg.model.model_name_or_path,
-        "dataset": not cfg.data.dataset,
-        "output_dir": not cfg.output.output_dir,
-    }
-    for key, absent in missing.items():
-        if absent:
-            yield Problem((key,), "missing, this key is required")
-    if not cfg.method.do_train:
+def _required(cfg: Config, command: str) -> Iterator[Problem]:
+    for key in commands.missing(cfg, command):
+        yield Problem((key,), "missing, this key is required")
+    if not cfg.method.do_train and command not in commands.ONLY_LOOK:
         yield Problem(("do_train",), "false is not supported: dataflex-cli train only trains")
 
 
@@ -153,6 +150,9 @@ def _mixing(cfg: Config) -> Iterator[Problem]:
     if shares is not None and names and len(shares) != len(names):
         text = f"expected one proportion per dataset ({len(names)}: {', '.join(names)}), got {len(shares)}"
         yield Problem(("init_mixture_proportions", "dataset"), text)
+    if shares is not None and flex.mix_strategy == "interleave_over" and min(shares) == 0:
+        text = "interleave_over ends when every dataset is used up, and one has the proportion 0"
+        yield Problem(("mix_strategy", "init_mixture_proportions"), text)
     if "mix" not in flex.kinds:
         return
     if flex.mixture_sample_rule != "mixture":
@@ -205,8 +205,10 @@ def _paths(cfg: Config) -> Iterator[Problem]:
             yield Problem((key,), f"the path '{value}' does not exist{nearest(path.name, names_in(path.parent))}")
 
 
-def notes(cfg: Config, embedded: bool) -> Iterator[Problem]:
+def notes(cfg: Config, embedded: bool, command: str) -> Iterator[Problem]:
     """Yield what is allowed but should be said."""
+    if command in commands.ONLY_LOOK:
+        return
     for kind in sorted(set(cfg.flex.component_params or {}) - set(cfg.flex.kinds)):
         yield Problem(("component_params",), f"{kind}: not used, since train_type is not dynamic_{kind}")
     if cfg.train.ddp_timeout > WEEK_S:
@@ -222,7 +224,7 @@ def notes(cfg: Config, embedded: bool) -> Iterator[Problem]:
         yield Problem(("eval_steps",), "not used: eval_strategy is 'no'")
     if "mix" in cfg.flex.kinds and len(cfg.data.dataset) == 1 and not embedded:
         yield Problem(("dataset",), "dynamic_mix has one dataset, so there is nothing to mix")
-    for keys, text in packing.notes(cfg):
+    for keys, text in (*packing.notes(cfg), *best.notes(cfg)):
         yield Problem(keys, text)
     if cfg.data.streaming and cfg.data.dataloader_num_workers:
         yield Problem(("dataloader_num_workers",), "not used: streams are read in the training process")
@@ -253,6 +255,7 @@ def _unused(cfg: Config) -> list[str]:
         "update_times": {"select", "mix"},
         "mixture_sample_rule": {"mix"},
         "init_mixture_proportions": {"mix", "stream"},
+        "mix_strategy": {"mix", "stream"},
         "static_mix": {"mix"},
         "mixer_eval_dataset": {"mix"},
         "warn_domain_epochs": {"mix", "stream"},

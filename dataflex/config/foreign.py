@@ -28,8 +28,6 @@ _VALUE_PATTERNS: tuple[tuple[str, str, str], ...] = (
     *(("optim", p, _OPTIM) for p in ("*galore*", "*apollo*", "*8bit", "*4bit", "*32bit", "adafactor*", "*lion*")),
     *(("template", p, "vision and audio models are not supported") for p in ("*_vl", "*_audio", "*_omni", "llava*")),
     *(("template", p, "vision and audio models are not supported") for p in ("paligemma*", "mllama*", "pixtral*")),
-    ("report_to", "*swanlab*", "use tensorboard, wandb, csv or comet"),
-    ("report_to", "*mlflow*", "use tensorboard, wandb, csv or comet"),
     ("dataset_dir", "ONLINE", "give each dataset of the hub an entry in dataset_info.json: its hf_hub_url"),
     ("dataset_dir", "REMOTE:*", "download that folder, and give its path"),
 )
@@ -37,7 +35,6 @@ _VALUE_PATTERNS: tuple[tuple[str, str, str], ...] = (
 _DONE_ANYWAY = {
     "init_special_tokens": "noise_init",
     "train_sampling_strategy": "random",
-    "mix_strategy": "concat",
 }
 
 

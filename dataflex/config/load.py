@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dataflex.config import checks, foreign, token_losses
+from dataflex.config import checks, foreign, interleaving, token_losses, trackers
 from dataflex.config.paths import settle
 from dataflex.config.schema import SECTION_OF, SECTIONS, Config
 from dataflex.config.yaml_reader import parse_yaml, read_mapping
@@ -31,7 +31,7 @@ class _Flat:
         self.errors: list[str] = []
         self.wrong: set[str] = set()
         self.notes: list[str] = []
-        self.token_losses: dict[str, Any] = {}
+        self.several: dict[str, Any] = {}  # keys that are translated together with others
 
     def add(self, given: Mapping[str, Any], source: str) -> None:
         """Take the keys of one source; they replace those of an earlier source."""
@@ -55,8 +55,8 @@ class _Flat:
             return {word: value}
         if foreign.spelling(word) in SECTION_OF:
             return {foreign.spelling(word): value}
-        if word in token_losses.KEYS:
-            self.token_losses[word], self.where[word] = value, place
+        if word in (*token_losses.KEYS, *interleaving.KEYS, *trackers.KEYS):
+            self.several[word], self.where[word] = value, place
             return {}
         ignored, refused = foreign.ignored(word), foreign.refused(word)
         if foreign.asks_nothing(word, value) and ignored is None:
@@ -85,19 +85,21 @@ class _Flat:
             self.notes.append(f"{place}: {found[1]}")
         return found[0]
 
-    def add_weighter(self) -> None:
-        """What LLaMA-Factory's keys for weighted token losses make of the other keys."""
-        try:
-            made, notes = token_losses.added(self.token_losses, self.values)
-        except ValueError as e:
-            key, text = e.args
-            self.errors.append(f"{self.where[key]}: {text}")
-            return
-        key = next((key for key in token_losses.WEIGHTERS if self.token_losses.get(key)), "")
-        for mine, value in made.items():
-            self.values[mine] = value
-            self.where.setdefault(mine, self.where[key])
-        self.notes += [f"{self.where[key]}: {text}" for key, text in notes]
+    def translate_several(self) -> None:
+        """What LLaMA-Factory's keys for weighted token losses, interleaved datasets and trackers make of the others."""
+        for module in (token_losses, interleaving, trackers):
+            try:
+                made, notes = module.added(self.several, self.values)
+            except ValueError as e:
+                key, text = e.args
+                self.errors.append(f"{self.where[key]}: {text}")
+                continue
+            given = (*module.KEYS, interleaving.STRATEGY)
+            asked = next((key for key in given if self.several.get(key) or self.values.get(key)), "")
+            for mine, value in made.items():
+                self.values[mine] = value
+                self.where.setdefault(mine, self.where[asked])
+            self.notes += [f"{self.where[key]}: {text}" for key, text in notes]
 
     def _own(self, key: str, value: Any, place: str) -> None:
         self.values.pop(key, None)
@@ -128,11 +130,13 @@ def load_config(
     quiet: bool = False,
     name: str | None = None,
     folder: Path | None = None,
+    command: str = "train",
 ) -> Config:
     """Return the checked config of a YAML file (or mapping) with ``key=value`` overrides; the last one wins.
 
     ``embedded``: model and data come as objects (`dataflex.initialize`), so their keys are not required.
     ``quiet``: keep the notes in ``Config.notes`` without logging them.
+    ``command``: of dataflex-cli, which says what is required.
     ``name``, ``folder``: of a mapping that is part of a file, for messages and relative paths.
     Raises UserError with one line per problem.
     """
@@ -141,15 +145,15 @@ def load_config(
     name = name or ("config" if path is None else str(path))
     flat.add(source if isinstance(source, Mapping) else read_mapping(Path(source), "config file"), name)
     flat.add(_parse_overrides(overrides, flat.errors), COMMAND_LINE)
-    flat.add_weighter()
+    flat.translate_several()
     _settle_paths(flat, path.parent if path is not None else folder)
     cfg = _build(flat, path)
-    for problem in checks.problems(cfg, embedded):
+    for problem in checks.problems(cfg, embedded, command):
         if not flat.wrong & set(problem.keys):
             flat.errors.append(f"{_where(flat, problem.keys[0], name)}: {problem.text}")
     if flat.errors:
         raise UserError("\n".join(dict.fromkeys(flat.errors)))
-    notes = [f"{_where(flat, p.keys[0], name)}: {p.text}" for p in checks.notes(cfg, embedded)]
+    notes = [f"{_where(flat, p.keys[0], name)}: {p.text}" for p in checks.notes(cfg, embedded, command)]
     cfg = cfg.model_copy(update={"notes": (*flat.notes, *notes)})
     if not quiet:
         for note in cfg.notes:
@@ -182,7 +186,10 @@ def _settle_paths(flat: _Flat, base: Path | None) -> None:
     flat.values.setdefault("components_cfg_file", "components.yaml")
     for key in ("deepspeed", "components_cfg_file"):
         if isinstance(flat.values.get(key), str):
-            flat.values[key] = _settled(flat, key, flat.values[key], base)
+            named = flat.values[key]
+            found = flat.values[key] = _settled(flat, key, named, base)
+            if key == "deepspeed" and Path(named).name != found and key not in flat.wrong and not Path(found).exists():
+                flat.notes.append(f"{flat.where[key]}: '{named}' does not exist, so dataflex's own {found} is used")
     for key, ends in (("sample_weight", ".npy"), ("class_weights", (".npy", ".json"))):
         value = flat.values.get(key)
         if isinstance(value, str) and value.endswith(ends):

@@ -10,7 +10,7 @@ from dataflex.utils.errors import UserError, nearest
 from dataflex.utils.files import names_in
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_ZERO = re.compile(r"^ds_z(?:ero)?([0-3])(?:_config)?\.json$")
+_ZERO = re.compile(r"^ds_z(?:ero)?([0-3])(_offload)?(?:_config)?\.json$")
 
 
 def packaged_folder() -> Path:
@@ -66,6 +66,6 @@ def _packaged(name: str) -> Path | None:
         return None
     below = parts[parts.index("configs") + 1 :] if "configs" in parts[:-1] else parts[-1:]
     match = _ZERO.match(parts[-1])
-    nested, flat = Path(*below), f"ds_zero{match.group(1)}.json" if match else parts[-1]
+    nested, flat = Path(*below), f"ds_zero{match.group(1)}{match.group(2) or ''}.json" if match else parts[-1]
     found = (packaged_folder() / nested, packaged_folder() / flat)
     return next((path for path in found if os.path.exists(path)), None)

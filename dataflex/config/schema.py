@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
+from dataflex.config.sections.export import ExportSection
 from dataflex.config.sections.fields import (
     AboveZero,
     ComponentParams,
@@ -29,7 +30,6 @@ from dataflex.config.sections.fields import (
     Positive,
     PositiveOrOff,
     Proportions,
-    Report,
     Resume,
     ShareBelowOne,
     Text,
@@ -39,8 +39,10 @@ from dataflex.config.sections.fields import (
 )
 from dataflex.config.sections.score import ScoreSection
 from dataflex.config.sections.section import Section
+from dataflex.config.sections.steps import OptionalSteps, Steps
 from dataflex.config.sections.train import TrainSection
 from dataflex.config.sections.weighting import WeightingSection
+from dataflex.config.trackers import Report, TrackerOptions
 
 Kind = Literal["select", "mix", "weight"]
 KINDS: tuple[Kind, ...] = ("select", "mix", "weight")
@@ -60,6 +62,7 @@ class ModelSection(Section):
         choice("auto", "disabled", "sdpa", "fa2", flash_attention_2="fa2", eager="disabled"),
     ] = "auto"
     new_special_tokens: Names = ()
+    resize_vocab: Flag = False
 
 
 class MethodSection(Section):
@@ -76,6 +79,7 @@ class MethodSection(Section):
     additional_target: Names = ()
     freeze_trainable_layers: Layers = 2
     freeze_trainable_modules: Names = ("all",)
+    freeze_extra_modules: Names = ()
     gradient_checkpointing: Flag = True
     disable_gradient_checkpointing: Flag = False
     use_reentrant_gc: Flag = True
@@ -123,22 +127,28 @@ class OutputSection(Section):
     """What is written, where and how often, and when the run is ended on request.
 
     resume_from_checkpoint: ``auto`` goes on where there is something to go on from, and else starts. max_hours: of
-    one start of the run. stop_grace_seconds: what whoever sends a SIGTERM waits before a SIGKILL.
+    one start of the run. stop_grace_seconds: what whoever sends a SIGTERM waits before a SIGKILL. logging_steps,
+    save_steps, eval_steps: steps, or a share of all steps. metric_for_best_model: by default eval_loss.
+    tracker_options: {tracker: options of its own}.
     """
 
     output_dir: Text = ""
     overwrite_output_dir: Flag = False
     resume_from_checkpoint: Resume = None
-    logging_steps: Positive = 10
-    save_steps: Positive = 500
+    logging_steps: Steps = 10
+    save_steps: Steps = 500
     save_total_limit: OptionalPositive = None
     save_strategy: Annotated[Literal["steps", "epoch", "no"], choice("steps", "epoch", "no")] = "steps"
     save_only_model: Flag = False
     plot_loss: Flag = False
     report_to: Report = ()
+    tracker_options: TrackerOptions = None
     run_name: OptionalText = None
     eval_strategy: Annotated[Literal["no", "steps", "epoch"], choice("no", "steps", "epoch")] = "no"
-    eval_steps: OptionalPositive = None
+    eval_steps: OptionalSteps = None
+    load_best_model_at_end: Flag = False
+    metric_for_best_model: LongText = None
+    greater_is_better: OptionalFlag = None
     max_hours: OptionalAboveZero = None
     stop_grace_seconds: NotNegative = 30.0
 
@@ -159,7 +169,8 @@ class OutputSection(Section):
 class FlexSection(Section):
     """Selection, mixing and weighting: which component decides, and when.
 
-    component_params: {kind: params}, which win over those of the components file.
+    component_params: {kind: params}, which win over those of the components file. mix_strategy: what a pass over
+    several datasets in the initial proportions is: until the first (under) or the last (over) is used up.
     """
 
     train_type: Annotated[
@@ -178,6 +189,10 @@ class FlexSection(Section):
         Literal["mixture", "stratified", "uniform"], choice("mixture", "stratified", "uniform")
     ] = "mixture"
     init_mixture_proportions: Proportions = None
+    mix_strategy: Annotated[
+        Literal["concat", "interleave_under", "interleave_over"],
+        choice("concat", "interleave_under", "interleave_over", interleave_once="concat"),
+    ] = "concat"
     static_mix: Flag = False
     mixer_eval_dataset: Names = ()
     warn_domain_epochs: AboveZero = 4.0
@@ -220,6 +235,7 @@ class Config(Section):
     flex: FlexSection = FlexSection()
     score: ScoreSection = ScoreSection()
     weighting: WeightingSection = WeightingSection()
+    export: ExportSection = ExportSection()
     source: Path | None = None
     notes: tuple[str, ...] = ()
 
@@ -257,5 +273,6 @@ SECTIONS: dict[str, type[Section]] = {
     "flex": FlexSection,
     "score": ScoreSection,
     "weighting": WeightingSection,
+    "export": ExportSection,
 }
 SECTION_OF: dict[str, str] = {key: name for name, section in SECTIONS.items() for key in section.model_fields}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dataflex.config.sections.fields import shown
+from dataflex.config.sections.fields import names_of, shown
 from dataflex.utils.errors import cut
 
 WEIGHTERS = {"use_dft_loss": "dft", "use_eaft_loss": "eaft"}
@@ -30,7 +30,7 @@ def added(asked: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[dict[str
     if len(on) > 1:
         raise ValueError(on[1], f"a run has one weighter of tokens, and {on[0]} is true too; keep one")
     key, name = on[0], WEIGHTERS[on[0]]
-    types = _names(values.get("train_type"))
+    types = names_of(values.get("train_type"))
     components = values.get("component_name")
     kinds = [t.removeprefix("dynamic_") for t in types if t.startswith("dynamic_")]
     mine = components if isinstance(components, Mapping) else {kind: components for kind in kinds}
@@ -49,9 +49,3 @@ def added(asked: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[dict[str
     if "weight_normalization" not in values:
         made["weight_normalization"] = "tokens"
     return made, notes
-
-
-def _names(value: Any) -> list[str]:
-    if value is None:
-        return []
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else [str(name) for name in value]

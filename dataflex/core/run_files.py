@@ -17,9 +17,11 @@ class RunFile:
 
 
 RESULTS = "all_results.json"  # written last: a folder that has it holds a finished run
+EVALUATION = "eval_results.json"
 RUN_FILES = (
     RunFile("config.yaml", "the effective configuration: trained again, it is the same run", cleared=False),
     RunFile(RESULTS, "loss, speed, and where the time went"),
+    RunFile(EVALUATION, "losses by domain, of dataflex-cli eval"),
     RunFile("trainer_log.jsonl", "a line for each logged step"),
     RunFile("trainer_state.json", "the same with the step and the epoch, as transformers has it"),
     RunFile("training_loss.png", "loss over steps"),

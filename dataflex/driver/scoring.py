@@ -42,7 +42,7 @@ def _score(cfg: Config) -> None:
     inputs = read_inputs(cfg)
     pool = inputs.data.train
     assert isinstance(pool, Pool)
-    start = _checkpoint(cfg)
+    start = asked_checkpoint(cfg)
     engine = build_engine(inputs)
     engine.run.stop = stop_of(cfg)
     if start is not None:
@@ -61,8 +61,8 @@ def _score(cfg: Config) -> None:
     _write_scores(cfg, pool, engine, start, folder)
 
 
-def _checkpoint(cfg: Config) -> Path | None:
-    """The checkpoint to score with; None for the weights of model_name_or_path and adapter_name_or_path."""
+def asked_checkpoint(cfg: Config) -> Path | None:
+    """The checkpoint that resume_from_checkpoint asks for; None for the weights that the model section names."""
     named, folder = cfg.output.resume_from_checkpoint, Path(cfg.output.output_dir)
     if cfg.output.resume_path:
         return Path(cfg.output.resume_path).expanduser()

@@ -56,7 +56,7 @@ def with_components(cfg: Config) -> Config:
     model_name_or_path may mean a packaged model folder.
     """
     load_components(cfg.flex.component_modules)
-    return with_adapter_keys(_with_attention(_with_packaged_model(with_effective_params(cfg))))
+    return with_adapter_keys(_with_attention(with_packaged_model(with_effective_params(cfg))))
 
 
 def read_inputs(cfg: Config) -> Inputs:
@@ -65,7 +65,8 @@ def read_inputs(cfg: Config) -> Inputs:
     model_config = load_model_config(cfg)
     data = load_data(cfg, tokenizer, _subtask_column(cfg))
     packing = packing_of(cfg, data.train)
-    schedule = _schedule(cfg, pass_rows(cfg, data.train, packing))
+    pool_rows = data.train.size if packing is None else packing.pool.rows
+    schedule = _schedule(cfg, pass_rows(cfg, data.train, packing), pool_rows)
     _say_data(data, tokenizer)
     return Inputs(cfg, tokenizer, model_config, data, schedule, handover(cfg, model_config), packing)
 
@@ -75,7 +76,7 @@ def stop_of(cfg: Config) -> Stop:
     return Stop(heeds=True, grace_s=cfg.output.stop_grace_seconds, max_hours=cfg.output.max_hours)
 
 
-def _with_packaged_model(cfg: Config) -> Config:
+def with_packaged_model(cfg: Config) -> Config:
     """Let model_name_or_path mean a packaged model folder, as configs/models/tiny_llama."""
     name = cfg.model.model_name_or_path
     if not name.startswith("configs/") or Path(name).exists():
@@ -92,13 +93,13 @@ def _with_attention(cfg: Config) -> Config:
     return cfg.model_copy(update={"model": cfg.model.model_copy(update={"flash_attn": "sdpa"})})
 
 
-def _schedule(cfg: Config, pool_size: int | None) -> Schedule:
-    """The run's schedule, checked against the pool before any model is loaded. pool_size: its rows."""
+def _schedule(cfg: Config, pass_size: int | None, pool_size: int | None) -> Schedule:
+    """The run's schedule, checked against the pool before any model is loaded. Sizes are rows."""
     train = cfg.train
     global_batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * dist.world_size()
     schedule = make_schedule(
         cfg.flex,
-        pool_size=pool_size,
+        pool_size=pass_size,
         global_batch=global_batch,
         epochs=train.num_train_epochs,
         fixed=cfg.fixed_steps,
@@ -139,10 +140,10 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def build_engine(inputs: Inputs, hooks: Sequence[Hook] = ()) -> DataflexEngine:
+def build_engine(inputs: Inputs, hooks: Sequence[Hook] = (), trains: bool = True) -> DataflexEngine:
     """Model, optimizer and engine. Under ZeRO-3 the model is partitioned while it is made. A collective.
 
-    hooks: called after the components' own.
+    hooks: called after the components' own. trains: False for an engine without optimizer, to evaluate with.
     """
     import deepspeed
 
@@ -156,22 +157,13 @@ def build_engine(inputs: Inputs, hooks: Sequence[Hook] = ()) -> DataflexEngine:
         total_steps=schedule.total_steps,
         warmup_steps=warmup_steps(cfg.train, schedule.total_steps),
     )
+    if not trains:
+        _without_optimizer(config)
     check_accepted(config)
     partitioning = _partition_while_loading(config)
     model = dist.together(lambda: load_model(cfg, model_config, tokenizer))
-    arguments: dict[str, Any] = {}
-    if "optimizer" not in config:
-        arguments["optimizer"] = make_optimizer(model, cfg.train)
-        if "scheduler" not in config:
-            arguments["lr_scheduler"] = make_scheduler(arguments["optimizer"], cfg.train, schedule.total_steps)
-    elif "scheduler" not in config:
-        arguments["lr_scheduler"] = lambda optimizer: make_scheduler(optimizer, cfg.train, schedule.total_steps)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        config=config,
-        model_parameters=[p for p in model.parameters() if p.requires_grad],
-        **arguments,
-    )
+    arguments = _optimizer(cfg, model, config, schedule.total_steps) if trains else {}
+    engine, *_ = deepspeed.initialize(model=model, config=config, **arguments)
     del partitioning
     forget_dry_step(engine)
     wrapped = attach(
@@ -188,6 +180,28 @@ def build_engine(inputs: Inputs, hooks: Sequence[Hook] = ()) -> DataflexEngine:
     )
     torch.manual_seed(cfg.train.seed + dist.rank())
     return wrapped
+
+
+def _optimizer(cfg: Config, model: Any, config: dict[str, Any], total_steps: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given to train with, where the DeepSpeed config has none of its own."""
+    arguments: dict[str, Any] = {"model_parameters": [p for p in model.parameters() if p.requires_grad]}
+    if "optimizer" not in config:
+        arguments["optimizer"] = make_optimizer(model, cfg.train)
+        if "scheduler" not in config:
+            arguments["lr_scheduler"] = make_scheduler(arguments["optimizer"], cfg.train, total_steps)
+    elif "scheduler" not in config:
+        arguments["lr_scheduler"] = lambda optimizer: make_scheduler(optimizer, cfg.train, total_steps)
+    return arguments
+
+
+def _without_optimizer(config: dict[str, Any]) -> None:
+    """DeepSpeed runs a model without an optimizer whole, or under ZeRO-3."""
+    for key in ("optimizer", "scheduler"):
+        config.pop(key, None)
+    zero = config["zero_optimization"]
+    zero.pop("offload_optimizer", None)
+    if zero["stage"] < 3:
+        config["zero_optimization"] = {"stage": 0}
 
 
 def _mixer_eval_pool(cfg: Config, tokenizer: Any) -> Pool | None:

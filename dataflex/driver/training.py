@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 from dataflex.config import Config
+from dataflex.config.sections.steps import steps_of
 from dataflex.core.clock import SAVE
 from dataflex.core.hook import Hook
 from dataflex.core.run_files import RunFile
 from dataflex.driver.ending import said_stop
 from dataflex.driver.estimate import estimate
 from dataflex.driver.setup import Inputs, build_engine, read_inputs, stop_of, with_components
+from dataflex.engine.ds_config import reported_to
 from dataflex.engine.folder import own_files, run_folder
-from dataflex.engine.models.export import export
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.report.model_card import model_card
 from dataflex.report.plot import plot_loss
 from dataflex.report.summary import closing_lines, opening_lines, read_decisions
+from dataflex.report.trackers import trackers
 from dataflex.report.trainer_log import LogHook
+from dataflex.train.trainer.best import Best, hand_over
+from dataflex.train.trainer.build import pass_rows
 from dataflex.train.trainer.run_hooks import CheckpointHook, EvalHook
 from dataflex.utils import dist
 from dataflex.utils.files import write_atomically
@@ -46,11 +51,13 @@ def _train(cfg: Config) -> Stop | None:
     start, inputs = begun.checkpoint, read_inputs(cfg)
     if start is not None:  # what the last screen is made from: better said now than after the training
         dist.together(lambda: read_decisions(start.parent, inputs.data.train))
-    log = LogHook(cfg.output.logging_steps)
-    engine = build_engine(inputs, _run_hooks(inputs, log))
+    every = steps_of(cfg.output.logging_steps, inputs.schedule.total_steps)
+    log = LogHook(every, partial(trackers, cfg, reported_to(cfg)))
+    best = Best.asked(cfg, log)
+    engine = build_engine(inputs, _run_hooks(inputs, log, best))
     stop = engine.run.stop = stop_of(cfg)
     run_folder.begin(cfg, begun)
-    _resume(engine, cfg, start)
+    _resume(engine, cfg, start, best)
     if _complete(engine, cfg):
         return None
     _say_run(cfg, engine)
@@ -60,28 +67,30 @@ def _train(cfg: Config) -> Stop | None:
             stop.heed()  # before the first step there is nothing to save
     finally:
         stop.unheed()
+        log.close()
     if stop.verdict:
         raise Stopped(said_stop(cfg, engine.run))
-    _finish(inputs, engine, log)
+    _finish(inputs, engine, log, best)
     return stop
 
 
-def _run_hooks(inputs: Inputs, log: LogHook) -> list[Hook]:
-    output, train = inputs.cfg.output, inputs.cfg.train
+def _run_hooks(inputs: Inputs, log: LogHook, best: Best | None) -> list[Hook]:
+    output, train, total = inputs.cfg.output, inputs.cfg.train, inputs.schedule.total_steps
     per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * dist.world_size()
-    rows = inputs.data.train.size if inputs.packing is None else inputs.packing.pool.rows
+    rows = pass_rows(inputs.cfg, inputs.data.train, inputs.packing)
     epoch_steps = max(1, -(-(rows or 0) // per_step))
+    saves = steps_of(output.save_steps, total) if output.save_strategy == "steps" else epoch_steps
     hooks: list[Hook] = [log]
     if output.eval_strategy != "no":
-        steps = output.eval_steps if output.eval_strategy == "steps" else epoch_steps
-        hooks.append(EvalHook(steps or epoch_steps, log))
+        asked = output.eval_steps if output.eval_strategy == "steps" else None
+        every = epoch_steps if asked is None else steps_of(asked, total)
+        hooks.append(EvalHook(every, log, saves if best is not None else None))
     if output.save_strategy != "no":
-        steps = output.save_steps if output.save_strategy == "steps" else epoch_steps
-        hooks.append(CheckpointHook(steps, output.save_total_limit, output.save_only_model, inputs.handover))
+        hooks.append(CheckpointHook(saves, output.save_total_limit, output.save_only_model, inputs.handover, best))
     return hooks
 
 
-def _resume(engine: DataflexEngine, cfg: Config, start: Path | None) -> None:
+def _resume(engine: DataflexEngine, cfg: Config, start: Path | None, best: Best | None) -> None:
     """Go on from the checkpoint ``start``, with what was written up to there and nothing later."""
     if start is None:
         return
@@ -91,6 +100,8 @@ def _resume(engine: DataflexEngine, cfg: Config, start: Path | None) -> None:
     dist.together(lambda: run_folder.write_config(cfg))
     if start.parent.resolve() == folder.resolve():
         engine.run.stop.last = start
+    elif best is not None:
+        best.came_from(start.parent)
     if engine.run.step:
         logger.info(f"resumed from {start}, after step {engine.run.step}")
 
@@ -111,17 +122,19 @@ def _say_run(cfg: Config, engine: DataflexEngine) -> None:
         logger.info(line)
 
 
-def _finish(inputs: Inputs, engine: DataflexEngine, log: LogHook) -> None:
+def _finish(inputs: Inputs, engine: DataflexEngine, log: LogHook, best: Best | None) -> None:
     """Export the model, write the results and show the last screen."""
     cfg, pool = inputs.cfg, inputs.data.train
     folder = Path(cfg.output.output_dir)
     with engine.run.clock.part(SAVE):
-        export(engine, folder, inputs.handover)
+        step = hand_over(engine, inputs.handover, best, cfg.output.save_only_model)
     if dist.is_main():
         results: dict[str, float] = log.summary(engine.run)
-        evaluations = [e for e in log.history if "eval_loss" in e]
+        evaluations = [e for e in log.history if "eval_loss" in e and e["current_steps"] <= step]
         if evaluations:
             results |= {k: v for k, v in evaluations[-1].items() if k.startswith("eval_")}
+        if best is not None:
+            results["best_step"] = step
         card = model_card(cfg, engine.run, pool, results, inputs.handover.stops)
         own_files.write(folder / own_files.CARD, card)
         if cfg.output.plot_loss:
@@ -135,5 +148,5 @@ def _finish(inputs: Inputs, engine: DataflexEngine, log: LogHook) -> None:
 
 def _monitors(cfg: Config) -> list[RunFile]:
     """What DeepSpeed's monitors write into the run folder."""
-    here = [name for name in cfg.output.report_to if name in ("tensorboard", "csv")]
+    here = [name for name in reported_to(cfg) if name in ("tensorboard", "csv")]
     return [RunFile(cfg.output.run_name or "dataflex", f"figures of {' and '.join(here)}")] if here else []

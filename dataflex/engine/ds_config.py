@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dataflex.config.trackers import OWN
 from dataflex.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from dataflex.config import Config
 
 _MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor", "comet": "comet"}
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"} | {name: name for name in OWN}
 
 
 def deepspeed_config(
@@ -58,9 +59,17 @@ def deepspeed_config(
         "adamw",
     ):
         config["optimizer"].setdefault("params", {}).setdefault("torch_adam", True)
-    for name in cfg.output.report_to:
-        config.setdefault(_MONITORS[name], _monitor(name, cfg.output.run_name or "dataflex", cfg.output.output_dir))
+    for name in reported_to(cfg):
+        if name in _MONITORS:
+            config.setdefault(_MONITORS[name], _monitor(name, cfg))
     return config
+
+
+def reported_to(cfg: Config) -> tuple[str, ...]:
+    """The trackers of report_to; of ``all`` those whose packages are installed."""
+    asked = cfg.output.report_to
+    every = (name for name, package in _PACKAGES.items() if importlib.util.find_spec(package) is not None)
+    return tuple(dict.fromkeys((*(name for name in asked if name != "all"), *(every if "all" in asked else ()))))
 
 
 def check_possible(cfg: Config) -> None:
@@ -70,19 +79,21 @@ def check_possible(cfg: Config) -> None:
     half = cfg.train.deepspeed_config().get("fp16", {}).get("enabled") is True
     if (cfg.train.fp16 or half) and not get_accelerator().is_fp16_supported():
         raise UserError("fp16: DeepSpeed refuses it on this accelerator (a CPU without fp16); use bf16: true or fp32")
-    for name in cfg.output.report_to:
+    for name in reported_to(cfg):
         package = _PACKAGES.get(name)
         if package is not None and importlib.util.find_spec(package) is None:
             raise UserError(f"report_to: {name} needs the package {package}, which is not installed")
 
 
-def _monitor(name: str, run_name: str, folder: str) -> dict[str, Any]:
+def _monitor(name: str, cfg: Config) -> dict[str, Any]:
     """DeepSpeed's settings for one monitor."""
+    run_name = cfg.output.run_name or "dataflex"
+    settings: dict[str, Any] = {"job_name": run_name, "output_path": cfg.output.output_dir}
     if name == "wandb":
-        return {"enabled": True, "project": "dataflex", "group": run_name}
-    if name == "comet":
-        return {"enabled": True, "experiment_name": run_name}
-    return {"enabled": True, "job_name": run_name, "output_path": folder}
+        settings = {"project": "dataflex", "group": run_name}
+    elif name == "comet":
+        settings = {"experiment_name": run_name}
+    return {"enabled": True, **settings, **(cfg.output.tracker_options or {}).get(name, {})}
 
 
 def check_accepted(config: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataflex.config.schema import OutputSection
+from dataflex.config.sections.export import ExportSection
 from dataflex.config.sections.score import ScoreSection
 from dataflex.data.sources.info import find_dataset_dir
 
@@ -22,6 +23,7 @@ _MODELS = ("model_name_or_path", "adapter_name_or_path", "reference_model_path",
 
 # How a run is watched, stored and ended, not what it computes: the same run whatever they are.
 WATCHED = {
+    *ExportSection.model_fields,
     "output_dir",
     "overwrite_output_dir",
     "resume_from_checkpoint",
@@ -35,6 +37,7 @@ WATCHED = {
     "per_device_eval_batch_size",
     "plot_loss",
     "report_to",
+    "tracker_options",
     "run_name",
     "max_hours",
     "stop_grace_seconds",

@@ -54,7 +54,7 @@ def model_card(cfg: Config, run: Any, pool: TrainingPool, results: dict[str, flo
         "",
         f"Trained from {origin} `{name}` by {_METHODS[method.finetuning_type]} (stage {method.stage}).",
         "",
-        *_use(cfg, stops),
+        *_use(cfg, stops, method.finetuning_type == "lora", method.stage == "sft"),
         *_table("Data", ("dataset", "samples", "tokens"), _data_rows(pool)),
         *_table("Training", ("key", "value"), _training_rows(cfg, run)),
         *_components(cfg),
@@ -64,21 +64,41 @@ def model_card(cfg: Config, run: Any, pool: TrainingPool, results: dict[str, flo
     return "\n".join(lines)
 
 
-def _use(cfg: Config, stops: Sequence[int]) -> list[str]:
+def merged_card(cfg: Config, base: str, dtype: str, chats: bool) -> str:
+    """The card of what `dataflex-cli export` wrote. base: the model that was named. chats: with a chat template."""
+    adapter, head = cfg.model.adapter_name_or_path, {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    merged = f", with the LoRA adapter `{adapter}` merged into it" if adapter else ""
+    lines = [
+        "---",
+        yaml.safe_dump({"base_model": base, **head, "tags": ["dataflex"]}, sort_keys=False).rstrip(),
+        "---",
+        "",
+        f"# {(cfg.export.export_dir or '').rstrip('/').rsplit('/', 1)[-1]}",
+        "",
+        f"The model `{cfg.model.model_name_or_path}`{merged}; weights in {dtype}.",
+        "",
+        *_use(cfg, (), False, chats),
+        *_table("Versions", ("package", "version"), [("dataflex", __version__), *_versions()]),
+    ]
+    return "\n".join(lines)
+
+
+def _use(cfg: Config, stops: Sequence[int], is_adapter: bool, chats: bool) -> list[str]:
     """Code that loads the folder and lets the model answer."""
     imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     loading = ['model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")']
     ends = ""
-    if cfg.method.finetuning_type == "lora":
+    if is_adapter:
         imports = ["from peft import PeftModel", *imports]
         base = json.dumps(cfg.model.model_name_or_path)
         loading = [f'model = AutoModelForCausalLM.from_pretrained({base}, dtype="auto")']
-        if cfg.model.new_special_tokens:
-            loading.append("model.resize_token_embeddings(len(tokenizer))")
+        if cfg.model.new_special_tokens or cfg.model.resize_vocab:
+            loading.append("if len(tokenizer) > model.get_input_embeddings().num_embeddings:")
+            loading.append("    model.resize_token_embeddings(len(tokenizer))")
         loading.append("model = PeftModel.from_pretrained(model, folder)")
         ends = f", eos_token_id={list(stops)}" if stops else ""
     asking = ['inputs = tokenizer(text, return_tensors="pt")']
-    if cfg.method.stage == "sft":
+    if chats:
         asking = [
             'messages = [{"role": "user", "content": text}]',
             "inputs = tokenizer.apply_chat_template(",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing_extensions import NotRequired, TypedDict
 from dataflex.core.clock import SCORE, Clock
 from dataflex.core.context import Run
 from dataflex.core.hook import Hook
+from dataflex.report.trackers import Tracker
 from dataflex.utils.errors import UserError
 from dataflex.utils.files import write_atomically
 from dataflex.utils.logging import logger
@@ -28,9 +30,13 @@ class LogHook(Hook):
     It starts the run's clock, which goes on where the checkpoint's stood.
     """
 
-    def __init__(self, logging_steps: int) -> None:
+    def __init__(self, logging_steps: int, trackers: Callable[[], list[Tracker]] = list) -> None:
+        """trackers: opens those that the figures go to as well, on rank 0 when training starts."""
         self.logging_steps = logging_steps
+        self._open_trackers = trackers
+        self._trackers: list[Tracker] = []
         self.history: list[dict[str, Any]] = []
+        self.best: Callable[[], dict[str, Any]] = dict  # what trainer_state.json says of the best checkpoint
         self.clock = Clock()
         self._losses: list[float] = []  # of the steps since the last line
         self._sum, self._steps = 0.0, 0  # of the losses of all steps that had one
@@ -40,6 +46,8 @@ class LogHook(Hook):
     def on_train_start(self, run: Run) -> None:
         run.clock = self.clock
         self.clock.start()
+        if run.is_main:
+            self._trackers = self._open_trackers()
         if run.is_main and sys.stderr.isatty():
             self._bar = tqdm(total=run.total_steps, initial=run.step, unit="step", dynamic_ncols=True)
         self._write(run)
@@ -69,8 +77,10 @@ class LogHook(Hook):
         if run.is_main and run.output_dir is not None:
             with (run.output_dir / "trainer_log.jsonl").open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(entry) + "\n")
+        values = {k: v for k, v in entry.items() if isinstance(v, float)}
+        for tracker in self._trackers:
+            tracker.log(values, run.step)
         if run.is_main and run.engine.monitor.enabled:
-            values = {k: v for k, v in entry.items() if isinstance(v, float)}
             run.engine.monitor.write_events(
                 [(f"Train/dataflex/{key}", value, run.step * run.global_batch) for key, value in values.items()]
             )
@@ -83,9 +93,15 @@ class LogHook(Hook):
                 "global_step": run.step,
                 "max_steps": run.total_steps,
                 **self._epoch(run),
+                **self.best(),
                 "log_history": self.history,
             }
             write_atomically(run.output_dir / "trainer_state.json", json.dumps(state, indent=2))
+
+    def close(self) -> None:
+        """End what the trackers were told, after a run that was stopped too."""
+        while self._trackers:
+            self._trackers.pop().finish()
 
     def summary(self, run: Run) -> dict[str, float]:
         """The figures of all_results.json: loss, and where the time of all starts of the run went, in seconds."""

@@ -9,12 +9,14 @@ from unittest import mock
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from dataflex import driver
 from dataflex.data.load import load_data
 from dataflex.data.sources.info import find_dataset_dir, read_dataset_infos
 from dataflex.data.sources.rows import content_of
 from dataflex.driver import doremi, scores
+from dataflex.driver.exporting import export_model
 from dataflex.driver.selecting import select
 from dataflex.driver.setup import stop_of
 from dataflex.engine.ds_config import deepspeed_config
@@ -43,9 +45,14 @@ def timeout(b: Built) -> float:
     return float(started.call_args.kwargs["timeout"].total_seconds())
 
 
+def filled(b: Built) -> dict[str, Any]:
+    """The DeepSpeed config of a run on one process."""
+    return deepspeed_config(b.cfg, world_size=1, hidden_size=32, total_steps=1, warmup_steps=0)
+
+
 def half(b: Built) -> list[Any]:
     """What of a run in fp16 is right where there is no engine for it: its DeepSpeed config and the model."""
-    config = deepspeed_config(b.cfg, world_size=1, hidden_size=32, total_steps=1, warmup_steps=0)
+    config = filled(b)
     return [config["fp16"], config["bf16"], str(next(model(b).parameters()).dtype)]
 
 
@@ -104,9 +111,50 @@ START = Build(
         Row("max_hours", 1.5, lambda b: stop_of(b.cfg).max_hours, 1.5),
         Row("stop_grace_seconds", 9, lambda b: stop_of(b.cfg).grace_s, 9.0),
         Row("fp16", True, half, [{"enabled": True}, {"enabled": False}, "torch.float16"]),
+        Row("tracker_options", {"csv": {"job_name": "mine"}}, lambda b: filled(b)["csv_monitor"]["job_name"], "mine"),
         Row("trust_remote_code", True, lambda b: type(model(b)).__name__, "OwnModel"),
     ),
-    {"model_name_or_path": "own_code", "finetuning_type": "full", "gradient_checkpointing": False},
+    {
+        "model_name_or_path": "own_code",
+        "finetuning_type": "full",
+        "gradient_checkpointing": False,
+        "report_to": "csv",
+    },
+)
+GROWN = Build(
+    "grown",
+    (
+        Row(
+            "resize_vocab",
+            True,
+            lambda b: sorted(
+                name.split(".modules")[0].rsplit(".", 1)[-1]
+                for name, p in model(b).named_parameters()
+                if p.requires_grad and "lora" not in name
+            ),
+            ["embed_tokens", "lm_head"],
+        ),
+    ),
+)
+
+
+def exported(b: Built) -> list[Any]:
+    """Whether the weights are in several files, and their dtype."""
+    folder = Path(b.cfg.export.export_dir or "")
+    if not folder.exists():
+        export_model(b.cfg)
+    files = sorted(folder.glob("*.safetensors"))
+    with safe_open(files[0], "pt") as file:
+        return [len(files) > 2, str(file.get_tensor(next(iter(file.keys()))).dtype)]
+
+
+MERGED = Build(
+    "merging",
+    tuple(
+        Row(key, value, exported, [True, "torch.bfloat16"])
+        for key, value in (("export_dir", "merged"), ("export_size", 1e-5), ("infer_dtype", "bfloat16"))
+    ),
+    {"adapter_name_or_path": "adapter"},
 )
 PROXY = Build(
     "proxy",
@@ -134,4 +182,4 @@ UNLIKE = Build(
     ),
     {"select_from": ["one"], "select_dir": "unlike"},
 )
-BUILDS = (START, PROXY, CHOOSE, UNLIKE)
+BUILDS = (START, GROWN, MERGED, PROXY, CHOOSE, UNLIKE)

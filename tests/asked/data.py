@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from dataflex.data import load
 from dataflex.driver import setup
 from dataflex.engine.models.model import load_tokenizer
-from dataflex.train.trainer.build import packing_of
+from dataflex.train.trainer.build import packing_of, pass_rows
 from tests.asked.table import Build, Built, Row
 
 
@@ -158,6 +158,19 @@ QUIET = Build(
     ),
     {"dataset_dir": "data2", "dataset": ["short"], "template": "qwen3"},
 )
+# Of 6 and of 5 samples in turn, until the 5 are used up.
+INTERLEAVED = Build(
+    "interleaved",
+    (
+        Row(
+            "mix_strategy",
+            "interleave_under",
+            lambda b: [pass_rows(b.cfg, pool(b), None), b.cfg.flex.train_type, b.cfg.flex.static_mix],
+            [10, ["dynamic_mix"], True],
+        ),
+    ),
+    {**OTHER, "dataset": ["short", "turns"]},
+)
 STREAM = Build(
     "stream",
     (
@@ -171,4 +184,4 @@ STREAM = Build(
     ),
     {**OTHER, "dataset": ["short"]},
 )
-BUILDS = (TEXT, TURNS, BLOCKS, UNPACKED, PACKED, NEAT, QUIET, STREAM)
+BUILDS = (TEXT, TURNS, BLOCKS, UNPACKED, PACKED, NEAT, QUIET, INTERLEAVED, STREAM)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 from dataflex.driver.scoring import score
 from dataflex.driver.training import train
@@ -42,6 +46,18 @@ def monitored(b: Built) -> list[str]:
     return sorted(p.relative_to(b.folder).as_posix() for p in b.folder.rglob("*loss.csv") if "eval" not in p.name)
 
 
+def best(b: Built) -> list[Any]:
+    """The step of the best checkpoint; whether the results are its, and the exported weights those saved then."""
+    state = json.loads((b.folder / "trainer_state.json").read_text())
+    results = json.loads((b.folder / "all_results.json").read_text())
+    step, losses = state["best_global_step"], dict(log(b, "eval_loss"))
+    of_it = losses[step] == state["best_metric"] == results["eval_loss"] and results["best_step"] == step
+    saved = load_file(b.workspace / f"epochs/checkpoint-{step}/model.safetensors")
+    exported = load_file(b.folder / "model.safetensors")
+    same = all(torch.allclose(value, saved[name], rtol=1e-4, atol=1e-6) for name, value in exported.items())
+    return [step, of_it, same and exported.keys() == saved.keys()]
+
+
 FULL = {"finetuning_type": "full", "gradient_checkpointing": False, "save_steps": 500}
 # 64 samples less 8, 4 in a step: 7 steps are half an epoch.
 KEPT = Build(
@@ -78,8 +94,28 @@ EPOCHS = Build(
             [True, False, False],
         ),
         Row("eval_strategy", "epoch", lambda b: steps(b, "eval_loss"), [0, 2, 4, 5]),
+        Row("load_best_model_at_end", True, best, [2, True, True]),
+        Row("metric_for_best_model", "loss", best, [2, True, True]),
+        Row("greater_is_better", True, best, [2, True, True]),
     ),
     {**FULL, "max_steps": 5, "eval_dataset": ["target"]},
+)
+# The same run from whole checkpoints under ZeRO-3; 0.35 of its steps are 1.75, rounded up.
+BEST = Build(
+    "best",
+    (
+        Row("save_total_limit", 1, checkpoints, ["checkpoint-2", "checkpoint-5"]),
+        Row("load_best_model_at_end", True, best, [2, True, True]),
+        Row("logging_steps", 0.35, steps, [2, 4, 5]),
+    ),
+    {
+        **FULL,
+        **{key: EPOCHS.more[key] for key in ("max_steps", "eval_dataset")},
+        **dict.fromkeys(("save_strategy", "eval_strategy"), "epoch"),
+        "max_samples": 4,
+        "greater_is_better": True,
+        "deepspeed": "ds_zero3.json",
+    },
 )
 OVER = Build(
     "over",
@@ -96,4 +132,4 @@ TOKENS = Build(
     (Row("score_token_losses", True, has("token_losses/manifest.json"), [True]),),
     FULL,
 )
-BUILDS = (KEPT, RESUMED, EPOCHS, AGAIN, OVER, DRY, TOKENS)
+BUILDS = (KEPT, RESUMED, EPOCHS, BEST, AGAIN, OVER, DRY, TOKENS)

@@ -28,6 +28,7 @@ PLACES = (
     "dataset_dir",
     "select_dir",
     "select_from",
+    "export_dir",
 )
 
 

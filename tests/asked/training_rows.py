@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataflex.core.plan import generator
 from dataflex.utils import dist
 from tests.asked.engine_facts import (
     adapted,
@@ -57,6 +58,11 @@ def saved(model: str, name: str) -> Callable[[Path], list[float]]:
             return file.get_tensor(f"model.{name}").flatten()[:4].tolist()
 
     return values
+
+
+def ordered_by(seed: int, size: int) -> list[int]:
+    """The order of the first pass over a pool."""
+    return generator(seed, "epoch", 0).permutation(size).tolist()
 
 
 # 7 steps, of which 0.3 are 2.1, so that the rate rises in 3 and falls in 4: to (1 + cos(k pi / 8)) / 2 of it, since
@@ -158,6 +164,7 @@ LORA = Build(
             ["base_model.model.model.embed_tokens.modules_to_save.default.weight"],
         ),
         Row("use_reentrant_gc", False, reentrant, [False]),
+        Row("data_seed", 9, lambda b: plan(b).flatten().tolist(), ordered_by(9, 64)),
         Row("num_train_epochs", 2.5, lambda b: b.engine.run.total_steps, 40),
         Row("warmup_steps", 5, lambda b: [rates(b)[1], int(np.argmax(rates(b))), rates(b)[5]], [2e-4, 5, 1e-3]),
     ),
@@ -184,11 +191,22 @@ HALF = Build(
 FREEZE = Build(
     "freeze",
     (
-        Row("freeze_trainable_layers", -1, lambda b: sorted({name.split(".")[2] for name in trained(b)}), ["0"]),
+        Row(
+            "freeze_trainable_layers",
+            -1,
+            lambda b: sorted({name.split(".")[2] for name in trained(b) if ".layers." in name}),
+            ["0"],
+        ),
+        Row(
+            "freeze_extra_modules",
+            ["norm"],
+            lambda b: [name for name in trained(b) if ".layers." not in name],
+            ["model.norm.weight"],
+        ),
         Row(
             "freeze_trainable_modules",
             ["mlp"],
-            lambda b: sorted(name.split("0.")[-1] for name in trained(b)),
+            lambda b: sorted(name.split("0.")[-1] for name in trained(b) if "0." in name),
             [f"mlp.{p}_proj.weight" for p in ("down", "gate", "up")],
         ),
         Row(

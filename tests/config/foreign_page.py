@@ -27,6 +27,13 @@ In `dataset_info.json` further entries are passed over with a note. Where `colum
 if it is among them. A `.txt` file is one document a line for stage `pt`, in the column `text`. `dataset_dir: ONLINE`
 and `REMOTE:` are refused: entries with `hf_hub_url` read datasets of the hub.
 
+`dataflex-cli export`, `eval` and `version` are commands here too ([export](export.md)): `eval` gives losses of
+datasets, no benchmarks. `chat`, `api` and `webui` say in one line what to use instead. DeepSpeed configs of
+LLaMA-Factory's names (`examples/deepspeed/ds_z0_config.json`, `ds_z2_config.json`, `ds_z3_config.json`,
+`ds_z2_offload_config.json`, `ds_z3_offload_config.json`) that are not there are dataflex's own, and a note says so.
+`logging_steps`, `eval_steps` and `save_steps` below 1 are shares of all steps. `load_best_model_at_end` exports the
+[best checkpoint](export.md#the-best-checkpoint); interleaved datasets are a fixed [mixture](mixing.md).
+
 Several machines: the same command on each, with `NNODES=2 NODE_RANK=0 MASTER_ADDR=... MASTER_PORT=29500` (29500 where
 it is not given) and `NPROC_PER_NODE` (by default all GPUs) in its environment, trains on all of them; a variable that
 is missing is named, and none trains alone. Or name the machines in a `--hostfile`. `FORCE_TORCHRUN` changes nothing.

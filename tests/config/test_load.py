@@ -155,9 +155,13 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
     [
         ("image_max_pixels: 262144", "image_max_pixels: ignored: only text is trained on"),
         ("freeze_vision_tower: true", "freeze_vision_tower: ignored: only text is trained on"),
-        ("use_swanlab: true", "use_swanlab: ignored: use report_to: tensorboard, wandb, csv or comet"),
+        ("swanlab_project: p", "swanlab_project: not used without report_to: swanlab"),
         ("push_to_hub: true", "push_to_hub: ignored: nothing is uploaded"),
-        ("mix_strategy: concat", "mix_strategy: ignored: the key is not supported, and concat asks for nothing"),
+        ("mix_strategy: interleave_once\ninterleave_probs: [0.5, 0.5]", "interleave_probs: not used: every sample comes "
+         "once, in the order of the plan"),
+        ("greater_is_better: true", "greater_is_better: not used without load_best_model_at_end: true"),
+        ("deepspeed: examples/deepspeed/ds_z2_offload_config.json", "deepspeed: "
+         "'examples/deepspeed/ds_z2_offload_config.json' does not exist, so dataflex's own ds_zero2_offload.json is used"),
         ("do_sample: false", "do_sample: ignored: nothing is generated"),
         ("packin: false", "packin: ignored: unknown key (did you mean 'packing'?), and false asks for nothing"),
         ("template: false", "template: false asks for nothing, so the key is left out"),
@@ -206,6 +210,8 @@ def test_what_is_allowed_but_ignored_is_said_once(
         "train_type: [dynamic_select, dynamic_weight]\nupdate_step: 1\ncomponent_name: {select: loss, weight: loss}",
         "max_steps: 5\ntrain_step: 5",
         "train_type: static_full",
+        "mix_strategy: concat",
+        "mix_strategy: interleave_over",
         "neat_packing: true",
         "stage: pt\npacking: true",
         "stage: pt\nstreaming: true\nmax_steps: 3",
@@ -306,3 +312,32 @@ def test_wrong_keys_for_weighted_token_losses(tmp_path: Path, text: str, line: s
 def test_an_alpha_without_its_loss_is_said(tmp_path: Path) -> None:
     (note,) = load(tmp_path, "eaft_alpha: 2").notes
     assert note == f"{tmp_path}/run.yaml:eaft_alpha: not used without use_eaft_loss: true"
+
+
+INTERLEAVED = "mix_strategy: interleave_under\ninterleave_probs: 0.7,0.3\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "types", "components"),
+    [
+        (INTERLEAVED, ("dynamic_mix",), None),
+        (INTERLEAVED + "train_type: static", ("dynamic_mix",), None),
+        (INTERLEAVED + WEIGHT, ("dynamic_weight", "dynamic_mix"), {"weight": "loss"}),
+        (INTERLEAVED + "use_dft_loss: true", ("dynamic_weight", "dynamic_mix"), {"weight": "dft"}),
+        (INTERLEAVED + MIX.replace("random", "odm"), ("dynamic_mix",), "odm"),
+    ],
+)
+def test_interleaved_datasets_are_a_fixed_mixture(tmp_path: Path, text: str, types: object, components: object) -> None:
+    flex = load(tmp_path, text).flex
+    assert (flex.train_type, flex.component_name, flex.init_mixture_proportions) == (types, components, (0.7, 0.3))
+    assert flex.static_mix is (components != "odm")
+    assert load_config(load(tmp_path, text).dump_flat(), quiet=True).flex == flex
+
+
+def test_keys_of_trackers_are_their_options(tmp_path: Path) -> None:
+    text = "use_swanlab: true\nswanlab_project: p\nswanlab_run_name: r\nreport_to: trackio\nproject: q\n"
+    output = load(tmp_path, text + "tracker_options: {swanlab: {name: mine}}").output
+    assert output.report_to == ("trackio", "swanlab")
+    assert output.tracker_options == {"swanlab": {"name": "mine", "project": "p"}, "trackio": {"project": "q"}}
+    with pytest.raises(UserError, match="swanlab_api_key: not supported: it is a secret"):
+        load(tmp_path, "swanlab_api_key: x")

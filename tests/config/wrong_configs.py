@@ -4,6 +4,7 @@
 SELECT = "train_type: dynamic_select\ncomponent_name: random\nupdate_step: 2\n"
 MIX = "train_type: dynamic_mix\ncomponent_name: random\nupdate_step: 2\n"
 WEIGHT = "train_type: dynamic_weight\ncomponent_name: loss\n"
+BEST = "load_best_model_at_end: true\neval_strategy: epoch\neval_dataset: c\n"
 
 TYPES = [
     ("learning_rat: 1", "learning_rat: unknown key (did you mean 'learning_rate'?)"),
@@ -39,8 +40,14 @@ TYPES = [
     ("lr_scheduler_type: cosin", "lr_scheduler_type: expected one of linear, cosine, cosine_with_restarts, "
      "cosine_with_min_lr, cosine_warmup_with_min_lr, polynomial, inverse_sqrt, warmup_stable_decay, constant, "
      "constant_with_warmup, got 'cosin' (did you mean 'cosine'?)"),
-    ("report_to: wandbb", "report_to: expected one of none, tensorboard, wandb, csv, comet, got 'wandbb' "
+    ("report_to: wandbb", "report_to: expected one of none, all, tensorboard, wandb, csv, comet, swanlab, mlflow, trackio, got 'wandbb' "
      "(did you mean 'wandb'?)"),
+    ("tracker_options: {swanlab: {api_key: x}}", "tracker_options: swanlab.api_key is a secret, which config.yaml would "
+     "hold: set it in the environment"),
+    ("tracker_options: {wandbb: {}}", "tracker_options: unknown tracker 'wandbb', expected tensorboard, wandb, csv, "
+     "comet, swanlab, mlflow, trackio"),
+    ("save_steps: 1.5", "save_steps: expected a whole number >= 1, or a share of all steps > 0 and < 1, got 1.5"),
+    ("save_steps: 0", "save_steps: expected a whole number >= 1, or a share of all steps > 0 and < 1, got 0"),
     ("train_type: dynamic_selct", "train_type: expected one of static, dynamic_select, dynamic_mix, "
      "dynamic_weight, got 'dynamic_selct' (did you mean 'dynamic_select'?)"),
     ("train_type: [dynamic_weight, dynamic_weight]", "train_type: 'dynamic_weight' is listed twice"),
@@ -105,6 +112,39 @@ RULES = [
         "neat_packing: needs packing: true, or drop packing: false",
     ),
     ("eval_strategy: steps", "eval_strategy: 'steps' needs eval_dataset or val_size"),
+    (
+        "load_best_model_at_end: true",
+        "load_best_model_at_end: true chooses by an evaluation; set eval_strategy: steps or epoch",
+    ),
+    (
+        BEST + "save_strategy: no",
+        "load_best_model_at_end: true chooses among checkpoints; set save_strategy: steps or epoch",
+    ),
+    (
+        BEST + "metric_for_best_model: eval_accuracy",
+        "metric_for_best_model: 'eval_accuracy' is not evaluated; there are eval_loss",
+    ),
+    (
+        BEST.replace("dataset: c", "dataset: c,d") + "metric_for_best_model: d_los",
+        "metric_for_best_model: 'd_los' is not evaluated (did you mean 'eval_d_loss'?); there are eval_loss, eval_c_loss, "
+        "eval_d_loss",
+    ),
+    (
+        "interleave_probs: 0.5,0.5",
+        "interleave_probs: needs mix_strategy: interleave_under or interleave_over",
+    ),
+    (
+        "mix_strategy: interleave_over\ninterleave_probs: [0.5, 0]",
+        "mix_strategy: interleave_over ends when every dataset is used up, and one has the proportion 0",
+    ),
+    (
+        "mix_strategy: interleave_over\ninterleave_probs: [0.5, 0.3, 0.2]",
+        "interleave_probs: expected one proportion per dataset (2: a, b), got 3",
+    ),
+    (
+        "mix_strategy: interleave_over\ninterleave_probs: [0.5, 0.5]\ninit_mixture_proportions: [1, 1]",
+        "interleave_probs: means the same as init_mixture_proportions, which is set too; keep one",
+    ),
     ("bf16: true\nfp16: true", "fp16: cannot be used together with bf16; keep one of them"),
     ("adam_beta2: 0", "adam_beta2: expected a number > 0, got 0"),
     (

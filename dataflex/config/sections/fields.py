@@ -132,7 +132,18 @@ def to_names(value: Any) -> tuple[str, ...]:
     return tuple(to_path(item) for item in items)
 
 
-def _to_choice(valid: tuple[str, ...], same: Mapping[str, str]) -> Validator:
+def names_of(value: Any) -> list[str]:
+    """The names in a value as given, whatever else may be wrong with it."""
+    if value is None:
+        return []
+    if isinstance(value, list | tuple):
+        return [str(name) for name in value]
+    return [name.strip() for name in str(value).split(",")]
+
+
+def to_choice(valid: tuple[str, ...], same: Mapping[str, str]) -> Validator:
+    """The validator of one of ``valid`` or of their other spellings."""
+
     def convert(value: Any) -> str:
         word = "no" if value is False and "no" in valid else value
         word = same.get(word, word) if isinstance(word, str) else word
@@ -146,12 +157,12 @@ def _to_choice(valid: tuple[str, ...], same: Mapping[str, str]) -> Validator:
 
 def choice(*valid: str, **same: str) -> BeforeValidator:
     """One of ``valid``; ``same`` maps other spellings to them; false means "no" where that is valid."""
-    return check(_to_choice(valid, same))
+    return check(to_choice(valid, same))
 
 
 def choices(*valid: str, **same: str) -> BeforeValidator:
     """A comma list or YAML list of distinct words out of ``valid``."""
-    one = _to_choice(valid, same)
+    one = to_choice(valid, same)
 
     def convert(value: Any) -> tuple[str, ...]:
         words = tuple(one(name) for name in to_names(value))
@@ -161,14 +172,6 @@ def choices(*valid: str, **same: str) -> BeforeValidator:
         return words
 
     return check(convert)
-
-
-def _to_report(value: Any) -> tuple[str, ...]:
-    names = () if value is False else to_names(value)
-    if names in ((), ("none",), ("no",), ("off",)):
-        return ()
-    one = _to_choice(("none", "tensorboard", "wandb", "csv", "comet"), {})
-    return tuple(name for name in map(one, names) if name != "none")
 
 
 def _to_proportions(value: Any) -> tuple[float, ...]:
@@ -262,7 +265,6 @@ Text = Annotated[str, check(to_path)]
 OptionalText = Annotated[str | None, check(to_path)]
 LongText = Annotated[str | None, check(to_text)]
 Names = Annotated[tuple[str, ...], check(to_names)]
-Report = Annotated[tuple[str, ...], check(_to_report)]
 Weights = Annotated[dict[str, float] | None, check(to_weights)]
 Proportions = Annotated[tuple[float, ...] | None, check(_to_proportions)]
 ValSize = Annotated[float, check(_to_val_size)]
@@ -274,6 +276,7 @@ DeepSpeedConfig = Annotated[str | dict[str, Any] | None, check(_to_deepspeed)]
 Resume = Annotated[str | bool | None, check(_to_resume)]
 Count = Annotated[int, whole(0)]
 Seed = Annotated[int, whole(0, high=2**63 - 1)]
+OptionalSeed = Annotated[int | None, whole(0, high=2**63 - 1)]
 Seconds = Annotated[int, whole(1, high=10**9)]
 Positive = Annotated[int, whole(1)]
 OptionalCount = Annotated[int | None, whole(0)]

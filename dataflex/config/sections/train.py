@@ -14,6 +14,7 @@ from dataflex.config.sections.fields import (
     NotNegative,
     OptionalAboveZero,
     OptionalFlag,
+    OptionalSeed,
     Positive,
     PositiveOrOff,
     SchedulerOptions,
@@ -45,7 +46,8 @@ class TrainSection(Section):
     """How it is trained. ``learning_rate`` etc. fill the "auto" values of the DeepSpeed config.
 
     loraplus_lr_ratio: of the learning rates of LoRA's B and A. neftune_noise_alpha: of noise on embeddings while
-    training, never while scoring or evaluating. tf32: None leaves torch's choice.
+    training, never while scoring or evaluating. tf32: None leaves torch's choice. data_seed: of the samples' order and
+    draws, by default ``seed``.
     """
 
     per_device_train_batch_size: Positive = 8
@@ -61,6 +63,7 @@ class TrainSection(Section):
     bf16: Flag = False
     fp16: Flag = False
     seed: Seed = 42
+    data_seed: OptionalSeed = None
     optim: Annotated[str, choice(*OPTIMIZERS, adamw_hf="adamw_torch", adamw="adamw_torch")] = "adamw_torch"
     adam_beta1: ShareBelowOne = 0.9
     adam_beta2: ShareBelowOne = 0.999
@@ -77,6 +80,11 @@ class TrainSection(Section):
     fused_head: Annotated[Literal["auto", "on", "off"], choice("auto", "on", "off")] = "auto"
     nonfinite: Annotated[Literal["stop", "skip"], choice("stop", "skip")] = "stop"
     nonfinite_limit: Positive = 10
+
+    @property
+    def order_seed(self) -> int:
+        """The seed that plans are drawn from."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The DeepSpeed config as a new dict ("auto" values as they are); empty where none is named."""

@@ -228,7 +228,7 @@ def _chunks(info: DatasetInfo, cfg: Config, encoder: Encoder) -> Chunks:
             f"{info.where}.num_samples: streaming: true cannot draw among rows that it does not know; drop it, or use "
             "max_samples, which takes the first rows"
         )
-    tokens, most, seed = encoder.settings.token_weights, cfg.data.max_samples, cfg.train.seed
+    tokens, most, seed = encoder.settings.token_weights, cfg.data.max_samples, cfg.train.order_seed
     converter = Converter(info, encoder.settings.stage, token_column=None if tokens is None else tokens.column)
     source = HubRows(info, converter) if info.path is None else FileRows(info, converter, seed, most is None)
     return Chunks(source, info, seed, cfg.data.buffer_size, most)

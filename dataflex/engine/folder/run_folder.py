@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from dataflex.config.yaml_reader import read_mapping
-from dataflex.core.run_files import RESULTS, cleared
+from dataflex.core.run_files import EVALUATION, RESULTS, cleared
 from dataflex.engine import checkpoint
 from dataflex.engine.folder import own_files, start_over
 from dataflex.engine.folder.resumed import check_resume
@@ -91,6 +91,7 @@ def _go_on(folder: Path, source: Path, run: Run) -> None:
             remove(old)
     if run.step < run.total_steps:
         remove(folder / RESULTS)  # the mark of a finished run
+        remove(folder / EVALUATION)
     for old in (folder / "decisions").glob("step_*"):
         if not _decided_before(old, run.step):
             remove(old)

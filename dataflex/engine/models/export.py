@@ -41,7 +41,7 @@ def export(engine: Any, folder: Path, handover: Handover) -> None:
     if dist.is_main():
         weights |= {} if is_adapter else {name: b.detach().cpu() for name, b in saved_buffers(module)}
         with said_when_full(folder, "the trained model"):
-            _save(module, folder, weights, handover)
+            write_weights(module, folder, handover, state_dict=weights)
         handover.tokenizer.save_pretrained(folder)
     dist.barrier()
 
@@ -51,13 +51,13 @@ def size_of(parameter: torch.nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
 
-def _save(module: Any, folder: Path, weights: dict[str, torch.Tensor], handover: Handover) -> None:
+def write_weights(module: Any, folder: Path, handover: Handover, **how: Any) -> None:
     """`save_pretrained` without peft's empty form of a model card, and files that the umask alone protects."""
     card = folder / "README.md"
     kept = card.read_text(encoding="utf-8") if card.exists() else None
     with warnings.catch_warnings(), handover.around_saving(module, folder):
         warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")
-        module.save_pretrained(folder, state_dict=weights)
+        module.save_pretrained(folder, **how)
     if hasattr(module, "peft_config"):
         _order_targets(folder / "adapter_config.json")
         card.unlink(missing_ok=True)

@@ -78,16 +78,17 @@ class Handover:
         write_atomically(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def handover(cfg: Config, model_config: Any) -> Handover:
+def handover(cfg: Config, model_config: Any, adapter: Path | None = None) -> Handover:
     """What the run of ``cfg`` hands over; warns where a trained answer does not end in a token to stop at.
 
-    model_config: as the source has it.
+    model_config: as the source has it. adapter: a folder whose tokenizer wins, if it has one; no template is needed.
     """
-    tokenizer = read_tokenizer(cfg)
+    of_adapter = None if adapter is None or not (adapter / "tokenizer_config.json").exists() else str(adapter)
+    tokenizer = read_tokenizer(cfg, of_adapter)
     add_new_tokens(tokenizer, cfg)
     generation = _generation_config(cfg)
     stops: tuple[int, ...] = ()
-    if cfg.method.stage == "sft":
+    if cfg.method.stage == "sft" and (adapter is None or cfg.data.template or tokenizer.chat_template):
         template = get_template(cfg.data.template, tokenizer, cfg.data.enable_thinking, cfg.data.default_system)
         _give_template(tokenizer, template, cfg.data.mask_history)
         stops = _stops(tokenizer, template, generation, model_config)

@@ -28,7 +28,7 @@ def with_lora(model: Any, cfg: Config) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     if cfg.model.adapter_name_or_path is not None:
-        return _with_adapter(model, cfg.model.adapter_name_or_path)
+        return with_adapter(model, cfg.model.adapter_name_or_path)
     method = cfg.method
     every = method.lora_target == ("all",)
     unfit = unfit_linears(model)
@@ -99,8 +99,8 @@ def _check_targets(targets: tuple[str, ...], model: nn.Module, unfit: dict[str, 
                 raise UserError(f"lora_target: '{target}': {name} ({why}) cannot have an adapter")
 
 
-def _with_adapter(model: Any, source: str) -> Any:
-    """The model with an existing adapter, to go on training it."""
+def with_adapter(model: Any, source: str, trains: bool = True) -> Any:
+    """The model with an existing adapter, to go on training it or to be used."""
     from peft import PeftConfig, PeftModel, PeftType
 
     try:
@@ -111,18 +111,23 @@ def _with_adapter(model: Any, source: str) -> Any:
         raise UserError(f"adapter_name_or_path: '{source}' is an adapter of type {kind.value}; valid: LORA")
     try:
         with _without_peft_notices():
-            return PeftModel.from_pretrained(model, source, is_trainable=True)
+            return PeftModel.from_pretrained(model, source, is_trainable=trains)
     except (OSError, ValueError, RuntimeError) as exc:
         raise UserError(f"adapter_name_or_path: no fitting adapter at '{source}': {brief(exc)}") from exc
 
 
 def _trained_whole(model: Any, cfg: Config) -> list[str]:
-    """additional_target, and the embeddings where there are new tokens, which an adapter could not learn."""
+    """additional_target, and the embeddings where there are new tokens, which an adapter could not learn.
+
+    With resize_vocab and no additional_target too, as in LLaMA-Factory.
+    """
     names = list(cfg.method.additional_target)
-    if cfg.model.new_special_tokens:
+    grown = cfg.model.resize_vocab and not names
+    if cfg.model.new_special_tokens or grown:
         both = (model.get_input_embeddings(), model.get_output_embeddings())
         found = [name.rsplit(".", 1)[-1] for name, m in model.named_modules() if any(m is e for e in both)]
-        logger.info(f"new_special_tokens: {' and '.join(found)} are trained whole")
+        key = "new_special_tokens" if cfg.model.new_special_tokens else "resize_vocab"
+        logger.info(f"{key}: {' and '.join(found)} are trained whole")
         names += [name for name in found if name not in names]
     return names
 

@@ -43,11 +43,11 @@ def load_tokenizer(cfg: Config) -> Any:
     return tokenizer
 
 
-def read_tokenizer(cfg: Config) -> Any:
-    """The model's tokenizer as it is."""
+def read_tokenizer(cfg: Config, folder: str | None = None) -> Any:
+    """The model's tokenizer as it is, or that in ``folder``."""
     from transformers import AutoTokenizer
 
-    source = cfg.model.model_name_or_path
+    source = folder or cfg.model.model_name_or_path
     try:
         return AutoTokenizer.from_pretrained(source, **hub_options(cfg))
     except Exception as exc:  # damaged files, missing packages: transformers has many words for them
@@ -94,7 +94,7 @@ def load_model(cfg: Config, model_config: Any, tokenizer: Any) -> nn.Module:
                 f"model_name_or_path: no fitting weights at '{source}': {brief(exc)} "
                 "(train_from_scratch: true starts from random ones)"
             ) from exc
-    _resize(model, len(tokenizer))
+    grow(model, len(tokenizer))
     model = _finetuned(model, cfg)
     if cfg.train.neftune_noise_alpha is not None:
         _add_noise(model, cfg.train.neftune_noise_alpha)
@@ -106,7 +106,7 @@ def load_model(cfg: Config, model_config: Any, tokenizer: Any) -> nn.Module:
     return model
 
 
-def _resize(model: Any, tokens: int) -> None:
+def grow(model: Any, tokens: int) -> None:
     """Add rows to the embeddings where the tokenizer has more tokens; quietly, since it is what was asked for."""
     from transformers.utils import logging
 
@@ -155,7 +155,10 @@ def _add_noise(model: Any, alpha: float) -> None:
 
 
 def _freeze(model: nn.Module, method: MethodSection) -> None:
-    """Train ``freeze_trainable_layers`` hidden layers (last if positive, first if negative), nothing else."""
+    """Train ``freeze_trainable_layers`` hidden layers (last if positive, first if negative).
+
+    Of what is outside the layers only ``freeze_extra_modules``.
+    """
     numbers = {int(m.group(1)) for name, _ in model.named_parameters() if (m := _layer_of(name))}
     count, asked = len(numbers), method.freeze_trainable_layers
     if asked == 0 or abs(asked) > count:
@@ -167,10 +170,18 @@ def _freeze(model: nn.Module, method: MethodSection) -> None:
         for name in names:
             if name not in parts:
                 raise UserError(f"freeze_trainable_modules: no '{name}' in the layers{nearest(name, parts)}")
+    extra = set(method.freeze_extra_modules)
+    outside = {name.split(".")[-2] for name, _ in model.named_parameters() if not _layer_of(name)}
+    for name in sorted(extra - outside):
+        there = ", ".join(sorted(outside))
+        raise UserError(
+            f"freeze_extra_modules: no '{name}' outside the layers{nearest(name, outside)}; there are {there}"
+        )
     for name, parameter in model.named_parameters():
-        layer = _layer_of(name)
-        named = names == ("all",) or bool(set(names) & set(name.split(".")))
-        parameter.requires_grad_(layer is not None and int(layer.group(1)) in chosen and named)
+        layer, parts = _layer_of(name), set(name.split("."))
+        named = names == ("all",) or bool(set(names) & parts)
+        inside = layer is not None and int(layer.group(1)) in chosen and named
+        parameter.requires_grad_(inside or (layer is None and bool(extra & parts)))
 
 
 def freeze_routers(model: nn.Module) -> None:

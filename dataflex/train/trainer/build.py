@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,9 @@ from torch import nn
 
 from dataflex.config import Config
 from dataflex.config.components import component_params
+from dataflex.config.interleaving import INTERLEAVED
 from dataflex.config.packing import shares_rows
+from dataflex.config.sections.steps import steps_of
 from dataflex.core.context import Run
 from dataflex.core.hook import Hook, TokenWeigher, Weigher
 from dataflex.core.packing import Packing
@@ -36,6 +39,7 @@ from dataflex.scoring.checks.model_check import check_model, check_packing, refu
 from dataflex.scoring.context import release_gathered
 from dataflex.scoring.kept.sharded import ScoringPasses
 from dataflex.scoring.scorer import Scorer
+from dataflex.train.mixer.interleave import interleaved
 from dataflex.train.trainer.component_hooks import HookBuilder
 from dataflex.train.trainer.training_head import logit_readers, training_head
 from dataflex.train.trainer.weight_trainer import WeightLog
@@ -92,7 +96,7 @@ def attach(
     builder.runtime["open_head"] = partial(_known_head, fused, engine, collator([sample]))
     every = builder.hooks()
     if weights.any or any(isinstance(h, Weigher) for h in (*every, *hooks)):
-        every.append(WeightLog(cfg.output.logging_steps, weights))
+        every.append(WeightLog(steps_of(cfg.output.logging_steps, run.total_steps), weights))
     every += hooks  # after what dataflex keeps itself: a log or a checkpoint among them holds the whole step
     stepper = _stepper(run, cfg, every, weights, training_head(fused, every, longest))
     source = BatchSource(run, collator, device, workers, weights)
@@ -185,9 +189,27 @@ def packing_of(cfg: Config, pool: TrainingPool) -> Packing | None:
 def pass_rows(cfg: Config, pool: TrainingPool, packing: Packing | None) -> int | None:
     """Rows of a pass over the pool: samples, or packs; None of streams. Of ``sampling_samples`` packs in proportion."""
     samples = cfg.weighting.epoch(pool.size)
+    if "mix" in cfg.flex.kinds and cfg.flex.mix_strategy in INTERLEAVED and isinstance(pool, Pool):
+        return _interleaved_rows(cfg, pool, packing)
     if packing is None or samples is None:
         return samples
     return -(-packing.pool.rows * samples // len(packing.lengths))
+
+
+def _interleaved_rows(cfg: Config, pool: Pool, packing: Packing | None) -> int:
+    """Rows of a pass in which the datasets are interleaved; packs in proportion to its tokens."""
+    sizes, over = pool.domain_sizes(), cfg.flex.mix_strategy == "interleave_over"
+    shares = cfg.flex.init_mixture_proportions
+    for name, size, share in zip(pool.domain_names, sizes, shares or [1.0] * len(sizes), strict=True):
+        if share and not size:
+            raise UserError(f"dataset: '{name}' has no samples, so no pass that interleaves it has an end")
+    samples = interleaved(tuple(sizes.tolist()), shares, over, cfg.train.seed)
+    if packing is None:
+        return samples
+    tokens = np.bincount(pool.domain_ids, weights=pool.lengths, minlength=len(sizes))
+    weights = np.array(shares or [1.0] * len(sizes)) / sum(shares or [1.0] * len(sizes))
+    drawn = samples * float((weights * tokens / np.maximum(sizes, 1)).sum())
+    return max(1, math.ceil(packing.pool.rows * drawn / tokens.sum()))
 
 
 def make_schedule(
@@ -238,7 +260,7 @@ def _make_run(engine: Any, cfg: Config, pool: TrainingPool, packing: Packing | N
     )
     return Run(
         schedule=schedule,
-        seed=cfg.train.seed,
+        seed=cfg.train.order_seed,
         micro_batch=micro,
         accumulation=accumulation,
         world_size=world_size,

@@ -14,6 +14,7 @@ from dataflex.engine.folder.own_files import CONFIG
 from dataflex.engine.models.export import export
 from dataflex.engine.models.handover import Handover
 from dataflex.report.trainer_log import LogHook
+from dataflex.train.trainer.best import Best
 from dataflex.utils import dist
 from dataflex.utils.files import finish_removals, remove, write_atomically
 from dataflex.utils.logging import logger
@@ -25,10 +26,13 @@ def due(run: Run, every: int) -> bool:
 
 
 class EvalHook(Hook):
-    """Evaluates before the first step, every ``every`` steps and after the last; results go to ``log``."""
+    """Evaluates before the first step, every ``every`` steps and after the last; results go to ``log``.
 
-    def __init__(self, every: int, log: LogHook) -> None:
-        self.every = every
+    also_every: the same of further steps, those of the checkpoints where the best is chosen.
+    """
+
+    def __init__(self, every: int, log: LogHook, also_every: int | None = None) -> None:
+        self.every = (every, also_every or every)
         self.log = log
 
     def on_train_start(self, run: Run) -> None:
@@ -36,7 +40,7 @@ class EvalHook(Hook):
             self._evaluate(run)
 
     def on_step_end(self, run: Run, batch: Any) -> None:
-        if due(run, self.every):
+        if any(due(run, every) for every in self.every):
             self._evaluate(run)
 
     def _evaluate(self, run: Run) -> None:
@@ -49,12 +53,15 @@ class EvalHook(Hook):
 class CheckpointHook(Hook):
     """Saves every ``every`` steps, after the last and at a stop; keeps the newest ``keep`` (None: all) whole ones.
 
-    only_model: write a Hugging Face folder that cannot be resumed from instead.
+    only_model: write a Hugging Face folder that cannot be resumed from instead. best: is kept up to date, and its
+    checkpoint stays, as one of ``keep`` if these are more than one.
     """
 
-    def __init__(self, every: int, keep: int | None, only_model: bool, handover: Handover) -> None:
+    def __init__(
+        self, every: int, keep: int | None, only_model: bool, handover: Handover, best: Best | None = None
+    ) -> None:
         self.every, self.keep, self.only_model = every, keep, only_model
-        self.handover = handover
+        self.handover, self.best = handover, best
 
     def on_step_end(self, run: Run, batch: Any) -> None:
         stop = run.stop
@@ -67,6 +74,8 @@ class CheckpointHook(Hook):
     def _save(self, run: Run) -> None:
         assert run.output_dir is not None
         folder = run.output_dir / f"checkpoint-{run.step}"
+        if self.best is not None:  # before the state is saved, which then knows of it
+            self.best.consider(run.step, folder.name)
         if self.only_model:
             export(run.engine, folder, self.handover)
         else:
@@ -81,11 +90,23 @@ class CheckpointHook(Hook):
                 remove(old)
         dist.barrier()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.best is None else {"best": self.best.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.best is not None:
+            self.best.load_state_dict(state.get("best", {}))
+
     def _superseded(self, output_dir: Path, newest: Path) -> list[Path]:
         """The checkpoints that ``newest`` makes useless: beyond ``keep``, and older ones that are not whole."""
         saved = sorted(output_dir.glob("checkpoint-*"), key=checkpoint.step_of)
         older = [p for p in saved if checkpoint.step_of(p) < checkpoint.step_of(newest)]
         ruins = [p for p in older if checkpoint.unfinished(p)]
         whole = [p for p in saved if self.only_model or (p / checkpoint.MANIFEST).exists()]
-        extra = [] if self.keep is None else [p for p in whole if p not in ruins][: -self.keep]
-        return ruins + extra
+        if self.keep is None:
+            return ruins
+        best = None if self.best is None else output_dir / self.best.folder
+        others = [p for p in whole if p not in ruins and p != best]
+        kept = self.keep - (best in whole)
+        kept = kept if best == newest else max(1, kept)  # the newest is what a resume goes on from
+        return ruins + others[: max(0, len(others) - kept)]
