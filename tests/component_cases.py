@@ -53,7 +53,7 @@ class Case:
     """``kind`` and registered ``name``, the params it is built with, and what must hold of its outcome.
 
     variant: tells several rows of one component apart. model: a kind of `tests.tiny_engine.model`. prepare: makes what
-    it needs in a folder, and returns further params.
+    it needs in a folder, and returns further params. compared: the group of samples whose size must stay at a resume.
     """
 
     kind: str
@@ -63,6 +63,7 @@ class Case:
     variant: str = ""
     model: str = "full"
     prepare: Callable[[Path], dict[str, Any]] = lambda folder: {}
+    compared: str = ""
 
     @property
     def id(self) -> str:
@@ -129,6 +130,7 @@ def with_reference(folder: Path) -> dict[str, Any]:
 
 
 _LESS = {"gradient_type": "adam", "adam_form": "official", "proj_dim": 64, "seed": 1}
+_ALL = "global micro-batch"
 _LESS_EXACT = {"scoring": "exact", "accumulate": True, "layers": ["layers"], "layer_weights": {"mlp": 2.0}}
 CASES = [
     Case("selector", "less", _LESS, takes_best_scores),
@@ -144,7 +146,7 @@ CASES = [
     Case("mixer", "temperature", {"tau": 0.0}, mixes(0.5, 0.5)),
     Case("mixer", "odm", {"alpha": 0.5}, mixes_anew),
     Case("mixer", "odm", {"alpha": 0.5, "variant": "official"}, mixes_anew, "official"),
-    Case("mixer", "doremi", {"reweight_eta": 0.5}, mixes(0.5, 0.5), prepare=with_reference),
+    Case("mixer", "doremi", {"reweight_eta": 0.5}, mixes(0.5, 0.5), prepare=with_reference, compared=_ALL),
     Case(
         "mixer",
         "doremi",
@@ -152,19 +154,21 @@ CASES = [
         mixes(0.5, 0.5),
         "official",
         prepare=with_reference,
+        compared=_ALL,
     ),
     Case("mixer", "dynamic_moe", {"eval_samples": 7}, mixes(0.5, 0.5), model="moe"),
     Case("mixer", "dynamic_moe", {"eval_samples": 7, "variant": "official"}, mixes(0.5, 0.5), "official", model="moe"),
-    Case("weighter", "loss", {"strategy": "linupper", "r_start": 1.0, "r_end": 0.25}),
+    Case("weighter", "loss", {"strategy": "linupper", "r_start": 1.0, "r_end": 0.25}, compared=_ALL),
     Case("weighter", "adapt", {"refresh_step": 2}),
     Case(
         "weighter",
         "adapt",
         {"weight": "softmax", "num_anchors": 4, "refresh_step": 2, "similarity": "max", "temperature": 0.05},
         variant="softmax",
+        compared=_ALL,
     ),
     Case("weighter", "dft"),
     Case("weighter", "eaft", {"alpha": 2.0, "top": 5}),
-    Case("weighter", "rho", {"share": 0.25}, prepare=with_reference),
-    Case("weighter", "custom", {"strategy": "uniform"}),
+    Case("weighter", "rho", {"share": 0.25}, prepare=with_reference, compared=_ALL),
+    Case("weighter", "custom", {"strategy": "uniform"}, compared="micro-batch"),
 ]

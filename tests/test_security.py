@@ -17,13 +17,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from dataflex.config import load_config
-from dataflex.config.schema import Config, DataSection, ModelSection
+from dataflex.config.schema import Config, DataSection, MethodSection, ModelSection
+from dataflex.data.encoding.template import get_template
 from dataflex.data.sources.expression import Expression
 from dataflex.data.sources.info import read_dataset_infos
 from dataflex.data.sources.read import read_rows
 from dataflex.data.weight_file import WeightFile
+from dataflex.engine.models.adapter import with_adapter_keys
+from dataflex.engine.models.handover import handover
 from dataflex.engine.models.model import load_model, load_model_config, load_tokenizer
 from dataflex.scoring.kept.store import ShardStore, StoreReader
 from dataflex.utils.errors import UserError
@@ -156,7 +160,7 @@ def test_foreign_code_and_places_are_refused(tmp_path: Path, key: str) -> None:
 def model_folder(folder: Path) -> Config:
     tiny_llama().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    return Config(model=ModelSection(model_name_or_path=str(folder)), data=DataSection())
+    return Config(model=ModelSection(model_name_or_path=str(folder)), data=DataSection(template="default"))
 
 
 def test_code_of_a_model_is_not_run(tmp_path: Path) -> None:
@@ -179,13 +183,61 @@ def test_pickles_in_weights(tmp_path: Path) -> None:
         load_model(cfg, load_model_config(cfg), load_tokenizer(cfg))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff" * 64])
+MODEL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+DAMAGED = [b"", b"{", b"[1]", b"\xff" * 8, b"[" * 50_000]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+@pytest.mark.parametrize("name", MODEL_FILES)
+@pytest.mark.parametrize("content", DAMAGED)
 def test_damaged_files_of_a_model_are_one_line(tmp_path: Path, name: str, content: bytes) -> None:
     cfg = model_folder(tmp_path / "m")
     (tmp_path / "m" / name).write_bytes(content)
     with pytest.raises(UserError, match=r"^model_name_or_path: [^\n]+$"):
+        model_config, tokenizer = load_model_config(cfg), load_tokenizer(cfg)
+        handover(cfg, model_config)
+        load_model(cfg, model_config, tokenizer)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("content", DAMAGED)
+def test_damaged_files_of_an_adapter_are_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+    model = model_folder(tmp_path / "m").model
+    get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "a")
+    model = model.model_copy(update={"adapter_name_or_path": str(tmp_path / "a")})
+    cfg = Config(model=model, data=DataSection(), method=MethodSection(finetuning_type="lora"))
+    (tmp_path / "a" / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"^adapter_name_or_path: [^\n]+$"):
+        cfg = with_adapter_keys(cfg)
         load_model(cfg, load_model_config(cfg), load_tokenizer(cfg))
+
+
+FURTHER = [
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+]
+
+
+@pytest.mark.parametrize("name", [*FURTHER, "additional_chat_templates"])
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff" * 8, b"{% for", b"{{ 1 + 'a' }}"])
+def test_damaged_further_files_of_a_tokenizer_are_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+    """tokenizer.json has all that it needs: what else lies there is read by some classes, or not at all."""
+    cfg = model_folder(tmp_path / "m")
+    path = tmp_path / "m" / name
+    if name == "additional_chat_templates":
+        path.mkdir()
+        path = path / "tools.jinja"
+    path.write_bytes(content)
+    try:
+        tokenizer = load_tokenizer(cfg)
+        get_template(None, tokenizer, None, None).pairs([("user", "a"), ("assistant", "b")], "x:1", False)
+    except UserError as error:
+        assert "\n" not in str(error)
 
 
 SECRET = "hf_" + "aB3" * 12
@@ -200,6 +252,10 @@ SECRET = "hf_" + "aB3" * 12
         ("dataset", ["a", SECRET]),
         ("deepspeed", {"comet": {"enabled": True, "api_key": SECRET}}),
         ("deepspeed", {"x": {"y": {"PASSWORD": SECRET}}}),
+        ("deepspeed", {"x": ["a", {"y": f"wandb {SECRET}"}]}),
+        ("component_params", {"mix": {"endpoint": f"https://user:{SECRET[3:]}@host"}}),
+        ("component_params", {"mix": {"judges": [{"auth_token": SECRET[3:]}]}}),
+        ("component_params", {"mix": {SECRET: 1}}),
         ("hub_token", SECRET),
         ("hf_hub_token", SECRET),
         ("wandb_api_key", SECRET),

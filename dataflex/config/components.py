@@ -13,6 +13,7 @@ from typing import Any
 
 from dataflex.config.paths import resolve
 from dataflex.config.schema import FlexSection, Kind
+from dataflex.config.secrets import NO_SECRET, secret_places
 from dataflex.config.yaml_reader import kind_of, read_mapping
 from dataflex.utils.errors import UserError, nearest
 
@@ -36,6 +37,8 @@ def component_params(flex: FlexSection, kind: Kind) -> tuple[str, dict[str, Any]
     own = copy.deepcopy((flex.component_params or {}).get(kind, {}))
     if wanted in entries:
         entry = entries[wanted]
+        for place in secret_places(entry["params"]):
+            raise UserError(f"{path}:{wanted}.params.{place}: {NO_SECRET}")
         return str(entry.get("name", wanted)), copy.deepcopy(entry["params"] or {}) | own
     if flex.component_modules or entry_points(group=ENTRY_POINTS):
         return wanted, own

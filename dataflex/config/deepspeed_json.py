@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dataflex.config.paths import resolve
+from dataflex.config.secrets import NO_SECRET, secret_places
 from dataflex.config.yaml_reader import kind_of, read_text
 from dataflex.utils.errors import UserError, cut, shown
 
@@ -16,7 +16,6 @@ _TENSOR = "it splits layers over ranks, so per-sample gradients would be incompl
 _QUANTISED = "ZeRO++ quantises or regroups what scoring reads, so features would not be exact"
 _SAMPLER = "DeepSpeed's own data sampler would replace dataflex's plan"
 _COMPILE = "compiled graphs bypass the layers' hooks that scoring needs"
-_SECRET_KEY = re.compile(r"api_?key|password|secret|access_?token", re.IGNORECASE)
 REFUSED: dict[str, str] = {
     "tensor_parallel": _TENSOR,
     "tp": _TENSOR,
@@ -86,8 +85,8 @@ def refusals(config: Mapping[str, Any]) -> Iterator[str]:
     for key, reason in REFUSED.items():
         if _in_use(_at(config, key)):
             yield f"'{key}' is not supported: {reason}"
-    for place in _secrets(config, ""):
-        yield f"'{place}' is a secret, which DeepSpeed prints and config.yaml would hold: set it in the environment"
+    for place in secret_places(config):
+        yield f"'{place}' {NO_SECRET}"
     zero = config.get("zero_optimization", {})
     if not isinstance(zero, Mapping):
         yield f"'zero_optimization' must be a mapping, got a {kind_of(zero)}"
@@ -95,16 +94,6 @@ def refusals(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"'zero_optimization.stage' must be 0, 1, 2 or 3, got {shown(zero['stage'])}"
     if _at(config, "managed_gradient_accumulation") is False:
         yield "'managed_gradient_accumulation' must be true: the plan says where a step ends"
-
-
-def _secrets(value: Any, place: str, depth: int = 0) -> Iterator[str]:
-    """The places of values whose keys say that they are secret."""
-    items = value.items() if isinstance(value, Mapping) and depth < 20 else ()
-    for key, inner in items:
-        here = f"{place}.{cut(str(key))}".lstrip(".")
-        if isinstance(inner, str) and inner and _SECRET_KEY.search(str(key)):
-            yield here
-        yield from _secrets(inner, here, depth + 1)
 
 
 def _at(config: Mapping[str, Any], dotted: str) -> Any:

@@ -223,6 +223,18 @@ class Pool(TrainingPool):
         return pool
 
 
+def check_ids(sample: Mapping[str, Any], rows: int, named: str) -> None:
+    """UserError for a token id or label of ``sample`` that a model of ``rows`` ids does not have. named: the sample."""
+    for column in ("input_ids", "labels"):
+        ids = np.asarray(sample[column], dtype=np.int64)
+        wrong = ids[((ids < 0) & ~((ids == IGNORE_INDEX) & (column == "labels"))) | (ids >= rows)]
+        if wrong.size:
+            raise UserError(
+                f"{named}: {column} has the token id {wrong[0]}, the model's vocabulary has ids 0 to {rows - 1}; the "
+                "data must be made with the tokenizer of this model"
+            )
+
+
 def describe_sample(pool: TrainingPool, index: int, tokenizer: Any, max_chars: int = 2000) -> str:
     """One decoded sample for the log: what is trained on stands between ⟦ and ⟧."""
     sample = pool[index]

@@ -9,10 +9,19 @@ import numpy as np
 
 from dataflex.data.encoding.token_weights import TokenWeights
 from dataflex.data.sources.scan import check_weights
-from dataflex.utils.errors import UserError
+from dataflex.utils.errors import UserError, brief
 
 if TYPE_CHECKING:
     from dataflex.config import Config
+
+
+def read_array(path: str, key: str) -> np.ndarray:
+    """The array in the .npy file at ``path``, mapped; no code of it runs. UserError naming ``key`` where it is none."""
+    try:
+        array: np.ndarray = np.load(Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
+        return array
+    except Exception as exc:  # whatever else than an array may lie there, numpy says so in many ways
+        raise UserError(f"{key}: {path} cannot be read as a .npy file: {brief(exc)}") from None
 
 
 class WeightFile:
@@ -20,10 +29,7 @@ class WeightFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        try:
-            self.values = np.load(Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as exc:
-            raise UserError(f"sample_weight: {path} cannot be read as a .npy file: {exc}") from None
+        self.values = read_array(path, "sample_weight")
         if self.values.ndim != 1 or self.values.dtype.kind not in "iuf":
             raise UserError(
                 f"sample_weight: {path}: expected one number per row, got {self.values.dtype} {self.values.shape}"

@@ -227,7 +227,7 @@ def test_two_is_in_use_and_a_secret_is_found_at_any_depth(block: str) -> None:
     config: Any = {"wandb_api_key": "x"}
     for part in reversed(block.split(".")):
         config = {part: config}
-    with pytest.raises(UserError, match=f"'{block}.wandb_api_key' is a secret"):
+    with pytest.raises(UserError, match=f"'{block}.wandb_api_key' is a password or an access token"):
         load_config({**RUN, "deepspeed": config})
     with pytest.raises(UserError, match="'sequence_parallel_size' is not supported"):
         load_config({**RUN, "deepspeed": {"sequence_parallel_size": 2}})

@@ -13,6 +13,8 @@ import pytest
 
 from dataflex.config import Config
 from dataflex.data.load import LoadedData
+from dataflex.data.sources.convert import Converter
+from dataflex.data.sources.info import read_dataset_infos
 from dataflex.data.sources.read import _parquet_batches, column_names, list_files, read_rows
 from dataflex.utils.errors import UserError
 from tests.data.conftest import ROWS
@@ -150,6 +152,61 @@ def test_bad_files(add: Add, config: MakeConfig, case: str) -> None:
         load(config("x"))
     assert text in str(error.value)
     assert "\n" not in str(error.value)
+
+
+CALL = {"function": {"name": "f", "arguments": "{}"}}
+PARTS = [{"type": "text", "text": "yo"}]
+# Rows that JSON allows: (sample_weight, formatting, the row's text, what is told or "" where it is read).
+ODD_ROWS: dict[str, tuple[str | None, str, str, str]] = {
+    "400 digits": (
+        "w",
+        "alpaca",
+        '{"instruction": "a", "output": "b", "w": 1' + "0" * 400 + "}",
+        "x.json:1: w: expected a",
+    ),
+    "5,000 digits": ("w", "alpaca", '{"instruction": "a", "output": "b", "w": ' + "9" * 5000 + "}", "x.json:1: "),
+    "deep nesting": (
+        None,
+        "alpaca",
+        '{"instruction": "a", "output": "b", "x": ' + "[" * 9999 + "]" * 9999 + "}",
+        "x.json:1: ",
+    ),
+    "a call and parts": (None, "openai", json.dumps({"role": "assistant", "content": PARTS, "tool_calls": [CALL]}), ""),
+    "a call that is a number": (
+        None,
+        "openai",
+        '{"role": "assistant", "content": "yo", "tool_calls": 1}',
+        "messages[1]",
+    ),
+    "three arguments": ("log(w,2,3)", "alpaca", '{"instruction": "a", "output": "b", "w": 1}', "sample_weight: "),
+    "half a surrogate pair": (
+        None,
+        "alpaca",
+        '{"instruction": "\\ud800", "output": "b"}',
+        "text with half a surrogate pair",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD_ROWS)
+def test_odd_rows_are_told_in_one_line(add: Add, config: MakeConfig, case: str) -> None:
+    weight, formatting, row, told = ODD_ROWS[case]
+    if formatting == "openai":
+        row = '{"messages": [{"role": "user", "content": "hi"}, ' + row + "]}"
+    add("x", f"[{row}]", formatting=formatting)
+    if not told:
+        assert "yo" in texts(load(config("x", sample_weight=weight)))[0]
+        return
+    with pytest.raises(UserError) as error:
+        load(config("x", sample_weight=weight))
+    assert told in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 2000
+
+
+def test_half_a_surrogate_pair_in_a_column_that_is_kept_drops_the_row(add: Add, config: MakeConfig) -> None:
+    info = read_dataset_infos(["x"], add("x", "[]").parent)[0]
+    converter = Converter(info, "sft", kept_column="k")
+    made = converter({"instruction": "a", "output": "b", "k": "\ud800"}, "x:1")
+    assert (made.turns, made.problem) == ((), "text with half a surrogate pair")
 
 
 def test_missing_file_and_odd_folders(add: Add, config: MakeConfig, data_dir: Path) -> None:

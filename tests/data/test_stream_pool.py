@@ -19,10 +19,11 @@ from dataflex.config.schema import WeightingSection
 from dataflex.data.pool import Pool, TrainingPool, describe_sample
 from dataflex.data.streams.stream_pool import StreamPool
 from dataflex.engine import checkpoint
+from dataflex.engine.models.limits import check_limits
 from dataflex.train.weighter.static_weights import static_weights
 from dataflex.utils.errors import UserError
 from tests.data.helpers import load, numbered
-from tests.tiny import byte_tokenizer
+from tests.tiny import byte_tokenizer, tiny_llama
 
 Add = Callable[..., Path]
 MakeConfig = Callable[..., Config]
@@ -146,6 +147,39 @@ def test_tokens_are_those_of_the_batch(add: Add, config: MakeConfig) -> None:
     micro = [SimpleNamespace(sample_ids=np.array(part), labels=torch.zeros(1)) for part in ids]
     tokens = pool.tokens_of(SimpleNamespace(micro_batches=micro))
     assert tokens.tolist() == [sum(lengths[0][:2]), lengths[0][2] + lengths[1][0]]
+
+
+def test_a_sample_is_named_by_its_row_until_its_step_is_over(add: Add, text: list[str], config: MakeConfig) -> None:
+    """What a loss that is not finite is told with: the rank that read it knows the row, the others the dataset."""
+    add("a", numbered(20, "a"))
+    pool = open_streams(config("a", streaming=True, buffer_size=8))
+    assert pool.whence(9) == "'a'"
+    answers = [byte_tokenizer().decode(pool[i]["input_ids"]).split("Assistant:")[1] for i in range(10)]
+    assert sorted(answers) != answers, "the chunk is shuffled"
+    assert [pool.whence(i) for i in range(10)] == [f"a.json:{int(text.split('<')[0]) + 1}" for text in answers]
+    micro = SimpleNamespace(sample_ids=np.arange(10), labels=torch.zeros(1))
+    pool.tokens_of(SimpleNamespace(micro_batches=[micro]))
+    assert pool.whence(9) == "'a'"
+    blocks = open_streams(config("t", stage="pt", template=None, streaming=True, cutoff_len=16))
+    assert len(blocks[0]["input_ids"]) == 16 and blocks.whence(0) == "'t'"
+
+
+@pytest.mark.parametrize("stage", ["sft", "pt"])
+def test_a_token_id_that_the_model_does_not_have_is_told_with_its_row(add: Add, config: MakeConfig, stage: str) -> None:
+    """Of a stream it is seen where the sample is read; \\x7f is id 224, and no other character here is above 223."""
+    rows = [{"text": "na" + "\x7f" * (i == 5), "output": "b"} for i in range(8)]
+    add("a", rows, columns={"prompt": "text", "response": "output"})
+    keys = {"stage": "pt", "template": None} if stage == "pt" else {}
+    for rows_of_model, told in ((224, True), (225, False)):
+        pool = open_streams(config("a", **keys, streaming=True, buffer_size=4, cutoff_len=64))
+        check_limits(tiny_llama(rows_of_model), {"dataset": pool, "eval_dataset": None}, "", False)
+        if not told:
+            assert len(samples(pool, range(8))) == 8
+            continue
+        where = "'a'" if stage == "pt" else "a.json:6"
+        words = rf"^dataset: sample \d \({where}\): input_ids has the token id 224, the model's vocabulary has ids 0 to"
+        with pytest.raises(UserError, match=words + " 223; the data must be made with the tokenizer of this model$"):
+            samples(pool, range(8))
 
 
 def test_domain_weights_multiply_the_losses_of_streams(add: Add, config: MakeConfig) -> None:

@@ -38,7 +38,10 @@ class Batches(Hook):
 
 
 def whole_and_resumed(folder: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Each case (flat YAML keys with save_steps) trained from step 0, and again from its first checkpoint on."""
+    """Each case (flat YAML keys with save_steps) trained from step 0, and again from its first checkpoint on.
+
+    On two ranks `odm` also from that of the one rank that has run before.
+    """
     found = {}
     for name, keys in cases.items():
         where = Path(folder) / f"{name}-{dist.world_size()}"
@@ -46,6 +49,10 @@ def whole_and_resumed(folder: str, cases: dict[str, dict[str, Any]]) -> dict[str
         start = where / f"checkpoint-{keys['save_steps']}"
         resumed = _train(keys | {"output_dir": f"{where}-resumed", "resume_from_checkpoint": str(start)})
         found[name] = {"whole": whole, "resumed": resumed}
+        other = Path(folder) / f"{name}-1" / start.name
+        if dist.world_size() == 2 and name == "odm":
+            again = {"output_dir": f"{where}-other", "resume_from_checkpoint": str(other)}
+            found[name]["other"] = _train(keys | again)
     return found
 
 

@@ -103,6 +103,26 @@ def test_a_revision_is_of_the_model_and_not_of_the_proxy(workspace: Path) -> Non
     assert command._small(load_config(keys, quiet=True)).model.model_revision == "v2"
 
 
+NAMES = b'{"domain_names": ["a", "b"], "average_weights": '
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b"[" * 99_999,
+        *(NAMES + end for end in (b"[1]}", b"[0, 0]}", b'["1", 0]}', b"[NaN, 1]}")),
+    ],
+)
+def test_damaged_mean_weights_are_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / command.RESULT).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{tmp_path}[^\n]*{command.RESULT}[^\n]+$"):
+        command.read_weights(tmp_path, ("a", "b"))
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

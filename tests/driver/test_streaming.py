@@ -82,6 +82,13 @@ def test_one_rank_and_two_train_on_the_same_batches(found: dict[int, list[dict[s
     assert last[0][0]["tokens"] == last[1][0]["tokens"] and sum(last[0][0]["tokens"].values()) > 0
 
 
+def test_two_ranks_go_on_where_one_has_saved(found: dict[int, list[dict[str, Any]]]) -> None:
+    whole, again = found[1][0]["runs"]["odm"]["whole"], found[2][0]["runs"]["odm"]["other"]
+    assert again["ids"] == whole["ids"][4:] and again["tokens"] == whole["tokens"][4:] and len(again["ids"]) == 5
+    assert again["starts"] == whole["starts"][4:], "every rank reads the streams up to the same place"
+    np.testing.assert_allclose(again["losses"], whole["losses"], rtol=1e-5)
+
+
 def test_the_mixture_is_as_asked_and_passes_repeat_the_rows(found: dict[int, list[dict[str, Any]]]) -> None:
     run = found[1][0]["runs"]["static"]["whole"]
     domains = np.array(run["ids"]) % 2

@@ -81,5 +81,5 @@ def test_only_lora_adapters_are_trained_on(tmp_path: Path) -> None:
     get_peft_model(families.model("llama"), prompt).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is an adapter of type PROMPT_TUNING; valid: LORA"):
         with_lora(families.model("llama"), config(adapter_name_or_path=str(tmp_path)))
-    with pytest.raises(UserError, match="adapter_name_or_path: no adapter at 'nowhere'"):
+    with pytest.raises(UserError, match="adapter_name_or_path: no fitting adapter at 'nowhere'"):
         with_lora(families.model("llama"), config(adapter_name_or_path="nowhere"))

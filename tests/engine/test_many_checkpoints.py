@@ -37,6 +37,7 @@ def trained(out: Path, every: int, keep: int | None, steps: int, only_model: boo
     run: Any = SimpleNamespace(step=0, total_steps=steps, output_dir=out, clock=Clock(), stop=Stop())
     run.engine = SimpleNamespace(save_checkpoint=lambda: whole(out / f"checkpoint-{run.step}", run.step))
     hook = CheckpointHook(every, keep, only_model, None)  # type: ignore[arg-type]
+    hook.on_train_start(run)
     seen = []
     for step in range(1, steps + 1):
         run.step = step

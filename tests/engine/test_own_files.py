@@ -133,6 +133,31 @@ def test_another_run_or_one_with_results_is_not_started_over(
     assert sorted(out.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"a: [", b"\xff\xfe\xff", b"- a", b"!!python/object:os.system {}", b"[" * 3000]
+)
+def test_an_earlier_runs_damaged_config_is_one_line(out: Path, content: bytes) -> None:
+    """Of a run that left no checkpoint: what it was made with is not known."""
+    prepared(out)
+    (out / "trainer_log.jsonl").write_text("1")
+    (out / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=rf"^output_dir: {out} holds an earlier run [^\n]+; name another folder"):
+        prepared(out)
+    assert (out / "config.yaml").read_bytes() == content
+
+
+def test_what_a_component_keeps_in_cache_is_left_alone(out: Path) -> None:
+    """Also where a run starts over; so are the scores and features, which know for themselves what they are of."""
+    prepared(out)
+    for name in ("cache/mine", "scores/0/manifest.json", "features/0/manifest.json"):
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("kept")
+    (out / "all_results.json").write_text("{}")
+    prepared(out, overwrite_output_dir=True)
+    kept = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert kept == {"config.yaml", "cache/mine", "scores/0/manifest.json", "features/0/manifest.json"}
+
+
 def test_a_damaged_checkpoint_is_kept_under_another_name(out: Path) -> None:
     prepared(out)
     (out / "checkpoint-4").mkdir()

@@ -65,14 +65,15 @@ class Watch(Hook):
         self.steps.append(found)
 
 
-def build(folder: Path | None = None, **keys: Any) -> tuple[Any, Watch]:
+def build(folder: Path | None = None, micro: int = GLOBAL_MICRO, **keys: Any) -> tuple[Any, Watch]:
+    """micro: packs of a micro-batch on all ranks together; the packs of a step stay."""
     watch, data = Watch(), domains()
     for part in data.values():
         for n, sample in enumerate(part):
             sample["sample_weight"] = 1.0 + n % 3
     engine = dataflex.initialize(
         model=tiny.model("full"),
-        config=tiny.ds_config(2, micro_batch=GLOBAL_MICRO // dist.world_size(), accumulation=ACCUMULATION),
+        config=tiny.ds_config(2, micro_batch=micro // dist.world_size(), accumulation=BATCH // micro),
         dataflex={"packing": True, "cutoff_len": CAPACITY, "output_dir": str(folder) if folder else None, **keys},
         train_dataset=data,
         tokenizer=tiny.PadZero(),
@@ -126,6 +127,17 @@ def every_run(folder: str) -> dict[str, Any]:
     second.load_checkpoint()
     end = train(second)
     return found | {"again": {"steps": [*before.steps, *after.steps], "end": end}}
+
+
+def elsewhere(folder: str, saved: str) -> dict[str, Any]:
+    """The steps of runs that go on with another number of ranks' checkpoint, by the packs of their micro-batches."""
+    found: dict[str, Any] = {}
+    for micro in (GLOBAL_MICRO, BATCH):
+        engine, watch = build(Path(folder) / str(micro), micro, **RUNS["both"])
+        engine.load_checkpoint(saved)
+        train(engine)
+        found[str(micro)] = watch.steps
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +195,20 @@ def test_ranks_change_nothing(runs: Any, name: str) -> None:
 def test_a_resume_inside_a_phase_goes_on_bit_for_bit(runs: Any, world: int) -> None:
     whole, again = runs[world][1]["both"], runs[world][1]["again"]
     assert again == {"steps": whole["steps"], "end": whole["end"]}
+
+
+@pytest.mark.parametrize(("saved_by", "ranks"), [(1, 2), (2, 1)])
+def test_a_resume_on_another_number_of_ranks_has_the_same_packs(
+    saved_by: int, ranks: int, runs: Any, tmp_path: Path
+) -> None:
+    """Inside the phase from step 3 to 5, with the losses of the same samples, in micro-batches of other sizes too."""
+    folder, whole = runs[saved_by][0], runs[saved_by][1]["both"]["steps"][4:]
+    target = "tests.engine.test_packs:elsewhere"
+    for steps in run_ranks(target, ranks, folder=str(tmp_path), saved=str(folder / "again"))[0].values():
+        assert [step["ids"] for step in steps] == [step["ids"] for step in whole] and len(steps) == 2
+        for got, want in zip(steps, whole, strict=True):
+            assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+            assert got["losses"] == pytest.approx(want["losses"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", RUNS)

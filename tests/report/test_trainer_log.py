@@ -74,6 +74,20 @@ def test_the_lines_by_hand(tmp_path: Path) -> None:
     assert {line["weight_mean"] for line in lines} == {0.25}
 
 
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff" * 9, b'{"current_steps": 9}\n'])
+def test_a_resume_writes_the_log_anew_whatever_it_holds(tmp_path: Path, content: bytes | None) -> None:
+    log, run = logged(tmp_path)
+    lines, path = read_log(tmp_path), tmp_path / "trainer_log.jsonl"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    again = LogHook(3)
+    run.clock = Clock(run)
+    again.load_state_dict(json.loads(json.dumps(log.state_dict())))
+    again.on_train_start(run)
+    assert read_log(tmp_path) == lines and len(lines) == 3
+
+
 def test_the_results_by_hand(tmp_path: Path) -> None:
     log, run = logged(tmp_path)
     found = log.summary(run)

@@ -1,18 +1,20 @@
 """Every registered component, run the same way: two decisions, a resume in mid-phase, one rank and two.
 
-One rank makes logits, two do not (fused_head).
+One rank makes logits, two do not (fused_head). And two ranks go on with what one has saved, and one with that of two,
+as the uninterrupted run went on; where the micro-batches of all ranks together change, what compares their samples is
+refused.
 """
 
 from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import dataflex
@@ -20,18 +22,30 @@ from dataflex.core.registry import KINDS, REGISTRY
 from dataflex.forward import fused
 from dataflex.train.trainer.components import load_components
 from dataflex.utils import dist
+from dataflex.utils.errors import UserError
 from tests import tiny_engine as tiny
 from tests.component_cases import BATCH, CASES, SIZES, TIMES, UPDATE, WARMUP, Case, Outcome, Recorder
 from tests.distributed import ROOT, run_ranks
 
 SAVE_AT = WARMUP + UPDATE - 1
 STEPS = WARMUP + UPDATE * TIMES
+# {saved by: (ranks, micro-batch, gradient accumulation) that go on}; the second has another group of samples.
+ELASTIC = {2: [(1, 4, 1), (1, 2, 2)], 1: [(2, 2, 1), (2, 1, 2)]}
+SPREAD = ("selector-less", "mixer-doremi", "weighter-loss")
 
 
-def build(case: Case, folder: Path, world: int, times: int = TIMES, mode: str | None = None) -> tuple[Any, Recorder]:
+def build(
+    case: Case,
+    folder: Path,
+    world: int,
+    times: int = TIMES,
+    mode: str | None = None,
+    split: tuple[int, int] | None = None,
+) -> tuple[Any, Recorder]:
     """A fresh engine with ``case``'s component, as a user's YAML and `dataflex.initialize` make it.
 
-    times: decisions; mode: of fused_head, by default one for each number of ranks: the run is the same.
+    times: decisions; mode: of fused_head, by default one for each number of ranks: the run is the same. split: the
+    micro-batch and the steps of gradient accumulation, by default one step.
     """
     components = folder / f"components_{dist.rank()}.yaml"  # a file of its own: the other rank may be reading
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +55,8 @@ def build(case: Case, folder: Path, world: int, times: int = TIMES, mode: str | 
     schedule = {"update_step": UPDATE, "update_times": times, "warmup_step": WARMUP}
     if case.kind == "weighter":
         schedule = {"warmup_step": WARMUP, "train_step": WARMUP + UPDATE * times}
-    config = tiny.ds_config(3, micro_batch=BATCH // world)
+    micro, steps = split or (BATCH // world, 1)
+    config = tiny.ds_config(3, micro_batch=micro, accumulation=steps)
     config["zero_optimization"] |= tiny.NEARBY
     engine = dataflex.initialize(
         model=tiny.model(case.model),
@@ -68,20 +83,36 @@ def run(case: Case, folder: Path, world: int) -> dict[str, Any]:
     Every second case is resumed on one rank, the others on two.
     """
     engine, recorder = build(case, folder, world)
-    losses = []
+    losses, ids, saved = [], [], None
     for batch in engine.batches():
         losses.append(engine.training_step(batch))
+        ids.append(batch.sample_ids.tolist())
         if engine.run.step == SAVE_AT:
             engine.save_checkpoint(folder)
+            saved = states(engine)
     files = sorted((folder / "decisions").glob("*.json"), key=lambda p: int(p.stem.split("_")[1]))
     decisions = [json.loads(f.read_text()) for f in files]
     whole = [losses, recorder.phases, decisions, tiny.parameter_hash(engine)]
+    found = {"whole": whole, "ids": ids, "states": [saved, states(engine)]}
     if CASES.index(case) % 2 + 1 != world:
-        return {"whole": whole}
+        return found
     engine, recorder = build(case, folder, world)
     assert engine.load_checkpoint(folder)[1] == {}
     tail = [engine.training_step(batch) for batch in engine.batches()]
-    return {"whole": whole, "tail": [tail, recorder.phases, tiny.parameter_hash(engine)]}
+    return found | {"tail": [tail, recorder.phases, tiny.parameter_hash(engine)]}
+
+
+def states(engine: Any) -> Any:
+    """What the hooks would save, as JSON holds it."""
+    return plain([hook.state_dict() for hook in engine._loop.hooks])
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.tolist() if isinstance(value, torch.Tensor | np.ndarray | np.generic) else value
 
 
 def all_cases(folder: str, world: int) -> dict[str, Any]:
@@ -97,17 +128,86 @@ def all_cases(folder: str, world: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, list[dict[str, Any]]]]:
-    """{world size: each rank's results}."""
-    yield {
-        world: run_ranks(
-            "tests.train.test_components:all_cases",
-            world,
-            folder=str(tmp_path_factory.mktemp(f"components{world}")),
-            world=world,
-        )
-        for world in (1, 2)
-    }
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """{world size: each rank's results}, and {world size: where its checkpoints are} as "folders"."""
+    folders = {world: tmp_path_factory.mktemp(f"components{world}") for world in (1, 2)}
+    found: dict[Any, Any] = {"folders": folders}
+    for world, folder in folders.items():
+        found[world] = run_ranks("tests.train.test_components:all_cases", world, folder=str(folder), world=world)
+    return found
+
+
+def elastic(folder: str, saved: str, names: list[str], splits: list[tuple[int, int, int]]) -> dict[str, Any]:
+    """Each case of ``names`` that goes on with its checkpoint in ``saved``, in each split; or what refuses it."""
+    found: dict[str, Any] = {}
+    for case in (case for case in CASES if case.id in names):
+        for world, micro, steps in splits_of(case, splits):
+            key = f"{case.id} {micro} x {steps} x {world}"
+            try:
+                engine, _ = build(case, Path(folder, key), world, split=(micro, steps))
+                engine.load_checkpoint(Path(saved, case.id))
+                loaded, losses, ids = states(engine), [], []
+                for batch in engine.batches():
+                    losses.append(engine.training_step(batch))
+                    ids.append(batch.sample_ids.tolist())
+                found[key] = {"losses": losses, "ids": ids, "states": [loaded, states(engine)]}
+            except UserError as error:
+                found[key] = str(error)
+    return found
+
+
+def splits_of(case: Case, splits: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """What is tried: everything, but where time counts, of what compares nothing."""
+    return splits[:1] if case.id in SPREAD and not case.compared else splits
+
+
+def go_on_elsewhere(results: Any, folder: Path, names: list[str]) -> dict[str, Any]:
+    """Rank 0's results of `elastic`, for what one rank and what two have saved."""
+    found: dict[str, Any] = {}
+    for saved_by, splits in ELASTIC.items():
+        found |= run_ranks(
+            "tests.train.test_components:elastic",
+            splits[0][0],
+            folder=str(folder),
+            saved=str(results["folders"][saved_by]),
+            names=names,
+            splits=splits,
+        )[0]
+    return found
+
+
+def check_elastic(case: Case, results: Any, found: dict[str, Any]) -> None:
+    for saved_by, splits in ELASTIC.items():
+        whole = results[saved_by][0][case.id]
+        for world, micro, steps in splits_of(case, splits):
+            got = found[f"{case.id} {micro} x {steps} x {world}"]
+            now, was = micro, BATCH // saved_by
+            if case.compared == "global micro-batch":
+                now, was = micro * world, BATCH
+            if case.compared and now != was:
+                words = (
+                    f"compares the samples of a {case.compared}, which has {was} samples in the checkpoint and {now}"
+                )
+                assert isinstance(got, str) and words in got, got
+                continue
+            assert not isinstance(got, str), got
+            assert got["ids"] == whole["ids"][SAVE_AT:]
+            np.testing.assert_allclose(got["losses"], whole["whole"][0][SAVE_AT:], rtol=0, atol=1e-5)
+            assert got["states"][0] == whole["states"][0], "what was saved is not what is loaded"
+            assert_near(got["states"][1], whole["states"][1])
+
+
+def assert_near(got: Any, want: Any) -> None:
+    """The same numbers within the noise of sums, everything else the same."""
+    if isinstance(want, dict):
+        assert got.keys() == want.keys()
+        got, want = list(got.values()), list(want.values())
+    if isinstance(want, list):
+        assert len(got) == len(want)
+        for one, other in zip(got, want, strict=True):
+            assert_near(one, other)
+    else:
+        assert got == (pytest.approx(want, rel=1e-4, abs=1e-5) if isinstance(want, float) else want)
 
 
 def outcome(result: Any) -> Outcome:
@@ -118,7 +218,7 @@ def outcome(result: Any) -> Outcome:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_component(case: Case, results: dict[int, list[dict[str, Any]]]) -> None:
+def test_component(case: Case, results: dict[Any, Any]) -> None:
     found = [rank[case.id] for world in (1, 2) for rank in results[world]]
     failed = [text for text in found if isinstance(text, str)]
     assert not failed, failed[0]
@@ -160,6 +260,30 @@ def test_twenty_steps_with_and_without_logits_are_the_same(tmp_path: Path) -> No
     for name, ((losses, phases), (others, other_phases)) in ((n, (f["on"], f["off"])) for n, f in found.items()):
         assert len(losses) >= 20 and phases == other_phases, name
         np.testing.assert_allclose(losses, others, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def spread(results: dict[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return go_on_elsewhere(results, tmp_path_factory.mktemp("spread"), list(SPREAD))
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_one_rank_goes_on_for_two_and_two_for_one(name: str, results: dict[Any, Any], spread: dict[str, Any]) -> None:
+    check_elastic(next(case for case in CASES if case.id == name), results, spread)
+
+
+@pytest.fixture(scope="module")
+def rest(results: dict[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    names = [case.id for case in CASES if case.id not in SPREAD]
+    return go_on_elsewhere(results, tmp_path_factory.mktemp("rest"), names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case.id not in SPREAD], ids=lambda case: case.id)
+def test_every_component_goes_on_on_another_number_of_ranks(
+    case: Case, results: dict[Any, Any], rest: dict[str, Any]
+) -> None:
+    check_elastic(case, results, rest)
 
 
 def check_run(case: Case, got: Outcome) -> None:

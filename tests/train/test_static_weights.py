@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from dataflex.config.sections.weighting import WeightingSection
 from dataflex.core.packing import Packing
 from dataflex.core.weights import StaticWeights
 from dataflex.data.pool import Pool
+from dataflex.data.weight_file import WeightFile
 from dataflex.train.trainer.weight_trainer import WeightHook, WeightLog, collapsed
 from dataflex.train.weighter.adapt_weighter import (
     AdaptWeighter,
@@ -110,12 +112,38 @@ def test_class_weights(tmp_path: Path) -> None:
         ({"ab": 1.0}, "class_weights: 'ab' is 2 tokens; a class is one token"),
         ({"259": 1.0}, "class_weights: token id 259 is out of range; valid: 0 to 258"),
         (str(tmp_path / "bad.json"), "bad.json: expected numbers >= 0, got -2"),
-        (str(tmp_path / "none.npy"), "none.npy cannot be read as .npy or .json"),
+        (str(tmp_path / "none.npy"), "none.npy cannot be read as a .npy file"),
     ):
         with pytest.raises(UserError, match=text):
             class_weights(given, 259, tokenizer)
     with pytest.raises(UserError, match=r"w.npy: expected 300 numbers, got shape \(259,\)"):
         class_weights(str(tmp_path / "w.npy"), 300, None)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff" * 64, b"[" * 99_999, b'{"3": ' + b"9" * 400 + b"}"])
+def test_damaged_files_of_weights_are_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "w.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"^class_weights: [^\n]{1,900}$"):
+        class_weights(str(path), 259, byte_tokenizer())
+
+
+def test_every_bit_of_the_head_of_an_array_of_weights(tmp_path: Path) -> None:
+    """The head is a text of Python's, with a shape that can say anything."""
+    path = tmp_path / "w.npy"
+    np.save(path, np.ones(259))
+    whole, told = path.read_bytes(), 0
+    for bit in range(8 * 128):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            assert class_weights(str(path), 259, None).shape == (259,)
+            assert len(WeightFile(str(path)).values) == 259
+        except UserError as error:
+            told += 1
+            assert re.fullmatch(r"(class|sample)_weights?: [^\n]{1,900}", str(error))
+    assert told > 400
 
 
 @pytest.mark.parametrize(

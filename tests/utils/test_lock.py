@@ -18,6 +18,7 @@ import pytest
 from dataflex.utils import lock
 from dataflex.utils.errors import UserError
 from dataflex.utils.lock import HEARTBEAT, LOCK, FolderLock
+from dataflex.utils.run_lock import held
 from tests.distributed import ROOT
 
 HOLD = """
@@ -91,6 +92,13 @@ def test_a_forked_helper_does_not_hold_the_folder(tmp_path: Path) -> None:
     FolderLock.take(tmp_path, 2, wait_s=5).release(tmp_path, tidy=True)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder, why in ((tmp_path / "file/out", "Not a directory"), (tmp_path / ("x" * 300), "File name too long")):
+        with pytest.raises(UserError, match=f"^output_dir: cannot write to '{folder}': {why}$"), held(folder):
+            pytest.fail("held")
 
 
 def test_what_an_unreadable_lock_file_says_is_not_needed(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ A validator gets the YAML value (a null never reaches it) and raises ValueError(
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from dataflex.config.secrets import NO_SECRET, is_secret, secret_places
 from dataflex.config.yaml_reader import kind_of
 from dataflex.utils.errors import cut, nearest
 from dataflex.utils.errors import shown as shown_value
@@ -20,7 +20,6 @@ from dataflex.utils.files import unusable_path
 Validator = Callable[[Any], Any]
 LARGEST = 2**31 - 1  # of what is counted: lengths are int32, and plans of more steps fit no memory
 LONGEST_TEXT = 4096
-_SECRET = re.compile(r"://[^/\s@]*:[^/\s@]+@|\b(?:hf|sk)_[A-Za-z0-9]{20,}")
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -104,7 +103,7 @@ def to_text(value: Any) -> str:
         raise ValueError(f"expected at most {LONGEST_TEXT:,} characters, got {len(value):,}")
     if not value.isprintable():
         raise ValueError(f"expected printable text on one line, got {shown(value)}")
-    if _SECRET.search(value):
+    if is_secret(value):
         raise ValueError(
             "expected no password or access token: it would be written into the run's folder; set HF_TOKEN"
         )
@@ -217,6 +216,7 @@ def _to_params(value: Any) -> dict[str, dict[str, Any]]:
     kinds = ("select", "mix", "weight")
     if not isinstance(value, Mapping):
         raise ValueError(f"expected a mapping such as {{select: {{seed: 1}}}}, got {shown(value)}")
+    _refuse_secrets(value)
     for key, params in value.items():
         if key not in kinds:
             raise ValueError(f"unknown kind '{key}', expected select, mix or weight{nearest(str(key), kinds)}")
@@ -228,7 +228,13 @@ def _to_params(value: Any) -> dict[str, dict[str, Any]]:
 def _to_options(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"expected a mapping such as {{min_lr: 1.0e-6}}, got {shown(value)}")
+    _refuse_secrets(value)
     return {to_text(name): option for name, option in value.items()}
+
+
+def _refuse_secrets(value: Any) -> None:
+    for place in secret_places(value):
+        raise ValueError(f"{place} {NO_SECRET}")
 
 
 def _to_deepspeed(value: Any) -> str | dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from dataflex.data.encoding.builtin_templates import FORMATS, NO_THOUGHT, Format, as_jinja, without_thoughts
 from dataflex.data.sources.convert import Turn
-from dataflex.utils.errors import UserError, nearest
+from dataflex.utils.errors import UserError, brief, nearest
 from dataflex.utils.logging import logger
 
 Pair = tuple[str, str]
@@ -182,15 +182,15 @@ class ChatTemplate:
         return pairs
 
     def _render(self, turns: Sequence[Turn], opens_answer: bool, where: str) -> str:
-        from jinja2 import TemplateError
-
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=opens_answer, **self._options
             )
-        except TemplateError as error:
-            raise UserError(f"{where}: the tokenizer's chat template refuses this conversation: {error}") from None
+        except Exception as error:  # a template is a program
+            raise UserError(
+                f"{where}: the tokenizer's chat template refuses this conversation: {brief(error)}"
+            ) from error
         assert isinstance(text, str)
         return text
 

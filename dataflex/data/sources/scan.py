@@ -84,7 +84,7 @@ def check_weights(values: Any, count: int, what: str) -> np.ndarray:
     """``values`` as float64 [count]; UserError unless they are ``count`` finite numbers >= 0."""
     try:
         weights = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{what}: expected {count} numbers >= 0, got {shown(values)}") from None
     if weights.shape != (count,):
         raise UserError(f"{what}: expected {count} numbers, got shape {weights.shape}")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dataflex.data.encoding.tokenize import Encoder, cut_blocks
-from dataflex.data.pool import TrainingPool
+from dataflex.data.pool import TrainingPool, check_ids
 from dataflex.data.sources.convert import Converter
 from dataflex.data.sources.info import DatasetInfo, find_dataset_dir, read_dataset_infos
 from dataflex.data.sources.source import conversion_parts, fingerprint_of
@@ -62,6 +62,10 @@ class DomainStream:
         self.reach(position)
         return self._item(position - self.start)
 
+    def row(self, position: int) -> str:
+        """The file:row of a position in the chunk; "" where a sample is not made from one row."""
+        return str(self._rows[position - self.start]["where"])
+
     def _count(self) -> int:
         """Samples of the chunk."""
         return len(self._rows)
@@ -103,6 +107,9 @@ class PackedStream(DomainStream):
         self._packed = 0
         super()._load()
 
+    def row(self, position: int) -> str:
+        return ""
+
     def _count(self) -> int:
         return len(self._blocks)
 
@@ -134,7 +141,12 @@ class StreamPool(TrainingPool):
     Ids of a domain must be asked for in ascending order, as the plans of `StreamMixture` have them; a rank asks for its
     own. Every rank reads all streams: after each global batch `reach` brings them to the same place, so the state is
     the same on every rank, and a row that cannot be read stops all of them at the same step.
+
+    Attributes:
+        vocabulary: the model's token ids are below; `check_limits` sets it, since no sample is known before it is read.
     """
+
+    vocabulary: int | None = None
 
     def __init__(self, streams: list[DomainStream], fingerprint: str) -> None:
         self.streams = streams
@@ -142,12 +154,20 @@ class StreamPool(TrainingPool):
         self.fingerprint = fingerprint
         self._settings = streams[0].encoder.settings
         self._lengths: dict[int, int] = {}
+        self._rows: dict[int, str] = {}
 
     def __getitem__(self, index: int | np.integer[Any]) -> dict[str, Any]:
         position, domain = divmod(int(index), len(self.streams))
         sample = self.streams[domain].sample(position)
         self._lengths[int(index)] = len(sample["input_ids"])
+        self._rows[int(index)] = self.streams[domain].row(position)
+        if self.vocabulary is not None:
+            check_ids(sample, self.vocabulary, f"dataset: sample {index} ({self.whence(int(index))})")
         return sample
+
+    def whence(self, index: int) -> str:
+        """The file:row that it is made from, of what this rank read for this step; else its dataset."""
+        return self._rows.get(index) or super().whence(index)
 
     @property
     def size(self) -> None:
@@ -185,6 +205,7 @@ class StreamPool(TrainingPool):
             for index in micro.sample_ids.tolist():
                 tokens[index % len(self.streams)] += self._lengths[index]
         self._lengths.clear()
+        self._rows.clear()
         device = batch.micro_batches[0].labels.device
         summed: np.ndarray = dist.all_reduce(tokens.to(device)).cpu().numpy()
         return summed

@@ -11,6 +11,7 @@ from dataflex.core.context import Run
 from dataflex.core.plan import generator
 from dataflex.engine.checkpoint.deepspeed_files import load_deepspeed
 from dataflex.engine.checkpoint.manifest import STATE, broken, random_state_file
+from dataflex.engine.checkpoint.resharding import refuse_nvme
 from dataflex.engine.checkpoint.split import Split, check_split
 from dataflex.engine.checkpoint.state import (
     SavedState,
@@ -81,9 +82,15 @@ def load_weights(engine: Any, folder: Path) -> int:
     return int(state["step"])
 
 
-def check_start(folder: Path, now: Split) -> None:
-    """UserError where a run that is split as ``now`` cannot go on with a whole checkpoint; on one rank."""
-    check_split(read_state(folder)["identity"], now, folder)
+def check_start(folder: Path, now: Split, nvme: bool) -> None:
+    """UserError where a run that is split as ``now`` cannot go on with a whole checkpoint; on one rank.
+
+    nvme: whether its optimizer is offloaded to NVMe.
+    """
+    saved = read_state(folder)["identity"]
+    check_split(saved, now, folder)
+    if nvme and saved["world_size"] != now.world_size:
+        refuse_nvme(folder)
 
 
 def _layout(engine: Any) -> dict[str, Any]:

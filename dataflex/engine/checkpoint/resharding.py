@@ -20,6 +20,10 @@ from dataflex.utils.errors import UserError
 
 _ONLY_SAME = "resumes on as many processes as saved it"
 _FP32 = {3: "fp32_flat_groups", 2: "single_partition_of_fp32_groups", 1: "single_partition_of_fp32_groups"}
+# The trained parameters of each flat tensor, and the flat fp32 tensors: of ZeRO-3, of 1 and 2, of 1 in bf16 with
+# gradients in fp32.
+_GROUPS = ("fp16_groups", "bit16_groups", "bf16_groups")
+_FLATS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 _STATE = {3: "optimizer_state_dict", 2: "base_optimizer_state", 1: "base_optimizer_state"}
 
 
@@ -71,13 +75,12 @@ def saved_layouts(stage: int, model: dict[str, Any], optimizers: Sequence[dict[s
 
 def own_layout(engine: Any) -> tuple[Layout, list[int]]:
     """Layout and sizes of this rank's flat tensors in a running engine."""
-    optimizer, names = engine.optimizer, engine.param_names
+    names, flats = engine.param_names, [flat.numel() for flat in _of_optimizer(engine, _FLATS)]
     if engine.zero_optimization_stage() == 3:
-        sizes = [{names[p]: p.ds_numel for p in group} for group in _groups(engine)]
-        flats = [flat.numel() for flat in optimizer.fp32_partitioned_groups_flat]
+        sizes = [{names[p]: p.ds_numel for p in group} for group in _of_optimizer(engine, _GROUPS)]
         return sharded_layout(sizes, dist.rank(), dist.world_size()), flats
     layout = []
-    for group in _groups(engine):
+    for group in _of_optimizer(engine, _GROUPS):
         mapped = [(names[p], p._hp_mapping) for p in group if p._hp_mapping is not None]
         layout.append(
             [
@@ -85,14 +88,17 @@ def own_layout(engine: Any) -> tuple[Layout, list[int]]:
                 for name, m in mapped
             ]
         )
-    return layout, [flat.numel() for flat in optimizer.single_partition_of_fp32_groups]
+    return layout, flats
 
 
-def _groups(engine: Any) -> list[list[Any]]:
-    """The trained parameters of each flat tensor."""
-    optimizer = engine.optimizer
-    groups: list[list[Any]] = optimizer.fp16_groups if engine.zero_optimization_stage() == 3 else optimizer.bit16_groups
-    return groups
+def _of_optimizer(engine: Any, names: Sequence[str]) -> Any:
+    """What DeepSpeed's optimizers call by one of ``names``."""
+    return next(getattr(engine.optimizer, name) for name in names if hasattr(engine.optimizer, name))
+
+
+def refuse_nvme(folder: Path) -> None:
+    """UserError: the swapped parts of such an optimizer lie in files of each process, not in the checkpoint."""
+    raise UserError(f"{folder}: an optimizer that is offloaded to NVMe {_ONLY_SAME}")
 
 
 def resharded(engine: Any, model: dict[str, Any], optimizers: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
@@ -102,7 +108,7 @@ def resharded(engine: Any, model: dict[str, Any], optimizers: Sequence[dict[str,
     model, or of an optimizer whose state is not one number per weight.
     """
     if engine.zero_nvme_offload_optimizer():
-        raise UserError(f"{folder}: an optimizer that is offloaded to NVMe {_ONLY_SAME}")
+        refuse_nvme(folder)
     stage = engine.zero_optimization_stage()
     fp32, moments = _FP32[stage], _STATE[stage]
     if not all(isinstance(saved.get(moments), dict) and fp32 in saved for saved in optimizers):
@@ -111,11 +117,12 @@ def resharded(engine: Any, model: dict[str, Any], optimizers: Sequence[dict[str,
     _check_sizes(layouts, engine, folder)
     cut = _Cut(layouts, *own_layout(engine))
     paddings = optimizers[0].get("group_paddings", [0] * len(optimizers[0][fp32]))
-    lengths = [flat.numel() + padding for flat, padding in zip(optimizers[0][fp32], paddings, strict=True)]
+    sizes = [flat.numel() for flat in optimizers[0][fp32]]
     states = [saved[moments]["state"] for saved in optimizers]
     for index, of in states[0].items():
         for key, value in of.items():
-            if torch.is_tensor(value) and value.dim() > 0 and value.shape != (lengths[index],):
+            fits = ((sizes[index],), (sizes[index] + paddings[index],))  # weights are saved with padding or without
+            if torch.is_tensor(value) and value.dim() > 0 and value.shape not in fits:
                 raise UserError(f"{folder}: an optimizer whose {key} is not one number per weight {_ONLY_SAME}")
     state = {index: cut.state(index, states) for index in range(len(cut.own))}
     groups = [dict(group) for group in optimizers[0][moments]["param_groups"]]
@@ -132,7 +139,8 @@ def _check_sizes(saved: Sequence[Layout], engine: Any, folder: Path) -> None:
     was: Counter[str] = Counter()
     for layout in saved:
         was.update({piece.name: piece.length for pieces in layout for piece in pieces})
-    now = {engine.param_names[p]: getattr(p, "ds_numel", p.numel()) for group in _groups(engine) for p in group}
+    groups = _of_optimizer(engine, _GROUPS)
+    now = {engine.param_names[p]: getattr(p, "ds_numel", p.numel()) for group in groups for p in group}
     if different := sorted(name for name in was.keys() | now.keys() if was[name] != now.get(name, 0)):
         name = different[0]
         raise UserError(

@@ -256,7 +256,10 @@ def _fitting(cfg: Config, start: Path) -> Path:
     """``start``; UserError where this run's processes and micro-batches cannot go on with it."""
     train = cfg.train
     now = (train.per_device_train_batch_size, train.gradient_accumulation_steps, dist.world_size())
-    checkpoint.check_start(start, checkpoint.Split(*now))
+    zero = train.deepspeed_config().get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    nvme = isinstance(offload, dict) and offload.get("device") == "nvme"
+    checkpoint.check_start(start, checkpoint.Split(*now), nvme)
     return start
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dataflex.config import Config
-from dataflex.utils.errors import UserError
+from dataflex.utils.errors import UserError, brief
 from dataflex.utils.logging import logger
 
 
@@ -29,15 +29,21 @@ def with_adapter_keys(cfg: Config) -> Config:
     return cfg.model_copy(update={"method": method.model_copy(update=own)})
 
 
-def _keys_of(source: str) -> dict[str, Any]:
-    """Our keys for what the adapter's config says; none where it is not a LoRA adapter."""
-    from peft import LoraConfig, PeftConfig
+def read_adapter_config(source: str) -> Any:
+    """The peft config of the adapter at ``source``, of whatever content its file is. UserError where there is none."""
+    from peft import PeftConfig
 
     try:
-        config = PeftConfig.from_pretrained(source)
-    except (OSError, ValueError) as exc:
-        words = " ".join(str(exc).split())
-        raise UserError(f"adapter_name_or_path: no fitting adapter at '{source}': {words:.200}") from exc
+        return PeftConfig.from_pretrained(source)
+    except Exception as exc:
+        raise UserError(f"adapter_name_or_path: no fitting adapter at '{source}': {brief(exc)}") from exc
+
+
+def _keys_of(source: str) -> dict[str, Any]:
+    """Our keys for what the adapter's config says; none where it is not a LoRA adapter."""
+    from peft import LoraConfig
+
+    config = read_adapter_config(source)
     if not isinstance(config, LoraConfig):
         return {}
     targets = config.target_modules or ()

@@ -17,6 +17,7 @@ from dataflex.engine.models.model import add_new_tokens, read_tokenizer
 from dataflex.utils.errors import UserError
 from dataflex.utils.files import write_atomically
 from dataflex.utils.logging import logger
+from dataflex.utils.records import DamagedError, read_record
 
 if TYPE_CHECKING:
     from dataflex.config import Config
@@ -107,9 +108,9 @@ def _generation_config(cfg: Config) -> dict[str, Any] | None:
         return None
     assert path is not None
     try:
-        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as exc:
-        raise UserError(f"model_name_or_path: {path}: not valid JSON: {exc}") from exc
+        content: dict[str, Any] = read_record(Path(path), dict)
+    except DamagedError as exc:
+        raise UserError(f"model_name_or_path: {path}: {exc}") from None
     return content
 
 

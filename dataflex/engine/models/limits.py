@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from dataflex.data.pool import Pool, TrainingPool
+from dataflex.data.pool import Pool, TrainingPool, check_ids
+from dataflex.data.streams.stream_pool import StreamPool
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
@@ -37,6 +38,8 @@ def check_limits(
     for key, pool in given.items():
         if rows is not None and isinstance(pool, Pool):
             _check_ids(key, pool, rows)
+        elif isinstance(pool, StreamPool):
+            pool.vocabulary = rows  # its samples are checked as they are read
     name, limit = _positions(module)
     for key, pool in given.items():
         if limit is None or pool.longest <= limit:
@@ -76,15 +79,7 @@ def _check_ids(key: str, pool: Pool, rows: int) -> None:
     if low >= 0 and high < rows:
         return
     for index in range(len(pool)):
-        sample = pool[index]
-        for column in ("input_ids", "labels"):
-            ids = np.asarray(sample[column], dtype=np.int64)
-            wrong = ids[((ids < 0) & ~((ids == -100) & (column == "labels"))) | (ids >= rows)]
-            if wrong.size:
-                raise UserError(
-                    f"{key}: sample {index} ({pool.whence(index)}): {column} has the token id {wrong[0]}, the model's "
-                    f"vocabulary has ids 0 to {rows - 1}; the data must be made with the tokenizer of this model"
-                )
+        check_ids(pool[index], rows, f"{key}: sample {index} ({pool.whence(index)})")
 
 
 def _text_config(module: nn.Module) -> Any:

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from dataflex.engine.models.adapter import read_adapter_config
 from dataflex.forward.head import is_plain_linear
 from dataflex.scoring.gradients.coverage import kind_of, reads_parameter
 from dataflex.utils.errors import UserError, brief, nearest
@@ -101,18 +103,17 @@ def _check_targets(targets: tuple[str, ...], model: nn.Module, unfit: dict[str, 
 
 def with_adapter(model: Any, source: str, trains: bool = True) -> Any:
     """The model with an existing adapter, to go on training it or to be used."""
-    from peft import PeftConfig, PeftModel, PeftType
+    from peft import PeftModel, PeftType
 
-    try:
-        kind = PeftConfig.from_pretrained(source).peft_type
-    except (OSError, ValueError, TypeError) as exc:
-        raise UserError(f"adapter_name_or_path: no adapter at '{source}': {brief(exc)}") from exc
+    kind = read_adapter_config(source).peft_type
     if kind != PeftType.LORA:
         raise UserError(f"adapter_name_or_path: '{source}' is an adapter of type {kind.value}; valid: LORA")
     try:
         with _without_peft_notices():
             return PeftModel.from_pretrained(model, source, is_trainable=trains)
-    except (OSError, ValueError, RuntimeError) as exc:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as exc:
         raise UserError(f"adapter_name_or_path: no fitting adapter at '{source}': {brief(exc)}") from exc
 
 

@@ -141,12 +141,13 @@ class Stepper:
             for micro, loss in zip(batch.micro_batches, losses, strict=True)
             for i in micro.sample_ids[~torch.isfinite(loss).cpu().numpy()]
         ]
-        everywhere = sorted(i for part in dist.gather_objects(bad) for i in part)
+        mine = [(i, self.run.pool.whence(i) if place < 4 else "") for place, i in enumerate(sorted(bad))]
+        everywhere = sorted(found for part in dist.gather_objects(mine) for found in part)
         if not everywhere:
             return "the weighted loss of the global batch is"
-        places = ", ".join(self.run.pool.whence(i) for i in everywhere[:4])
+        places = ", ".join(place for _, place in everywhere[:4])
         more = f" and {len(everywhere) - 4} more" if len(everywhere) > 4 else ""
-        return f"the losses of sample ids {everywhere[:16]} ({places}{more}) are"
+        return f"the losses of sample ids {[i for i, _ in everywhere[:16]]} ({places}{more}) are"
 
     def _micro(self, micro: MicroBatch, denominator: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """This micro-batch's part of the step's loss (scalar) and its samples' losses [S], with gradient.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -240,6 +240,11 @@ class WeighingPlanner(LearningPlanner, Weigher):
     """
 
     mixer: WeighingMixer
+
+    @property
+    def compared(self) -> Literal["", "micro-batch", "global micro-batch"]:
+        """What a micro-batch is weighed with depends on what is in it, or on how many have gone before in its step."""
+        return "global micro-batch"
 
     def on_losses(self, run: Run, micro: Any, losses: SampleLoss, outputs: Any) -> None:
         super().on_losses(run, micro, losses, outputs)

@@ -63,6 +63,12 @@ class CheckpointHook(Hook):
         self.every, self.keep, self.only_model = every, keep, only_model
         self.handover, self.best = handover, best
 
+    def on_train_start(self, run: Run) -> None:
+        """config.yaml as the run has written it, whatever becomes of the file while it trains."""
+        assert run.output_dir is not None
+        if dist.is_main() and not self.only_model:
+            self.config = (run.output_dir / CONFIG).read_text(encoding="utf-8")
+
     def on_step_end(self, run: Run, batch: Any) -> None:
         stop = run.stop
         if stop.verdict != "leave" and (due(run, self.every) or (stop.verdict and not self.only_model)):
@@ -80,7 +86,7 @@ class CheckpointHook(Hook):
             export(run.engine, folder, self.handover)
         else:
             if dist.is_main():  # before the manifest, which then holds for it too
-                write_atomically(folder / CONFIG, (run.output_dir / CONFIG).read_text(encoding="utf-8"))
+                write_atomically(folder / CONFIG, self.config)
             run.engine.save_checkpoint()
             run.stop.last = folder
         logger.info(f"step {run.step}: saved {folder}")

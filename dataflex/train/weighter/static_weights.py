@@ -18,6 +18,7 @@ from dataflex.core.weights import StaticWeights
 from dataflex.data.encoding.encode import IGNORE_INDEX
 from dataflex.data.pool import Pool, TrainingPool
 from dataflex.data.sources.scan import check_weights
+from dataflex.data.weight_file import read_array
 from dataflex.utils.errors import UserError, cut, nearest
 from dataflex.utils.logging import logger
 
@@ -99,13 +100,13 @@ def class_weights(given: str | Mapping[str, float], vocabulary: int, tokenizer: 
     given: {token id or text of one token: weight}, a .json file of such a mapping, or a .npy file [vocabulary].
     """
     if isinstance(given, str):
-        path = Path(given).expanduser()
+        if Path(given).suffix == ".npy":
+            array = check_weights(read_array(given, "class_weights"), vocabulary, f"class_weights: {given}")
+            return torch.from_numpy(array.astype(np.float32))
         try:
-            loaded: Any = (
-                np.load(path, allow_pickle=False) if path.suffix == ".npy" else json.loads(path.read_text("utf-8"))
-            )
-        except (OSError, ValueError, EOFError, RecursionError) as exc:
-            raise UserError(f"class_weights: {given} cannot be read as .npy or .json: {cut(str(exc), 200)}") from None
+            loaded = json.loads(Path(given).expanduser().read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as exc:
+            raise UserError(f"class_weights: {given} cannot be read as JSON: {cut(str(exc), 200)}") from None
         if not isinstance(loaded, dict):
             return torch.from_numpy(check_weights(loaded, vocabulary, f"class_weights: {given}")).float()
         check_weights(list(loaded.values()), len(loaded), f"class_weights: {given}")
