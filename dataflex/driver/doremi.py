@@ -31,7 +31,7 @@ class MeanWeights(TypedDict):
     """The result of a proxy run as far as it is read again."""
 
     domain_names: list[str]
-    average_weights: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    average_weights: list[Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]]
 
 
 def three_runs(cfg: Config) -> None:
