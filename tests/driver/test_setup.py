@@ -28,9 +28,9 @@ def test_a_decision_may_take_the_whole_pool_and_no_more() -> None:
     keys |= {"per_device_train_batch_size": 4, "learning_rate": 1e-3}
     cfg = with_effective_params(load_config(keys, embedded=True))
     load_components(())
-    assert [phase.steps for phase in setup._schedule(cfg, 8).phases if phase.decides] == [2]
+    assert [phase.steps for phase in setup._schedule(cfg, 8, 8).phases if phase.decides] == [2]
     with pytest.raises(UserError, match="= 8 samples without replacement, the pool has 7"):
-        setup._schedule(cfg, 7)
+        setup._schedule(cfg, 8, 7)
 
 
 def test_a_pass_of_the_schedule_has_as_many_samples_as_are_drawn(workspace: Path) -> None:
