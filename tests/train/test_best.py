@@ -34,6 +34,7 @@ def trained(out: Path, losses: list[float], keep: int, every: int = 2, greater: 
     log = log_of()
     best = Best("eval_loss", greater, log)
     evaluations, saves = EvalHook(3, log, every), CheckpointHook(every, keep, False, None, best)  # type: ignore[arg-type]
+    saves.on_train_start(run)
     for step in range(1, len(losses) + 1):
         run.step = step
         evaluations.on_step_end(run, None)

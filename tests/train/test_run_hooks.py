@@ -106,7 +106,9 @@ def test_the_newest_are_kept_by_number_not_by_name(tmp_path: Path) -> None:
     run: Any = SimpleNamespace(output_dir=tmp_path, step=11, total_steps=20, clock=Clock(), stop=Stop())
     run.engine = SimpleNamespace(save_checkpoint=lambda: make(tmp_path, 11))
     (tmp_path / "config.yaml").write_text("seed: 3")
-    CheckpointHook(11, 2, False, None).on_step_end(run, None)
+    hook = CheckpointHook(11, 2, False, None)
+    hook.on_train_start(run)
+    hook.on_step_end(run, None)
     assert names(tmp_path) == {"config.yaml", "checkpoint-10", "checkpoint-11"}
 
 
