@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from dataflex.core.clock import Clock
 from dataflex.core.hook import Planner, Weigher
 from dataflex.core.plan import Phase, Plan, epoch_schedule, group_by_length
+from dataflex.engine.steps.contributions import step_denominator
 from dataflex.engine.steps.loop import Loop, Stepper
 from dataflex.engine.steps.skip import NonFinite
+from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.stopping import Stop
 
@@ -67,7 +69,7 @@ def loss_of(
     engine = Logits()
     run: Any = SimpleNamespace(world_size=world_size, accumulation=3, step=0, total_steps=1)
     stepper = Stepper(engine, run, [Answers(answer) for answer in answers], normalization)
-    batch: Any = SimpleNamespace(micro_batches=[micro(own) for _ in range(3)])
+    batch: Any = SimpleNamespace(micro_batches=[micro(own) for _ in range(3)], sample_ids=np.arange(6))
     stepper.start(batch)
     return stepper.forward(batch.micro_batches[0]).item(), engine
 
@@ -86,6 +88,18 @@ def test_one_denominator_of_the_whole_window(normalization: str, divisor: float)
     a, b = engine.losses()
     numerator = 0.5 * 2 * a + 3 * b if normalization == "tokens" else 0.5 * a + 3 * b
     assert loss == pytest.approx(3 * numerator / divisor, rel=1e-5)
+
+
+@pytest.mark.parametrize(("normalization", "collectives", "divisor"), [("mean", 0, 4.0), ("tokens", 1, 12.0)])
+def test_a_mean_over_samples_is_divided_by_what_the_plan_says_without_a_collective(
+    normalization: str, collectives: int, divisor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank has as many tokens in its micro-batches; the plan has four samples for both."""
+    calls: list[torch.Tensor] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: calls.append(tensor) or 2 * tensor)
+    batch: Any = SimpleNamespace(micro_batches=[micro(), micro()], sample_ids=np.arange(4))
+    assert step_denominator(batch, normalization).item() == divisor
+    assert len(calls) == collectives
 
 
 def test_a_weighters_own_loss_goes_back_as_it_is() -> None:
@@ -116,7 +130,7 @@ def stepped(overflows: bool, in_a_row: int) -> tuple[Stepping, Stepper]:
     engine = Stepping(overflows)
     run: Any = SimpleNamespace(world_size=1, accumulation=1, step=0, total_steps=9, stop=Stop())
     stepper = Stepper(engine, run, [], "mean", nonfinite=NonFinite("skip", 2, in_a_row))
-    batch: Any = SimpleNamespace(micro_batches=[micro()])
+    batch: Any = SimpleNamespace(micro_batches=[micro()], sample_ids=np.arange(2))
     stepper.start(batch)
     stepper.forward(batch.micro_batches[0])
     stepper.take_step(batch)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dataflex.engine.steps.batches import MicroBatch, StepBatch
 from dataflex.ops import SampleLoss
+from dataflex.utils import dist
 
 
 def micro_loss(losses: SampleLoss, weights: Tensor | None, normalization: str) -> Tensor:
@@ -33,12 +34,19 @@ def weighted_tokens(
     return (token_factors(micro, weights, normalization) * by_token * losses.token_loss).sum()
 
 
-def local_denominator(batch: StepBatch, normalization: str) -> Tensor:
-    """This rank's part of the step's denominator, float64 scalar: tokens, samples or sum of weights."""
+def step_denominator(batch: StepBatch, normalization: str) -> Tensor:
+    """What the step's loss is divided by, float64 scalar on the device: tokens, samples or sum of weights of all ranks.
+
+    A collective, but for ``mean``: how many samples a global batch has is known from the plan.
+    """
     micro = batch.micro_batches
+    if normalization == "mean":
+        return torch.full((), float(len(batch.sample_ids)), dtype=torch.float64, device=micro[0].labels.device)
     if normalization == "tokens":
-        return torch.stack([m.counts.sum() for m in micro]).sum().to(torch.float64)
-    if normalization == "sum_weights" and micro[0].weights is not None:
-        return torch.stack([m.weights.sum() for m in micro if m.weights is not None]).sum().to(torch.float64)
-    samples = sum(len(m.sample_ids) for m in micro)
-    return torch.full((), float(samples), dtype=torch.float64, device=micro[0].labels.device)
+        mine = torch.stack([m.counts.sum() for m in micro]).sum()
+    elif micro[0].weights is None:
+        samples = sum(len(m.sample_ids) for m in micro)
+        mine = torch.full((), float(samples), dtype=torch.float64, device=micro[0].labels.device)
+    else:
+        mine = torch.stack([m.weights.sum() for m in micro if m.weights is not None]).sum()
+    return dist.all_reduce(mine.to(torch.float64))

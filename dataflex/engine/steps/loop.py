@@ -14,7 +14,7 @@ from dataflex.core.context import Run
 from dataflex.core.hook import Hook, Planner, Weigher
 from dataflex.core.plan import Plan, group_by_length
 from dataflex.engine.steps.batches import BatchSource, MicroBatch, StepBatch
-from dataflex.engine.steps.contributions import local_denominator, micro_loss, token_factors, weighted_tokens
+from dataflex.engine.steps.contributions import micro_loss, step_denominator, token_factors, weighted_tokens
 from dataflex.engine.steps.skip import NonFinite, advance_schedule, dropped_by_deepspeed, step_without_update
 from dataflex.engine.steps.token_weighing import TokenWeighing
 from dataflex.forward.counted import Counted
@@ -72,7 +72,7 @@ class Stepper:
     def start(self, batch: StepBatch) -> None:
         """Before the first forward of a global batch: the denominator that its micro-batches share; a collective."""
         self.engine.train()
-        denominator = dist.all_reduce(local_denominator(batch, self.normalization)).to(torch.float32)
+        denominator = step_denominator(batch, self.normalization).to(torch.float32)
         self._denominator = torch.where(denominator == 0, 1.0, denominator)
         self._total = torch.zeros(2, device=denominator.device)
         self.tokens.start(denominator.device)
