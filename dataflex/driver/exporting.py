@@ -23,6 +23,8 @@ def export_model(cfg: Config) -> None:
     cfg = with_packaged_model(cfg if cfg.model.adapter_name_or_path else with_trained_weights(cfg))
     if cfg.method.finetuning_type != "lora" and cfg.model.adapter_name_or_path is not None:
         raise UserError("adapter_name_or_path: needs finetuning_type: lora")
+    if cfg.model.train_from_scratch:
+        raise UserError("train_from_scratch: the weights below the adapter were random, and no file holds them")
     folder = Path(cfg.export.export_dir or "").expanduser()
     for key in ("model_name_or_path", "adapter_name_or_path"):
         source = getattr(cfg.model, key)

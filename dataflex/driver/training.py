@@ -117,7 +117,8 @@ def _complete(engine: DataflexEngine, cfg: Config) -> bool:
 
 
 def _say_run(cfg: Config, engine: DataflexEngine) -> None:
-    deciders = ", ".join(f"{kind} by {cfg.flex.component(kind)}" for kind in cfg.flex.kinds) or "static"
+    named = {kind: cfg.flex.component(kind) or "fixed shares" for kind in cfg.flex.kinds}
+    deciders = ", ".join(f"{kind} by {name}" for kind, name in named.items()) or "static"
     for line in opening_lines(engine.run, deciders, engine.zero_optimization_stage()):
         logger.info(line)
 

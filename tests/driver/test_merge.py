@@ -135,6 +135,12 @@ def test_a_source_is_never_written_over(run: Path, key: str, text: str) -> None:
         export_model(load_config(run, [f"export_dir={folder}"], quiet=True, command="export"))
 
 
+def test_an_adapter_on_random_weights_cannot_be_merged(run: Path, tmp_path: Path) -> None:
+    keys = [f"export_dir={tmp_path / 'out'}", "train_from_scratch=true"]
+    with pytest.raises(UserError, match="train_from_scratch: the weights below the adapter were random"):
+        export_model(load_config(run, keys, quiet=True, command="export"))
+
+
 def test_keys_that_export_and_eval_cannot_do_without(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="export_dir: missing, this key is required"):
         load_config({"model_name_or_path": "org/m"}, quiet=True, command="export")
