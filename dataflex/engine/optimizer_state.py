@@ -65,16 +65,16 @@ def _trained(parameter: torch.nn.Parameter) -> Iterator[None]:
 
 
 def _link_every_group(optimizer: Any) -> None:
-    """Make every parameter's state readable under ZeRO-1 and 2.
+    """Make every parameter's state readable under ZeRO-1 and 2, and under 1 in bf16 with gradients in fp32.
 
     DeepSpeed links them after the first parameter group's first step, when the others have no state yet, and
     does not link them again after a checkpoint is loaded.
     """
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-    partitions = getattr(optimizer, "single_partition_of_fp32_groups", None)
-    if partitions is not None:
-        for group, partition in zip(optimizer.bit16_groups, partitions, strict=True):
+    names = (("bit16_groups", "single_partition_of_fp32_groups"), ("bf16_groups", "fp32_groups_flat_partition"))
+    for groups, partitions in (pair for pair in names if hasattr(optimizer, pair[1])):
+        for group, partition in zip(getattr(optimizer, groups), getattr(optimizer, partitions), strict=True):
             lazy_init_hp_params_optimizer_state(group, partition, optimizer.optimizer.state)
 
 
