@@ -194,6 +194,10 @@ def _settle_paths(flat: _Flat, base: Path | None) -> None:
         value = flat.values.get(key)
         if isinstance(value, str) and value.endswith(ends):
             flat.values[key] = _settled(flat, key, value, base)
+    template = flat.values.get("template")
+    if isinstance(template, str) and "#" in template:
+        file, _, inside = template.rpartition("#")
+        flat.values["template"] = f"{_settled(flat, 'template', file, base)}#{inside}"
     modules = flat.values.get("component_modules")
     if isinstance(modules, str):
         modules = [name.strip() for name in modules.split(",")]

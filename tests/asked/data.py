@@ -74,7 +74,7 @@ TEXT = Build(
         Row("dataset_dir", "data2", lambda b: pool(b).domain_names, ["short"]),
         Row("dataset", ["short"], lambda b: pool(b).domain_names, ["short"]),
         Row("template", "default", text, ONE),
-        Row("cutoff_len", 31, lambda b: pool(b).lengths.tolist(), [28, 30, 31]),
+        Row("cutoff_len", 31, lambda b: pool(b).lengths.tolist(), [28, 30, 30]),
         Row("max_samples", 3, lambda b: len(pool(b)), 3),
         Row("train_on_prompt", True, lambda b: text(b, part="labels"), ONE),
         Row("preprocessing_num_workers", 3, lambda b: b.engine["workers"], 3),

@@ -1,4 +1,7 @@
-"""Writes docs/coming_from_llamafactory.md from the table of keys: python -m tests.config.foreign_page."""
+"""Writes docs/coming_from_llamafactory.md: python -m tests.config.foreign_page.
+
+From the table of keys, and from what ``benchmarks/against_llamafactory.py --write`` kept.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from pathlib import Path
 from dataflex.config.foreign import table
 from dataflex.config.schema import SECTION_OF
 
-PAGE = Path(__file__).resolve().parents[2] / "docs/coming_from_llamafactory.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs/coming_from_llamafactory.md"
+MEASURED = "benchmarks/results/against_llamafactory_*.md"
 HEAD = """\
 # Coming from LLaMA-Factory
 
@@ -17,7 +22,9 @@ note; a key that is `false` or `null` asks for nothing. This page is made from `
 (`python -m tests.config.foreign_page`), which covers the arguments of LLaMA-Factory 0.9.5 and of transformers 5.
 
 Where `per_device_train_batch_size` or `lr_scheduler_type` is not given, it is 8 and linear, and a note says so.
-`enable_thinking: false` (template `qwen3`): the empty thought opens the answer and is not trained.
+Templates, tools and their calls are those of LLaMA-Factory ([what is equal](#against-llama-factory),
+[templates](templates.md)). `enable_thinking: false` (templates with thoughts): an empty thought opens the answer and is
+not trained.
 
 `packing: true` and `neat_packing: true` in stage `sft`: batch sizes and steps count packs, as many as LLaMA-Factory
 makes with one worker; the samples of a pack never see one another, there only with `neat_packing`
@@ -49,6 +56,8 @@ def text() -> str:
         lines.append(f"\n## {title}\n")
         for reason in dict.fromkeys(reason for _, reason in rows):
             lines.append(f"- {_names([key for key, why in rows if why == reason])}: {reason}")
+    lines.append("\n## Against LLaMA-Factory\n")
+    lines.append("\n".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob(MEASURED))).rstrip())
     return "\n".join(lines) + "\n"
 
 

@@ -75,11 +75,13 @@ def test_own_components_file_beside_the_yaml(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("weighters:\n  soft:\n    name: loss\n    params: {delta: 1e-3}\n")
     (tmp_path / "mine.py").write_text("")
     text = "train_type: dynamic_weight\ncomponent_name: soft\ncomponents_cfg_file: mine.yaml\n"
-    text += "component_modules: mine.py\n" + "".join(f"{k}: {v}\n" for k, v in RUN.items())
+    (tmp_path / "own.yaml").write_text("templates: {}")
+    text += "component_modules: mine.py\ntemplate: own.yaml#a\n" + "".join(f"{k}: {v}\n" for k, v in RUN.items())
     (tmp_path / "run.yaml").write_text(text)
     cfg = load_config(tmp_path / "run.yaml", quiet=True)
     assert component_params(cfg.flex, "weight") == ("loss", {"delta": 1e-3})
     assert cfg.flex.component_modules == (str(tmp_path / "mine.py"),)
+    assert cfg.data.template == f"{tmp_path}/own.yaml#a"
     assert cfg.dump_flat()["components_cfg_file"] == str(tmp_path / "mine.yaml")
 
 

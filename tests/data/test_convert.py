@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from dataflex.data.sources.convert import Converter
 from dataflex.data.sources.info import Columns, DatasetInfo, Tags
+from dataflex.data.sources.tool_calls import read_calls
 from dataflex.utils.errors import UserError
 
 
@@ -47,15 +49,71 @@ def test_alpaca_leaves_out_what_is_empty(row: dict[str, Any], prompt: str) -> No
     assert make()(row | {"output": "c"}, "x:1").turns == (("user", prompt), ("assistant", "c"))
 
 
-def test_sharegpt_with_tools_as_plain_roles() -> None:
-    row = sharegpt(("system", "s"), ("human", "a"), ("function_call", "f()"), ("observation", "4"), ("gpt", "b"))
-    assert make(formatting="sharegpt")(row, "x:1").turns == (
+CALL = '{"name": "f", "arguments": {}}'
+TOOL = {"name": "f", "parameters": {}}
+WRAPPED = '[{"type": "function", "function": {"name": "f", "parameters": {}}}]'
+TOOLS = {"columns": Columns(tools="t", given=frozenset({"tools"})), "formatting": "sharegpt"}
+
+
+def test_sharegpt_with_tools() -> None:
+    row = sharegpt(("system", "s"), ("human", "a"), ("function_call", CALL), ("observation", "4"), ("gpt", "b"))
+    assert make(**TOOLS)(row | {"t": json.dumps([TOOL])}, "x:1").turns == (
         ("system", "s"),
+        ("tools", WRAPPED),
         ("user", "a"),
-        ("assistant", "f()"),
+        ("function", CALL),
         ("tool", "4"),
         ("assistant", "b"),
     )
+
+
+@pytest.mark.parametrize("cell", [WRAPPED, [TOOL], TOOL, json.loads(WRAPPED), json.dumps(TOOL)])
+def test_tools_as_text_or_objects(cell: Any) -> None:
+    row = sharegpt(("human", "a"), ("function_call", CALL)) | {"t": cell}
+    assert make(**TOOLS)(row, "x:1").turns[0] == ("tools", WRAPPED)
+
+
+@pytest.mark.parametrize("cell", ["", " ", None, "[]", []])
+def test_a_cell_without_tools_is_nothing(cell: Any) -> None:
+    row = sharegpt(("human", "a"), ("gpt", "b")) | {"t": cell}
+    assert make(**TOOLS)(row, "x:1").turns == (("user", "a"), ("assistant", "b"))
+
+
+@pytest.mark.parametrize("cell", ["f", "[1]", '[{"description": "f"}]', [{"type": "function"}], "3"])
+def test_other_tools_give_a_reason(cell: Any) -> None:
+    row = sharegpt(("human", "a"), ("gpt", "b")) | {"t": cell}
+    assert make(**TOOLS)(row, "x:1").problem == "tools that are no JSON list of named functions"
+
+
+def test_alpaca_has_tools_too() -> None:
+    columns = Columns(tools="t", given=frozenset({"tools"}))
+    row = {"instruction": "a", "output": "c", "t": json.dumps([TOOL])}
+    assert make(columns=columns)(row, "x:1").turns == (("tools", WRAPPED), ("user", "a"), ("assistant", "c"))
+
+
+@pytest.mark.parametrize(
+    ("text", "around", "names"),
+    [
+        (CALL, "", ["f"]),
+        (f"\n[{CALL}, {CALL}]\n", "", ["f", "f"]),
+        (f"<think>\n{{x}}\n</think>\n\n{CALL}", "<think>\n{x}\n</think>\n\n", ["f"]),
+        (f"<tool_call>\n{CALL}\n</tool_call>\n<tool_call>{CALL}</tool_call>", "", ["f", "f"]),
+        (f"so<tool_call>{CALL}</tool_call>", "so", ["f"]),
+        ('{"function": {"name": "f", "arguments": "{}"}}', "", ["f"]),
+    ],
+)
+def test_calls_of_a_turn(text: str, around: str, names: list[str]) -> None:
+    found = read_calls(text)
+    assert found is not None and found[0] == around
+    assert found[1] == [{"name": name, "arguments": {}} for name in names]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["f()", "[]", '{"name": "f"}', '{"name": "f", "arguments": "x"}', f"<tool_call>{CALL}, </tool_call>", "[" * 9999],
+)
+def test_what_is_no_call(text: str) -> None:
+    assert read_calls(text) is None
 
 
 def test_sharegpt_system_column_yields_to_a_system_message() -> None:
@@ -81,10 +139,15 @@ def test_openai_messages_with_tool_calls_and_parts() -> None:
     convert = make(formatting="openai", columns=Columns(messages="messages"), tags=tags)
     assert convert(row, "x:1").turns == (
         ("user", "ab"),
-        ("assistant", '[{"name": "f", "arguments": "{}"}]'),
-        ("tool", "1\n2"),
+        ("function", '[{"name": "f", "arguments": "{}"}]'),
+        ("tool", "1"),
+        ("tool", "2"),
         ("assistant", "c"),
     )
+    row["messages"][1] = {"role": "assistant", "content": "so", "tool_calls": [call]}
+    assert convert(row, "x:1").turns[1] == ("function", 'so\n[{"name": "f", "arguments": "{}"}]')
+    del row["messages"][1]["content"]
+    assert convert(row, "x:1").turns[1] == ("function", '[{"name": "f", "arguments": "{}"}]')
 
 
 def test_plain_text() -> None:
@@ -108,6 +171,8 @@ def test_plain_text() -> None:
         ([("user", "a"), ("gpt", "b")], "unknown role 'user'"),
         ([("humam", "a"), ("gpt", "b")], "unknown role 'humam' (did you mean 'human'?)"),
         ([("human", "a"), ("gpt", "")], "no answer"),
+        ([("human", "a"), ("function_call", "f()")], "a function call that is no JSON with name and arguments"),
+        ([("observation", "a"), ("observation", "b"), ("human", "c"), ("gpt", "d")], "roles do not alternate"),
         ([("human", "a"), ("gpt", "\ud800")], "text with half a surrogate pair"),
     ],
 )
@@ -132,6 +197,11 @@ HISTORY = {"columns": Columns(history="h", given=frozenset({"history"}))}
         ({}, {"instruction": "a", "output": ["b"]}, "x:7: output: expected text, got list ['b']"),
         (HISTORY, {"h": [["a"]]}, "x:7: h: expected a list of [question, answer] pairs of text, got list"),
         (HISTORY, {"h": "a"}, "x:7: h: expected a list of [question, answer] pairs of text, got str 'a'"),
+        (
+            TOOLS,
+            {"t": 3, "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            "x:7: t: expected a JSON list of tools, got int 3",
+        ),
         (SHAREGPT, {"conversations": "a"}, "conversations: expected a list of messages, got str"),
         (SHAREGPT, {"conversations": ["a"]}, "conversations[0]: expected an object, got 'a'"),
         (

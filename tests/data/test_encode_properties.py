@@ -16,6 +16,7 @@ from tests.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 TEMPLATE = get_template("default", TOKENIZER)
+AFTER = 1  # the newline between an answer and the next turn
 MODES = [{}, {"train_on_prompt": True}, {"mask_history": True}]
 
 
@@ -28,11 +29,17 @@ class Token(NamedTuple):
     place: int
 
 
-def kept_tokens(pairs: list[tuple[list[int], list[int]]], cutoff_len: int, from_the_end: bool) -> list[Token]:
-    """The tokens of a row that fit, in their order: turn by turn, as long as there is room."""
+def kept_tokens(
+    pairs: list[tuple[list[int], list[int]]], cutoff_len: int, from_the_end: bool, after: int = 0
+) -> list[Token]:
+    """The tokens of a row that fit, in their order: turn by turn, as long as there is room.
+
+    after: tokens at the beginning of each later prompt that share the room of the answer before.
+    """
     room, kept = cutoff_len, []
     for turn in range(len(pairs))[:: -1 if from_the_end else 1]:
-        prompt, answer = map(len, pairs[turn])
+        begins = after if turn else 0
+        prompt, answer = len(pairs[turn][0]) - begins, len(pairs[turn][1]) + after
         if prompt + answer > room:
             if 2 * answer < room:
                 prompt = room - answer
@@ -42,8 +49,11 @@ def kept_tokens(pairs: list[tuple[list[int], list[int]]], cutoff_len: int, from_
                 answer = room * answer // (prompt + answer)
                 prompt = room - answer
         room -= prompt + answer
-        kept += [Token(pairs[turn][0][i], turn, False, i) for i in range(prompt)]
-        kept += [Token(pairs[turn][1][i], turn, True, i) for i in range(answer)]
+        own = min(answer, len(pairs[turn][1]))
+        kept += [Token(pairs[turn][0][i], turn, False, i) for i in range(begins, begins + prompt)]
+        kept += [Token(pairs[turn][1][i], turn, True, i) for i in range(own)]
+        if turn + 1 < len(pairs):
+            kept += [Token(pairs[turn + 1][0][i], turn + 1, False, i) for i in range(answer - own)]
     return sorted(kept, key=lambda token: (token.turn, token.answer, token.place))
 
 
@@ -104,7 +114,7 @@ def encoded(rows: list[list[tuple[str, str]]], how: Settings, column: Any = None
 
 def pairs_of(turns: list[tuple[str, str]], last_only: bool = False) -> list[tuple[list[int], list[int]]]:
     texts = TEMPLATE.pairs([(t["role"], t["content"]) for t in row_of(turns)], "", last_only)
-    return [tuple(TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in pair) for pair in texts]
+    return [tuple(TOKENIZER("".join(p), add_special_tokens=False)["input_ids"] for p in pair) for pair in texts]
 
 
 @settings(deadline=None, max_examples=25)
@@ -115,12 +125,12 @@ def test_columns_of_a_batch_of_conversations(
     got = encoded(rows, Settings("sft", cutoff_len, **mode))
     for i, turns in enumerate(rows):
         pairs = pairs_of(turns, mode.get("mask_history", False))
-        kept = kept_tokens(pairs, cutoff_len, mode.get("mask_history", False))
+        kept = kept_tokens(pairs, cutoff_len, mode.get("mask_history", False), AFTER)
         labels = labels_of(kept, len(turns), mode)
         assert got["input_ids"][i] == [token.id for token in kept] and got["labels"][i] == labels
         assert got["length"][i] == len(kept) <= cutoff_len
         assert got["trained"][i] == sum(label != IGNORE_INDEX for label in labels[1:])
-        assert got["truncated"][i] == (sum(len(p) + len(a) for p, a in pairs) > cutoff_len)
+        assert got["truncated"][i] == (len(kept) < sum(len(p) + len(a) for p, a in pairs))
 
 
 def span_factor(text: str, place: int, factor: float) -> float:
@@ -158,9 +168,11 @@ def test_weights_of_the_tokens_of_one_to_six_turns(
     pairs = pairs_of(turns, mask_history)
     column = [0.5 + i for i in range(sum(len(answer) for _, answer in pairs))]
     got = encoded([turns], Settings("sft", cutoff_len, mask_history=mask_history, token_weights=weights), [column])
-    answers = [a for _, a in TEMPLATE.pairs([(t["role"], t["content"]) for t in row_of(turns)], "", mask_history)]
+    answers = [
+        "".join(a) for _, a in TEMPLATE.pairs([(t["role"], t["content"]) for t in row_of(turns)], "", mask_history)
+    ]
     want = []
-    for token in kept_tokens(pairs, cutoff_len, mask_history):
+    for token in kept_tokens(pairs, cutoff_len, mask_history, AFTER):
         if not token.answer:
             want.append(roles[0])
             continue

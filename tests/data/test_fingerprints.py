@@ -35,7 +35,8 @@ def rows(marks: str = "") -> list[dict[str, Any]]:
 
 
 def messages() -> list[dict[str, Any]]:
-    turns = ["human", "one", "gpt", "two", "observation", "three", "function_call", "four"]
+    call = '{"name": "f", "arguments": {}}'
+    turns = ["human", "one", "gpt", "two", "observation", "three", "function_call", call]
     row = [{"from": role, "value": text} for role, text in zip(turns[::2], turns[1::2], strict=True)]
     return [{"conversations": row, "other": row, "system": "Be brief."}] * 3
 
@@ -200,6 +201,22 @@ def test_keys_of_the_weighting_section(loader: Loader) -> None:
         check(loader, key, Given(weighting={key: value}), effect)
 
 
+def test_a_template_of_a_file_counts_by_what_it_says(loader: Loader, tmp_path: Path) -> None:
+    """Its text decides, and the tool format that it names; its name and its file's do not."""
+
+    def load(name: str, user: str, more: str = "", call: str = "x") -> tuple[str, int]:
+        lines = [f"templates: {{{name}: {{user: {json.dumps(user)}, tools: own{more}}}}}"]
+        lines.append(f"tool_formats: {{own: {{described: y, called: {call}}}}}")
+        (tmp_path / f"{name}.yaml").write_text("\n".join(lines))
+        return loader.load(Given(data={"template": f"{tmp_path / name}.yaml#{name}"}))
+
+    first = load("a", "Q: {content} A:")
+    assert first[1] == 6 and load("a", "Q: {content} A:") == load("b", "Q: {content} A:") == (first[0], 0)
+    others = [load("a", "Q: {content} B:"), load("a", "Q: {content} A:", ", after: z")]
+    others.append(load("a", "Q: {content} A:", call="z"))
+    assert [count for _, count in others] == [6, 6, 6] and len({first[0], *(print for print, _ in others)}) == 4
+
+
 def test_weights_of_samples_in_a_file(loader: Loader, tmp_path: Path) -> None:
     """They are of the pool and not of the tokens."""
     for number in (1.0, 2.0):
@@ -225,6 +242,7 @@ COLUMNS: dict[str, tuple[str, str] | None] = {
     "history": ("alpaca", "before"),
     "messages": ("sharegpt", "other"),
     "system": ("alpaca", "rules"),
+    "tools": ("alpaca", "rules"),
     "given": None,
 }
 TAGS = {

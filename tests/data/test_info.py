@@ -72,7 +72,6 @@ def test_an_absolute_path_is_on_purpose(data_dir: Path) -> None:
         ({"file_name": "a.json", "columns": {"images": "i"}}, "columns.images: not supported: only text"),
         ({"file_name": "a.json", "columns": {"videos": "i"}}, "columns.videos: not supported: only text"),
         ({"file_name": "a.json", "columns": {"audios": "i"}}, "columns.audios: not supported: only text"),
-        ({"file_name": "a.json", "columns": {"tools": "t"}}, "columns.tools: not supported: tool"),
         ({"file_name": "a.json", "columns": {"chosen": "t"}}, "columns.chosen: not supported: preference"),
         ({"file_name": "a.json", "columns": {"promt": "t"}}, "unknown key 'promt' (did you mean 'prompt'?)"),
         ({"file_name": "a.json", "columns": {"prompt": 3}}, "columns.prompt: expected a name, got 3"),

@@ -8,14 +8,16 @@ import pytest
 from jinja2 import TemplateError
 
 from dataflex.data.encoding import template as template_module
-from dataflex.data.encoding.builtin_templates import FORMATS
 from dataflex.data.encoding.encode import IGNORE_INDEX, tokenizer_identity
+from dataflex.data.encoding.formats import packaged_formats
+from dataflex.data.encoding.rounds import as_messages, rounds_of
 from dataflex.data.encoding.template import BuiltInTemplate, get_template
 from dataflex.data.encoding.tokenize import Encoder, Settings
 from dataflex.data.pool import mark_trained
 from dataflex.utils.errors import UserError
 from tests.tiny import byte_tokenizer
 
+FORMATS = packaged_formats()
 TURNS = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
 SYSTEM = [("system", "s")]
 
@@ -83,17 +85,13 @@ def rendered(
     return mark_trained(out["input_ids"][0], out["labels"][0], tokenizer)
 
 
-def test_every_built_in_has_its_golden_text() -> None:
-    assert set(GOLDEN) == set(WITH_SYSTEM) == set(FORMATS)
-
-
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", GOLDEN)
 def test_golden(name: str) -> None:
     assert rendered(name, TURNS) == GOLDEN[name]
     assert rendered(name, SYSTEM + TURNS).startswith(WITH_SYSTEM[name])
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", GOLDEN)
 def test_golden_masks(name: str) -> None:
     plain = GOLDEN[name].replace("⟦", "").replace("⟧", "")
     assert rendered(name, TURNS, train_on_prompt=True) == f"⟦{plain}⟧"
@@ -102,6 +100,12 @@ def test_golden_masks(name: str) -> None:
 
 
 THOUGHTS = [("user", "a"), ("assistant", "<think>\nx\n</think>\n\nb"), *TURNS[2:], *TURNS[2:]]
+TOOLS = (
+    '[{"type": "function", "function": {"name": "get", "description": "ä", "parameters": {"type": "object", '
+    '"properties": {"x": {"type": "string", "enum": ["<", "b"]}, "y": {"type": "array", "items": {"type": "int"}}}, '
+    '"required": ["x"]}}}]'
+)
+CALL = ("function", '{"name": "get", "arguments": {"x": "<é>", "y": [1, null]}}')
 CONVERSATIONS = {
     "plain": TURNS[:2],
     "several turns": TURNS,
@@ -109,13 +113,17 @@ CONVERSATIONS = {
     "system, several turns": SYSTEM + TURNS,
     "no system": [("system", ""), *TURNS],
     "tool": [*TURNS[:2], ("tool", "4"), ("assistant", "b")],
+    "tools": [("tools", TOOLS), TURNS[0], CALL, ("tool", "4"), ("tool", "5"), ("assistant", "b")],
+    "system, tools": [*SYSTEM, ("tools", TOOLS), TURNS[0], ("function", "so\n" + CALL[1]), ("tool", "4"), *TURNS[1:]],
     "thoughts": THOUGHTS,
     "of the template's own words": [("user", "{content}{eos} \\ 'x' \"y\" {{ z }} ä\n"), ("assistant", " {bos}\n")],
 }
 
 
 @pytest.mark.parametrize("last_only", [False, True])
-@pytest.mark.parametrize(("name", "thinks"), [*((name, True) for name in FORMATS), ("qwen3", False)])
+@pytest.mark.parametrize(
+    ("name", "thinks"), [*((name, True) for name in FORMATS), ("qwen3", False), ("gpt_oss", False)]
+)
 def test_the_saved_chat_template_renders_what_was_trained(name: str, thinks: bool, last_only: bool) -> None:
     """Token for token, by the tokenizer's own rendering: the prompt before each answer, and the whole."""
     tokenizer = byte_tokenizer()
@@ -123,18 +131,22 @@ def test_the_saved_chat_template_renders_what_was_trained(name: str, thinks: boo
     assert isinstance(template, BuiltInTemplate)
     tokenizer.chat_template = template.chat_template(last_only)
     for what, turns in CONVERSATIONS.items():
-        messages = [{"role": role, "content": content} for role, content in turns]
+        conversation = rounds_of(turns)
+        messages = [message for part in as_messages(conversation, "") for message in part]
         ids = [
-            tokenizer(text, add_special_tokens=False)["input_ids"]
+            tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
             for pair in template.pairs(turns, "", last_only)
-            for text in pair
+            for pieces in pair
         ]
         prompt, whole = (
-            tokenizer.apply_chat_template(m, add_generation_prompt=opens, return_dict=False)
+            tokenizer.apply_chat_template(
+                m, tools=conversation.tools or None, add_generation_prompt=opens, return_dict=False
+            )
             for m, opens in ((messages[:-1], True), (messages, False))
         )
         assert prompt == sum(ids[:-1], []), (what, tokenizer.decode(prompt))
-        assert whole == sum(ids, []), (what, tokenizer.decode(whole))
+        end = [tokenizer.eos_token_id] if template.ends_with_eos else []
+        assert whole == sum(ids, []) + end, (what, tokenizer.decode(whole))
 
 
 def test_the_saved_chat_template_refuses_other_roles() -> None:
@@ -149,6 +161,43 @@ def test_tool_results_have_their_place() -> None:
     assert "<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n" in rendered("qwen", turns)
     assert "<|start_header_id|>ipython<|end_header_id|>\n\n4<|eot_id|>" in rendered("llama3", turns)
     assert "\nHuman: 4</s>\nAssistant:⟦b</s>⟧" in rendered("default", turns)
+    turns.insert(3, ("tool", "5"))
+    assert "<tool_response>\n4\n</tool_response>\n<tool_response>\n5\n</tool_response>" in rendered("qwen", turns)
+    assert "\nHuman: 4\n5</s>\nAssistant:⟦b</s>⟧" in rendered("default", turns)
+
+
+def test_calls_are_written_by_the_tool_format() -> None:
+    turns = [("user", "a"), ("function", '{"name": "f", "arguments": {"x": "é"}}')]
+    assert rendered("qwen", turns).endswith(
+        'assistant\n⟦<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call><|im_end|>⟧'
+    )
+    assert rendered("llama3", turns).endswith('⟦{"name": "f", "parameters": {"x": "é"}}<|eot_id|>⟧')
+    assert rendered("default", turns).endswith('Assistant:⟦Action: f\nAction Input: {"x": "é"}</s>⟧')
+    assert rendered("mistral", turns).endswith('⟦[TOOL_CALLS] [{"name": "f", "arguments": {"x": "é"}}]</s>⟧')
+    thought = [turns[0], ("function", f"<think>\nx\n</think>\n\n{turns[1][1]}")]
+    assert rendered("qwen3", thought).endswith(
+        '⟦<think>\nx\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call><|im_end|>⟧'
+    )
+    with pytest.raises(UserError, match="x:1: the template's tool format cannot write the calls of tools: one answer"):
+        rendered("glm4", [turns[0], ("function", f"[{turns[1][1]}, {turns[1][1]}]")])
+
+
+def test_the_eos_token_alone_ends_the_conversation_and_is_predicted_after_each_answer() -> None:
+    tokenizer = byte_tokenizer()
+    encoder = Encoder(tokenizer, get_template("gemma2", tokenizer), Settings("sft", 4096))
+    row = [{"role": role, "content": content} for role, content in TURNS]
+    out = encoder.batch({"turns": [row], "where": ["x:1"], "weight": [1.0], "kept": [""]})
+    ids, labels = out["input_ids"][0], out["labels"][0]
+    text, end = tokenizer.decode(ids), tokenizer.eos_token_id
+    assert text.startswith(
+        "<s><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n<start_of_turn>"
+    )
+    assert text.endswith("<start_of_turn>model\nd<end_of_turn>\n</s>") and ids.count(end) == 1
+    of_end = [i for i, label in enumerate(labels) if label == end]
+    second = len(tokenizer(text.split("<start_of_turn>user\nc")[0], add_special_tokens=False)["input_ids"])
+    assert of_end == [second, len(ids) - 1]
+    with pytest.raises(UserError, match="train_on_prompt: not with this template"):
+        Encoder(tokenizer, get_template("gemma2", tokenizer), Settings("sft", 9, train_on_prompt=True))
 
 
 def test_thoughts_of_qwen3() -> None:

@@ -31,32 +31,51 @@ def share_room(prompt: int, answer: int, room: int) -> tuple[int, int]:
 
 
 def encode_pairs(
-    pairs: Sequence[IdPair], cutoff_len: int, train_on_prompt: bool = False, mask_history: bool = False
+    pairs: Sequence[IdPair],
+    cutoff_len: int,
+    train_on_prompt: bool = False,
+    mask_history: bool = False,
+    after: int = 0,
+    end: int | None = None,
 ) -> tuple[list[int], list[int], bool]:
     """Join (prompt ids, answer ids) turn by turn into input_ids, labels (unshifted) and "was it cut?".
 
     Labels: -100 on prompts, the ids on answers; everywhere the ids with ``train_on_prompt``; only the last
     answer's with ``mask_history``, where the last turns also keep their tokens first. Turns beyond
     ``cutoff_len`` tokens are left out.
+
+    after: so many tokens at the beginning of all prompts but the first stand after the answer before. They share its
+    room, and the last answer's, where they do not stand, is counted too, as LLaMA-Factory does. end: a token after the
+    last answer that is predicted after every trained one, as the label of the first token of the next prompt.
     """
-    assert not (train_on_prompt and mask_history), "the configuration refuses both at once"
+    assert not (train_on_prompt and (mask_history or end is not None)), "the configuration refuses both at once"
+    total = sum(len(p) + len(a) for p, a in pairs) + (end is not None)
+    behind = [prompt[:after] for prompt, _ in pairs[1:]] + [[]]
+    turns = [(pair[0][after if i else 0 :], pair[1], behind[i]) for i, pair in enumerate(pairs)]
     kept: list[tuple[list[int], list[int]]] = []
-    room = cutoff_len
-    for prompt, answer in reversed(pairs) if mask_history else pairs:
+    room = cutoff_len - (end is not None)
+    for prompt, answer, rest in reversed(turns) if mask_history else turns:
         if room <= 0:
             break
-        prompt_len, answer_len = share_room(len(prompt), len(answer), room)
+        prompt_len, answer_len = share_room(len(prompt), len(answer) + after, room)
         trained = not (mask_history and kept)
+        rest = rest[: max(0, answer_len - len(answer))]
         ids = prompt[:prompt_len] + answer[:answer_len]
         prompt_labels = prompt[:prompt_len] if train_on_prompt else [IGNORE_INDEX] * prompt_len
-        answer_labels = answer[:answer_len] if trained else [IGNORE_INDEX] * answer_len
-        kept.append((ids, prompt_labels + answer_labels))
+        if end is not None and kept and not mask_history:
+            prompt_labels[:1] = [end] * len(prompt_labels[:1])
+        answer_labels = answer[:answer_len] if trained else [IGNORE_INDEX] * len(answer[:answer_len])
+        rest_labels = rest if train_on_prompt else [IGNORE_INDEX] * len(rest)
+        kept.append((ids + rest, prompt_labels + answer_labels + rest_labels))
         room -= prompt_len + answer_len
     if mask_history:
         kept.reverse()
     input_ids = [token for ids, _ in kept for token in ids]
     labels = [label for _, labels in kept for label in labels]
-    return input_ids, labels, len(input_ids) < sum(len(p) + len(a) for p, a in pairs)
+    if end is not None:
+        input_ids.append(end)
+        labels.append(end)
+    return input_ids, labels, len(input_ids) < total
 
 
 def trained_count(labels: Sequence[int]) -> int:

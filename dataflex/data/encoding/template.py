@@ -1,25 +1,29 @@
 """A conversation becomes (prompt, answer) texts, one pair for each assistant turn, in order.
 
-The concatenation of all pairs is the whole conversation. The answer is what is trained: the assistant's
-text with its end-of-turn token; what stands between that token and the next turn opens the next prompt.
-Special tokens that stand in the data itself are tokenised as such, as the model's own chat template does.
+A text is given in pieces that are tokenised each by itself, as LLaMA-Factory does. The concatenation of all pairs is
+the whole conversation. The answer is what is trained: the assistant's text with its end-of-turn token. Special tokens
+that stand in the data itself are tokenised as such, as the model's own chat template does.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, Protocol
 
-from dataflex.data.encoding.builtin_templates import FORMATS, NO_THOUGHT, Format, as_jinja, without_thoughts
+from dataflex.data.encoding.chat_template import ChatTemplate
+from dataflex.data.encoding.formats import Format, find_format, packaged_formats
+from dataflex.data.encoding.rounds import Pair, Pieces, Round, calls_of, rounds_of
+from dataflex.data.encoding.saved_template import as_jinja
+from dataflex.data.encoding.tools import called, described
 from dataflex.data.sources.convert import Turn
-from dataflex.utils.errors import UserError, brief, nearest
+from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
-Pair = tuple[str, str]
+_TOKEN = re.compile(r"(\{bos\}|\{eos\})")
 
 
 class Template(Protocol):
@@ -29,6 +33,10 @@ class Template(Protocol):
     """Stable text that changes whenever the rendering does; part of the cache key."""
     end_of_turn: str
     """The token text that ends an answer ('' where there is none or it is not known)."""
+    after: Pieces
+    """What the prompts of all but the first pair begin with: it belongs to the answer before, and is not trained."""
+    ends_with_eos: bool
+    """Whether the eos token stands after the last answer, beyond the pairs, and is predicted after the others."""
 
     def pairs(self, turns: Sequence[Turn], where: str, last_only: bool = False) -> list[Pair]:
         """(prompt, answer) texts. With ``last_only`` only the last answer will be trained."""
@@ -36,83 +44,111 @@ class Template(Protocol):
 
 
 def get_template(name: str | None, tokenizer: Any, thinks: bool = True, system: str | None = None) -> Template:
-    """The named built-in template, or the tokenizer's own chat template where ``name`` is None.
+    """The template of a name (see `find_format`), or the tokenizer's own chat template where ``name`` is None.
 
     thinks: False of a model that shall answer without a thought (``enable_thinking: false``). system: the system
     prompt of conversations that have none (``default_system``); None: the template's own, if it has one.
     """
     if name is None:
         if not getattr(tokenizer, "chat_template", None):
-            raise UserError(
-                f"template: the tokenizer has no chat template of its own; name one of {', '.join(sorted(FORMATS))}"
-            )
+            names = ", ".join(sorted(packaged_formats()))
+            raise UserError(f"template: the tokenizer has no chat template of its own; name one of {names}")
         return ChatTemplate(tokenizer, thinks, system)
-    if name not in FORMATS:
-        raise UserError(
-            f"template: '{name}' is not known{nearest(name, FORMATS)}; valid: {', '.join(sorted(FORMATS))}, "
-            "or none for the tokenizer's chat template"
-        )
-    fmt = FORMATS[name] if thinks else without_thoughts(FORMATS[name])
-    return BuiltInTemplate(name, fmt if system is None else replace(fmt, default_system=system), tokenizer)
+    fmt = find_format(name)
+    quiet = bool(fmt.thought) and not thinks
+    return BuiltInTemplate(name, fmt if system is None else replace(fmt, default_system=system), tokenizer, quiet)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A text of a format around its content, in pieces; ``left`` and ``right`` are of the content's own piece."""
+
+    before: Pieces
+    left: str
+    right: str
+    behind: Pieces
+
+    def __call__(self, content: str) -> Pieces:
+        return (*self.before, self.left + content + self.right, *self.behind)
 
 
 class BuiltInTemplate:
-    """A format of `builtin_templates` with the tokens of one tokenizer."""
+    """A `Format` with the tokens of one tokenizer.
 
-    def __init__(self, name: str, fmt: Format, tokenizer: Any) -> None:
-        self.name = name
-        bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-        parts = {
-            part: (getattr(fmt, part) or fmt.user).replace("{bos}", bos).replace("{eos}", eos)
-            for part in ("system", "user", "tool", "answer")
-        }
-        prefix = fmt.prefix.replace("{bos}", bos)
-        self._format = replace(
-            fmt,
-            prefix=prefix,
-            system=parts["system"],
-            user=parts["user"],
-            tool=parts["tool"],
-            answer=parts["answer"],
-        )
-        self.end_of_turn = parts["answer"].partition("{content}")[2]
-        if "{eos}" in fmt.answer and not eos:
+    quiet: thoughts are dropped, and an empty one opens the answer, untrained.
+    """
+
+    def __init__(self, name: str, fmt: Format, tokenizer: Any, quiet: bool = False) -> None:
+        self.name, self.quiet = name, quiet
+        self._tokens = {"{bos}": tokenizer.bos_token or "", "{eos}": tokenizer.eos_token or ""}
+        if not self._tokens["{eos}"] and ("{eos}" in fmt.answer or fmt.ends_with_eos):
             raise UserError(f"template: '{name}' ends an answer with the tokenizer's eos token, but it has none")
+        self._format = fmt
+        self._parts = {
+            "system": self._part(fmt.system),
+            "user": self._part(fmt.user),
+            "tool": self._part(fmt.tool or fmt.user),
+            "answer": self._part(fmt.answer),
+            "call": self._part(fmt.call or fmt.answer),
+        }
+        self.after, self.ends_with_eos = self._pieces(fmt.after), fmt.ends_with_eos
+        end = "".join([self._parts["answer"].right, *self._parts["answer"].behind]).strip()
+        self.end_of_turn = end or (self._tokens["{eos}"] if fmt.ends_with_eos else "")
         vocabulary = tokenizer.get_vocab() if fmt.special_tokens else {}
         missing = [token for token in fmt.special_tokens if token not in vocabulary]
         if missing:
             _say_missing(name, tuple(missing))
-        self.identity = f"{name}:{parts}:{prefix}:{fmt.after}:{fmt.default_system}:{fmt.thinks}" + (
-            ":quiet" if fmt.quiet else ""
-        )
+        self.identity = json.dumps([asdict(fmt), self._tokens, quiet], sort_keys=True)
+
+    def _pieces(self, text: str) -> Pieces:
+        """A text that holds no content, its tokens filled in."""
+        pieces = (self._tokens.get(piece, piece) for piece in _TOKEN.split(text))
+        return tuple(piece for piece in pieces if piece)
+
+    def _part(self, text: str) -> _Part:
+        before, _, behind = text.partition("{content}")
+        *first, left = _TOKEN.split(before)
+        right, *last = _TOKEN.split(behind)
+        return _Part(self._pieces("".join(first)), left, right, self._pieces("".join(last)))
 
     def chat_template(self, last_only: bool) -> str:
         """The same as Jinja, to be saved with a trained tokenizer. last_only: as `pairs` is called in training."""
-        return as_jinja(self._format, forgets=last_only)
+        return as_jinja(self._format, self._tokens, quiet=self.quiet, forgets=last_only)
 
     def pairs(self, turns: Sequence[Turn], where: str, last_only: bool = False) -> list[Pair]:
         """See `Template`. An earlier thought is left out where only the last answer is trained."""
-        fmt, turns = self._format, list(turns)
-        system = turns.pop(0)[1] if turns[0][0] == "system" else fmt.default_system
-        system = _fill(fmt.system, system) if system else ""
-        opening = fmt.prefix + ("" if fmt.system_in_user else system)
-        inside = system if fmt.system_in_user else ""
+        fmt, conversation = self._format, rounds_of(turns)
+        system = fmt.default_system if conversation.system is None else conversation.system
+        if conversation.tools:
+            system += described(fmt.tools, conversation.tools, where)
+        stated = self._parts["system"](system) if system else ()
+        opening = self._pieces(fmt.prefix) + (() if fmt.system_in_user else stated)
+        inside = "".join(stated) if fmt.system_in_user else ""
         pairs: list[Pair] = []
-        for (role, question), (_, answer) in zip(turns[::2], turns[1::2], strict=True):
-            prompt = opening + _fill((role == "tool" and fmt.tool) or fmt.user, inside + question)
-            is_last = len(pairs) == len(turns) // 2 - 1
-            if fmt.quiet and last_only and not is_last:
-                prompt = prompt.removesuffix(NO_THOUGHT)
-            pairs.append((prompt, _fill(fmt.answer, self._thought(answer, last_only and not is_last))))
-            opening, inside = fmt.after, ""
+        for number, each in enumerate(conversation.rounds, start=1):
+            content = inside + fmt.between_results.join(each.asked)
+            prompt = opening + self._parts["tool" if each.results else "user"](content)
+            is_last = number == len(conversation.rounds)
+            if self.quiet and not (last_only and not is_last):
+                prompt = (*prompt, fmt.empty_thought)
+            pairs.append((prompt, self._answer(each, where, last_only and not is_last)))
+            opening, inside = self.after, ""
         return pairs
 
-    def _thought(self, answer: str, forget: bool) -> str:
-        if not (self._format.thinks or self._format.quiet):
-            return answer
-        if forget or self._format.quiet:
-            return re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL).lstrip("\n")
-        return answer if "<think>" in answer or "</think>" in answer else NO_THOUGHT + answer
+    def _answer(self, each: Round, where: str, forget: bool) -> Pieces:
+        """The pieces of an answer, with its thought, an empty one or none."""
+        fmt, text = self._format, each.answer
+        thought: Pieces = ()
+        if fmt.thought:
+            opens, closes = (word.strip() for word in fmt.thought)
+            if forget or self.quiet:
+                text = re.sub(f"{re.escape(opens)}.*?{re.escape(closes)}", "", text, flags=re.DOTALL).lstrip("\n")
+            elif opens not in text and closes not in text:
+                thought = (fmt.empty_thought,)
+        if not each.calls:
+            return thought + self._parts["answer"](text)
+        around, calls = calls_of(text, where)
+        return thought + self._parts["call"](around + called(fmt.tools, calls, where))
 
 
 @cache
@@ -122,79 +158,3 @@ def _say_missing(name: str, tokens: tuple[str, ...]) -> None:
         f"template: '{name}' uses {', '.join(tokens)}, which the tokenizer does not know and spells "
         "in pieces; new_special_tokens adds such tokens"
     )
-
-
-def _fill(part: str, content: str) -> str:
-    before, _, after = part.partition("{content}")
-    return before + content + after
-
-
-class ChatTemplate:
-    """The tokenizer's own chat template (Jinja)."""
-
-    def __init__(self, tokenizer: Any, thinks: bool = True, system: str | None = None) -> None:
-        self._tokenizer = tokenizer
-        self._options: dict[str, Any] = {} if thinks else {"enable_thinking": False}
-        self._tokens = tuple(sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}))
-        self._system = system
-        source = repr(tokenizer.chat_template) + ("" if thinks else repr(self._options))
-        source += "" if system is None else f":{system}"
-        self.identity = f"chat:{hashlib.sha256(source.encode()).hexdigest()}"
-        self.end_of_turn = self._find_end_of_turn()
-
-    def _find_end_of_turn(self) -> str:
-        try:
-            _, answer = self.pairs([("user", "a"), ("assistant", "b")], "")[0]
-        except UserError:
-            return ""
-        ends = [token for token in self._tokens if answer.endswith(token)]
-        return max(ends, key=len, default="")
-
-    def pairs(self, turns: Sequence[Turn], where: str, last_only: bool = False) -> list[Pair]:
-        """See `Template`. The rendering up to each assistant turn must be the beginning of the next one.
-
-        With ``last_only`` a template that renders earlier answers differently (it drops their thoughts) is
-        fine: everything before the last answer is then one prompt.
-        """
-        if self._system is not None and turns[0][0] != "system":
-            turns = [("system", self._system), *turns]
-        answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
-        done = ""
-        pairs: list[Pair] = []
-        for i in answers:
-            prompt = self._render(turns[:i], True, where)
-            whole = self._render(turns[: i + 1], False, where)
-            if not (prompt.startswith(done) and whole.startswith(prompt)):
-                if last_only and i != answers[-1]:
-                    continue
-                if last_only and whole.startswith(prompt):
-                    done, pairs = "", []
-                else:
-                    raise UserError(
-                        f"{where}: the tokenizer's chat template renders earlier turns differently from turn "
-                        f"{i + 1} on, so the answers cannot be masked; use a named template or mask_history"
-                    )
-            answer = self._cut_after_end(whole[len(prompt) :])
-            if not answer:
-                raise UserError(f"{where}: the tokenizer's chat template renders nothing for turn {i + 1}")
-            pairs.append((prompt[len(done) :], answer))
-            done = prompt + answer
-        return pairs
-
-    def _render(self, turns: Sequence[Turn], opens_answer: bool, where: str) -> str:
-        messages = [{"role": role, "content": content} for role, content in turns]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=opens_answer, **self._options
-            )
-        except Exception as error:  # a template is a program
-            raise UserError(
-                f"{where}: the tokenizer's chat template refuses this conversation: {brief(error)}"
-            ) from error
-        assert isinstance(text, str)
-        return text
-
-    def _cut_after_end(self, answer: str) -> str:
-        """``answer`` without the white space that follows its end-of-turn token."""
-        cut = answer.rstrip()
-        return cut if cut.endswith(self._tokens) else answer

@@ -34,6 +34,10 @@ class TokenWeights:
         """The weight of assistant turn ``index`` out of ``turns``."""
         return self.turns[max(0, len(self.turns) - turns + index)] if self.turns else 1.0
 
+    def of_answer(self, index: int, turns: int) -> float:
+        """The weight of a token of the answer of assistant turn ``index`` out of ``turns``, by role and turn."""
+        return self.answer * self.turn(index, turns)
+
     def of_pairs(
         self,
         lengths: Sequence[tuple[int, int]],
@@ -54,7 +58,7 @@ class TokenWeights:
             )
         made, at = [], 0
         for turn, ((prompt, answer), (text, places)) in enumerate(zip(lengths, answers, strict=True)):
-            weights = [self.answer * self.turn(turn, len(lengths))] * answer
+            weights = [self.of_answer(turn, len(lengths))] * answer
             if self.spans:
                 assert places is not None
                 weights = [w * f for w, f in zip(weights, span_factors(text, places, self.spans), strict=True)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dataflex.data.encoding.encode import IdPair, digest_of, encode_pairs, tokenizer_identity, trained_count
+from dataflex.data.encoding.rounds import Pair, Pieces
 from dataflex.data.encoding.template import Template, get_template
 from dataflex.data.encoding.token_weights import TokenWeights
 from dataflex.data.sources.source import cached_dataset, fingerprint_of
@@ -49,6 +50,13 @@ class Encoder:
     template: Template | None
     settings: Settings
 
+    def __post_init__(self) -> None:
+        if self.settings.train_on_prompt and self.template is not None and self.template.ends_with_eos:
+            raise UserError(
+                "train_on_prompt: not with this template: the end of an answer is the label of the next prompt's first "
+                "token there"
+            )
+
     @classmethod
     def of(cls, cfg: Config, tokenizer: Any, tokens: TokenWeights | None) -> Encoder:
         """As ``cfg`` says. tokens: the weights of tokens, where they are asked for."""
@@ -75,47 +83,76 @@ class Encoder:
     def _conversations(self, rows: Batch) -> tuple[list[tuple[list[int], list[int], bool]], list[list[float]]]:
         """Samples, and the weights of their tokens where these are asked for."""
         assert self.template is not None
-        settings = self.settings
+        settings, template = self.settings, self.template
         pairs = [
-            self.template.pairs([(t["role"], t["content"]) for t in turns], where, settings.mask_history)
+            template.pairs([(t["role"], t["content"]) for t in turns], where, settings.mask_history)
             for turns, where in zip(rows["turns"], rows["where"], strict=True)
         ]
-        ids = iter(self._tokenise([text for row in pairs for pair in row for text in pair]))
-        id_pairs = [[(next(ids), next(ids)) for _ in row] for row in pairs]
-        samples = [
-            encode_pairs(row, settings.cutoff_len, settings.train_on_prompt, settings.mask_history) for row in id_pairs
-        ]
+        id_pairs = self._id_pairs(pairs)
+        end = self.tokenizer.eos_token_id if template.ends_with_eos else None
+        samples = [self._joined(row, end, settings.train_on_prompt) for row in id_pairs]
         return samples, [] if settings.token_weights is None else self._token_weights(rows, pairs, id_pairs)
 
-    def _token_weights(
-        self, rows: Batch, pairs: list[list[tuple[str, str]]], id_pairs: list[list[IdPair]]
-    ) -> list[list[float]]:
-        """The weight of each token of each row, cut as the ids are."""
+    def _id_pairs(self, pairs: list[list[Pair]]) -> list[list[IdPair]]:
+        """The ids of each pair, every piece tokenised by itself."""
+        ids = iter(self._tokenise([piece for row in pairs for pair in row for part in pair for piece in part]))
+
+        def joined(pieces: Pieces) -> list[int]:
+            return [token for _ in pieces for token in next(ids)]
+
+        return [[(joined(prompt), joined(answer)) for prompt, answer in row] for row in pairs]
+
+    def _joined(self, pairs: Any, end: Any, train_on_prompt: bool = False) -> tuple[Any, Any, bool]:
+        """`encode_pairs` as the settings and the template ask for; also of weights in place of ids."""
         settings = self.settings
-        assert settings.token_weights is not None
+        return encode_pairs(pairs, settings.cutoff_len, train_on_prompt, settings.mask_history, self._after, end)
+
+    @cached_property
+    def _after(self) -> int:
+        """Tokens that stand between an answer and the next turn."""
+        assert self.template is not None
+        return sum(map(len, self._tokenise(list(self.template.after))))
+
+    def _token_weights(self, rows: Batch, pairs: list[list[Pair]], id_pairs: list[list[IdPair]]) -> list[list[float]]:
+        """The weight of each token of each row, cut as the ids are."""
+        settings, template = self.settings, self.template
+        assert settings.token_weights is not None and template is not None
         places = iter(self._places([answer for row in pairs for _, answer in row]))
         columns = rows["token_weight"] if settings.token_weights.column else [None] * len(pairs)
         made = []
         for texts, ids, column, where in zip(pairs, id_pairs, columns, rows["where"], strict=True):
             lengths = [(len(prompt), len(answer)) for prompt, answer in ids]
-            answers = [(answer, next(places)) for _, answer in texts]
-            weights: Any = settings.token_weights.of_pairs(lengths, answers, column, where)
-            cut: Any = encode_pairs(weights, settings.cutoff_len, mask_history=settings.mask_history)[0]
-            made.append(cut)
+            answers = [("".join(answer), next(places)) for _, answer in texts]
+            weights = settings.token_weights.of_pairs(lengths, answers, column, where)
+            ends = [settings.token_weights.of_answer(turn, len(lengths)) for turn in range(len(lengths))]
+            if template.ends_with_eos:
+                for turn, (prompt, _) in enumerate(weights[1:]):
+                    prompt[:1] = ends[turn : turn + len(prompt[:1])]
+            made.append(self._joined(weights, ends[-1] if template.ends_with_eos else None)[0])
         return made
 
-    def _places(self, answers: list[str]) -> list[Any]:
-        """(first, end) characters of each token of each text, where spans ask for them; else None."""
+    def _places(self, answers: list[Pieces]) -> list[Any]:
+        """(first, end) characters of each token of each answer, where spans ask for them; else None."""
         assert self.settings.token_weights is not None
         if not self.settings.token_weights.spans:
             return [None] * len(answers)
         if not self.tokenizer.is_fast:
             raise UserError("token_weight_spans: needs a fast tokenizer, which knows where its tokens lie in the text")
-        return list(
-            self.tokenizer(answers, add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
-                "offset_mapping"
-            ]
+        encoded = self.tokenizer(
+            [piece for answer in answers for piece in answer],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,
         )
+        offsets = iter(encoded["offset_mapping"])
+        made = []
+        for answer in answers:
+            places, before = [], 0
+            for piece in answer:
+                places += [(before + first, before + end) for first, end in next(offsets)]
+                before += len(piece)
+            made.append(places)
+        return made
 
     def _documents(self, texts: list[str]) -> list[tuple[list[int], list[int], bool]]:
         """Each document with the end token after it, and the start token where the tokenizer adds one."""

@@ -1,12 +1,14 @@
-"""A raw row becomes turns: (role, content) pairs, the role being system, user, assistant or tool.
+"""A raw row becomes turns: (role, content) pairs: [system], [tools], then user or tool, and assistant or function.
 
 A value of the wrong type stops with the row's place, since the whole column is then suspect. A row that is
 well-typed but unusable (no answer, roles that do not alternate) gets a reason instead: the loader counts
-these aloud. Function calls are plain assistant turns that are trained, their results plain `tool` turns.
+these aloud. `tools` is a JSON list of descriptions; a `function` turn holds calls, as `read_calls` reads them, and is
+trained; what the tools gave back are one or more `tool` turns.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -14,11 +16,13 @@ from typing import Any
 
 from dataflex.data.sources.expression import Expression, is_expression
 from dataflex.data.sources.info import DatasetInfo
-from dataflex.data.sources.values import as_text, content_of, number_of, wrong_type
+from dataflex.data.sources.tool_calls import read_calls, read_tools
+from dataflex.data.sources.values import as_text, content_of, number_of, with_calls, wrong_type
 from dataflex.utils.errors import UserError, cut, listed, nearest, shown
 
 Turn = tuple[str, str]
 TEXT_ROLE = "text"
+ANSWERS = ("assistant", "function")
 
 
 class BadRow(Exception):
@@ -72,9 +76,9 @@ class Converter:
             keys: tuple[str, ...] = ("prompt",)
             extra: tuple[str, ...] = ()
         elif self.info.formatting == "alpaca":
-            keys, extra = ("prompt", "response"), ("query", "history", "system")
+            keys, extra = ("prompt", "response"), ("query", "history", "system", "tools")
         else:
-            keys, extra = ("messages",), ("system",)
+            keys, extra = ("messages",), ("system", "tools")
         required: dict[str, str] = {}
         optional: dict[str, str] = {}
         for key in keys + extra:
@@ -184,7 +188,7 @@ class Converter:
     def _alpaca(self, row: Mapping[str, Any], where: str) -> list[Turn]:
         prompt, query = self._text(row, "prompt", where), self._text(row, "query", where)
         answer, system = self._text(row, "response", where), self._text(row, "system", where)
-        turns: list[Turn] = [("system", system)] if system else []
+        turns = self._opening(system, row, where)
         for question, reply in self._history(row, where):
             turns += [("user", question), ("assistant", reply)]
         if not answer:
@@ -210,19 +214,30 @@ class Converter:
         if not isinstance(messages, list):
             raise wrong_type(where, name, "a list of messages", messages)
         turns = [self._message(message, f"{where}: {name}[{i}]") for i, message in enumerate(messages)]
-        turns = _join_tool_results(turns)
         system = self._text(row, "system", where)
         if turns and turns[0][0] == "system":
             system, turns = turns[0][1], turns[1:]
         _check_order([role for role, _ in turns])
-        return ([("system", system)] if system else []) + turns
+        return self._opening(system, row, where) + turns
+
+    def _opening(self, system: str | None, row: Mapping[str, Any], where: str) -> list[Turn]:
+        """The turns before the conversation: the system text, and the tools that are described in it."""
+        name = self.required.get("tools") or self.optional.get("tools")
+        value = row.get(name) if name is not None else None
+        if not isinstance(value, str | list | dict | None):
+            raise wrong_type(where, str(name), "a JSON list of tools", value)
+        tools = read_tools(value)
+        if tools is None:
+            raise BadRow("tools that are no JSON list of named functions")
+        opening = [("system", system)] if system else []
+        return [*opening, ("tools", json.dumps(tools, ensure_ascii=False))] if tools else opening
 
     def _message(self, message: Any, where: str) -> Turn:
         tags = self.info.tags
         if not isinstance(message, dict):
             raise UserError(f"{where}: expected an object, got {shown(message)}")
         for tag in (tags.role_tag, tags.content_tag):
-            if tag not in message:
+            if tag not in message and not (tag == tags.content_tag and message.get("tool_calls")):
                 raise UserError(
                     f"{where}: no key '{tag}'{nearest(tag, message)}; it has {listed(message)}; "
                     f"name the keys in {self.info.where}.tags"
@@ -230,7 +245,7 @@ class Converter:
         roles = {
             tags.user_tag: "user",
             tags.assistant_tag: "assistant",
-            tags.function_tag: "assistant",
+            tags.function_tag: "function",
             tags.observation_tag: "tool",
             tags.system_tag: "system",
         }
@@ -238,9 +253,13 @@ class Converter:
         role = roles.get(given) if isinstance(given, str) else None
         if role is None:
             raise BadRow(f"unknown role {shown(given)}{nearest(given, roles)}")
-        content = content_of(message[tags.content_tag], message.get("tool_calls"), where)
-        if not content and role in ("assistant", "user"):
-            raise BadRow("no answer" if role == "assistant" else "an empty question")
+        content = content_of(message.get(tags.content_tag), where)
+        if message.get("tool_calls") and role in ANSWERS:
+            role, content = "function", with_calls(content, message["tool_calls"], where)
+        if not content and role != "tool" and role != "system":
+            raise BadRow("an empty question" if role == "user" else "no answer")
+        if role == "function" and read_calls(content) is None:
+            raise BadRow("a function call that is no JSON with name and arguments")
         return role, content
 
 
@@ -251,23 +270,14 @@ def _cell(row: Mapping[str, Any], name: str, key: str, where: str) -> Any:
     return row[name]
 
 
-def _join_tool_results(turns: list[Turn]) -> list[Turn]:
-    joined: list[Turn] = []
-    for role, content in turns:
-        if role == "tool" and joined and joined[-1][0] == "tool":
-            joined[-1] = (role, f"{joined[-1][1]}\n{content}")
-        else:
-            joined.append((role, content))
-    return joined
-
-
 def _check_order(roles: list[str]) -> None:
     if not roles:
         raise BadRow("no messages")
     if "system" in roles:
         raise BadRow("a system message that is not the first")
-    for i, role in enumerate(roles):
-        if (role == "assistant") != (i % 2 == 1):
+    rounds = [role for before, role in zip(["", *roles], roles, strict=False) if not before == role == "tool"]
+    for i, role in enumerate(rounds):
+        if (role in ANSWERS) != (i % 2 == 1):
             raise BadRow("roles do not alternate")
-    if roles[-1] != "assistant":
+    if roles[-1] not in ANSWERS:
         raise BadRow("does not end with an answer")

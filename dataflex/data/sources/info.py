@@ -38,7 +38,6 @@ _REFUSED = {
 _REFUSED_COLUMNS = {
     **dict.fromkeys(("images", "videos", "audios"), "only text is trained on"),
     **dict.fromkeys(("chosen", "rejected", "kto_tag"), "preference data needs the stages rm, dpo or kto"),
-    "tools": "tool descriptions are not rendered; write them into the system prompt",
 }
 
 
@@ -52,6 +51,7 @@ class Columns:
     history: str | None = None
     messages: str | None = "conversations"
     system: str | None = None
+    tools: str | None = None
     given: frozenset[str] = frozenset()
 
 

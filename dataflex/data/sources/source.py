@@ -23,7 +23,7 @@ from dataflex.utils.files import sha256_of
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
 
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 """Raised whenever the same data is converted or tokenised otherwise: older caches are then ignored."""
 
 
@@ -108,7 +108,7 @@ def conversion_parts(converter: Converter) -> list[Any]:
     """What decides how rows become turns, for a fingerprint."""
     info = converter.info
     columns = {key: getattr(info.columns, key) for key in ("prompt", "query", "response", "history")}
-    columns |= {"messages": info.columns.messages, "system": info.columns.system}
+    columns |= {key: getattr(info.columns, key) for key in ("messages", "system", "tools")}
     token_weight = [] if converter.token_column is None else [converter.token_column]
     read = [converter.weight_column, converter.kept_column, *token_weight]
     return [converter.stage, info.formatting, columns, vars(info.tags), *read]

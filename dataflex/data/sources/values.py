@@ -25,17 +25,8 @@ def as_text(value: Any, where: str) -> str:
         raise UserError(f"{where}: expected something that can be written as text, got {shown(value)}") from None
 
 
-def content_of(content: Any, tool_calls: Any, where: str) -> str:
-    """The text of a message; OpenAI's tool calls become JSON, its list of text parts one text."""
-    if tool_calls:
-        if not isinstance(tool_calls, list):
-            raise wrong_type(where, "tool_calls", "a list of calls", tool_calls)
-        calls = [call.get("function", call) if isinstance(call, dict) else call for call in tool_calls]
-        try:
-            made = json.dumps(calls, ensure_ascii=False)
-        except (TypeError, ValueError, RecursionError):
-            raise wrong_type(where, "tool_calls", "calls that JSON can hold", tool_calls) from None
-        return content_of(content, None, where) + made
+def content_of(content: Any, where: str) -> str:
+    """The text of a message; OpenAI's list of text parts is one text."""
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
         if not all(isinstance(part, str) for part in parts):
@@ -44,6 +35,18 @@ def content_of(content: Any, tool_calls: Any, where: str) -> str:
     if content is not None and not isinstance(content, str):
         raise wrong_type(where, "content", "text", content)
     return content or ""
+
+
+def with_calls(content: str, tool_calls: Any, where: str) -> str:
+    """The text of a message and, in a line of its own, OpenAI's tool calls as JSON."""
+    if not isinstance(tool_calls, list):
+        raise wrong_type(where, "tool_calls", "a list of calls", tool_calls)
+    calls = [call.get("function", call) if isinstance(call, dict) else call for call in tool_calls]
+    try:
+        made = json.dumps(calls, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        raise wrong_type(where, "tool_calls", "calls that JSON can hold", tool_calls) from None
+    return f"{content}\n{made}" if content else made
 
 
 def wrong_type(where: str, name: str, expected: str, value: Any) -> UserError:

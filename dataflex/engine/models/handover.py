@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataflex.data.encoding.template import BuiltInTemplate, ChatTemplate, Pair, Template, get_template
+from dataflex.data.encoding.chat_template import ChatTemplate
+from dataflex.data.encoding.rounds import Pair
+from dataflex.data.encoding.template import BuiltInTemplate, Template, get_template
 from dataflex.engine.models.model import add_new_tokens, read_tokenizer
 from dataflex.utils.errors import UserError
 from dataflex.utils.files import write_atomically
@@ -117,22 +119,32 @@ def _generation_config(cfg: Config) -> dict[str, Any] | None:
 def _give_template(tokenizer: Any, template: Template, last_only: bool) -> None:
     """Save the named template that is trained with, unless the tokenizer's own renders the same."""
     if isinstance(template, BuiltInTemplate) and _own_pairs(tokenizer) != [
-        template.pairs(turns, "", last_only) for turns in _PROBES
+        _texts(template.pairs(turns, "", last_only)) for turns in _PROBES
     ]:
         tokenizer.chat_template = template.chat_template(last_only)
 
 
-def _own_pairs(tokenizer: Any) -> list[list[Pair] | None]:
+def _own_pairs(tokenizer: Any) -> list[list[tuple[str, str]] | None]:
     """What the tokenizer's own chat template makes of the probes; None where it has none or refuses one."""
     if not getattr(tokenizer, "chat_template", None):
         return [None] * len(_PROBES)
     own = ChatTemplate(tokenizer)
-    made: list[list[Pair] | None] = []
+    made: list[list[tuple[str, str]] | None] = []
     for turns in _PROBES:
         try:
-            made.append(own.pairs(turns, ""))
+            made.append(_texts(own.pairs(turns, "")))
         except UserError:
             made.append(None)
+    return made
+
+
+def _texts(pairs: list[Pair]) -> list[tuple[str, str]]:
+    """The texts of pairs, white space after an answer counted to the next prompt, where generation has it."""
+    made, space = [], ""
+    for prompt, pieces in pairs:
+        answer = "".join(pieces).rstrip()
+        made.append((space + "".join(prompt), answer))
+        space = "".join(pieces)[len(answer) :]
     return made
 
 
