@@ -31,7 +31,7 @@ TYPES = [
     ("bf16: 1", "bf16: expected true or false, got 1"),
     ("run_name: 1.10", "run_name: expected text, got 1.1 (put it in quotes)"),
     ("template: ''", "template: expected text, got an empty string"),
-    ("template: own.yaml#mine", "template: 'own.yaml' does not exist"),
+    ("template: q.txt#mine", "template: 'q.txt' does not exist"),
     ("dataset: a,,b", "dataset: expected names, got an empty one (a comma too many?)"),
     ("dataset: {a: 1}", "dataset: expected names (a list, or text with commas), got mapping"),
     ("dataset: a,b,a", "dataset: 'a' is listed twice"),
