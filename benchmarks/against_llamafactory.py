@@ -1,10 +1,8 @@
-"""dataflex against LLaMA-Factory: token ids and labels of every template, steps and learning rates of runs.
+"""dataflex against LLaMA-Factory: token ids and labels of every template.
 
-LLaMA-Factory is needed beside it, for runs omegaconf too: pip install --no-deps llamafactory==0.9.5 omegaconf
-antlr4-python3-runtime==4.9.3.
+LLaMA-Factory is needed beside it: ``pip install --no-deps llamafactory==0.9.5``.
 
-    python benchmarks/against_llamafactory.py ids     # seconds; --golden FILE keeps ids for the tests
-    python benchmarks/against_llamafactory.py runs    # minutes, on CPUs
+    python benchmarks/against_llamafactory.py    # seconds; --golden FILE keeps ids for the tests
 
 ``--write`` keeps the table in results/, from where ``python -m tests.config.foreign_page`` takes it.
 """
@@ -17,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from llamafactory_cases import CASES, numbered, tokenizer
-from llamafactory_runs import compare_runs, table_of_runs
 from llamafactory_side import REASONS, compared, load, packed, theirs
 
 from dataflex.data.encoding.formats import packaged_formats
@@ -75,7 +72,6 @@ def table_of_ids(found: dict[str, dict[str, str]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("ids", "runs"))
     parser.add_argument("--golden", type=Path, help="write LLaMA-Factory's ids of some cases here, and end")
     parser.add_argument("--write", action="store_true", help="write the table into results/")
     args = parser.parse_args()
@@ -83,16 +79,16 @@ def main() -> None:
     if args.golden:
         keep(args.golden)
         return
-    lines = table_of_ids(compare_ids()) if args.what == "ids" else table_of_runs(compare_runs())
+    lines = table_of_ids(compare_ids())
     versions = ", ".join(f"{name} {version(name)}" for name in ("llamafactory", "transformers", "torch"))
     lines = [
-        f"`python benchmarks/against_llamafactory.py {args.what}` ({versions}):",
+        f"`python benchmarks/against_llamafactory.py` ({versions}):",
         "",
         *lines,
     ]
     print("\n".join(lines))
     if args.write:
-        file = RESULTS / f"against_llamafactory_{args.what}.md"
+        file = RESULTS / "against_llamafactory_ids.md"
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -67,8 +67,8 @@ class Schedule:
 
 
 def steps_of_epochs(epochs: float, pool_size: int, global_batch: int) -> int:
-    """Steps of ``epochs`` passes over the pool, each rounded up to whole steps as in transformers; at least 1."""
-    return max(1, int(np.ceil(epochs * -(-pool_size // global_batch) - 1e-9)))
+    """Steps that go over the pool ``epochs`` times, rounded up, at least 1."""
+    return max(1, int(np.ceil(epochs * pool_size / global_batch - 1e-9)))
 
 
 def decision_schedule(

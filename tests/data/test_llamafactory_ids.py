@@ -1,6 +1,6 @@
 """Every template against token ids and labels that LLaMA-Factory itself made of the same rows.
 
-``llamafactory_ids.json`` holds ids alone; ``python benchmarks/against_llamafactory.py ids --golden FILE`` makes it.
+``llamafactory_ids.json`` holds ids alone; ``python benchmarks/against_llamafactory.py --golden FILE`` makes it.
 """
 
 from __future__ import annotations
