@@ -82,8 +82,15 @@ def test_moments_are_kept_inside_of_keep_moments_for_the_same_parameters() -> No
     net, samples = families.model("llama"), pool(3)
     made, moments = watched_scorer(net)
     how = {"proj_dim": PROJ_DIM, "seed": SEED, "adam": "adam_less"}
+    whole = made.gradient_features(samples, **how)
     with made.keep_moments():
-        whole = made.gradient_features(samples, **how)
+        made.gradient_features(samples, layers=LayerRule.of(["last:1"], None), **how)
+        np.testing.assert_array_equal(
+            made.gradient_features(samples, **how), whole, "of more than was asked for before"
+        )
+    moments.reads.clear()
+    with made.keep_moments():
+        np.testing.assert_array_equal(made.gradient_features(samples, **how), whole)
         np.testing.assert_array_equal(made.gradient_features(samples, **how), whole)
         assert set(moments.reads.values()) == {1}
         last = made.gradient_features(samples, layers=LayerRule.of(["last:1"], None), **how)
