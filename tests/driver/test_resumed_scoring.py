@@ -59,7 +59,7 @@ def _finished(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kept", ["scores", "features"])
+@pytest.mark.parametrize("kept", [pytest.param("scores", marks=pytest.mark.slow), "features"])
 def test_a_pass_goes_on_after_its_last_whole_shard(workspace: Path, kept: str) -> None:
     keys = KEYS | {"keep_features": kept == "features"}
     out = {name: workspace / f"{name}_{kept}" for name in ("whole", "killed")}

@@ -114,6 +114,11 @@ def test_the_same_command_starts_over_and_numbers_the_logs(out: Path, capfd: pyt
     [
         ("trainer_log.jsonl", {"learning_rate": 0.5}, r"has another learning_rate \(5e-05, here 0.5\)"),
         ("trainer_log.jsonl", {"seed": 1, "dataset": ["b"]}, "has another dataset"),
+        (
+            "trainer_log.jsonl",
+            {"per_device_train_batch_size": 4},
+            r"has another per_device_train_batch_size \(8, here 4\)",
+        ),
         ("trainer_log.jsonl", {"seed": 1}, r"has another seed \(42, here 1\)"),
         ("all_results.json", {}, "has results"),
         ("model-00001-of-00002.safetensors", {}, "has exported weights"),
@@ -156,6 +161,14 @@ def test_what_a_component_keeps_in_cache_is_left_alone(out: Path) -> None:
     prepared(out, overwrite_output_dir=True)
     kept = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert kept == {"config.yaml", "cache/mine", "scores/0/manifest.json", "features/0/manifest.json"}
+
+
+def test_a_run_is_started_over_on_another_number_of_processes(out: Path) -> None:
+    """8 a process on 3 of them has the global batch of 2 x 12 on one."""
+    prepared(out)
+    (out / "trainer_log.jsonl").write_text("1")
+    prepared(out, per_device_train_batch_size=2, gradient_accumulation_steps=12)
+    assert (out / "trainer_log.1.jsonl").exists()
 
 
 def test_a_damaged_checkpoint_is_kept_under_another_name(out: Path) -> None:

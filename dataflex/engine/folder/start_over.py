@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from dataflex.core.run_files import RESULTS
 from dataflex.engine import checkpoint
 from dataflex.engine.folder.own_files import CONFIG
 from dataflex.engine.run_config import POLICY, WATCHED, run_config
+from dataflex.utils import dist
 from dataflex.utils.errors import UserError, shown
 from dataflex.utils.files import remove
 from dataflex.utils.logging import logger
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 # Those that tell of a run come last: a start that ends between two renamings is followed by one that goes on with them.
 LOGS = ("trainer_state.json", "*weights.jsonl", "*average_weights.json", "decisions", "trainer_log.jsonl")
+_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _WEIGHTS = ("model*.safetensors*", "adapter_model.safetensors")
 
 
@@ -38,7 +41,19 @@ def obstacle(cfg: Config, folder: Path) -> str | None:
     except UserError as problem:
         return f"has no configuration to compare with ({problem})"
     different = [key for key in changed(before, cfg) if key not in WATCHED | POLICY]
+    if set(different) <= set(_SPLIT) and _may_be_split_anew(before, cfg):
+        return None
     return f"has another {said_change(different[0], before, cfg)}" if different else None
+
+
+def _may_be_split_anew(before: Mapping[str, Any], cfg: Config) -> bool:
+    """Whether ``before`` has this global batch with some number of processes, which no config says."""
+    each = [before.get(key) for key in _SPLIT]
+    if not all(isinstance(number, int) and number > 0 for number in each):
+        return False
+    train = cfg.train
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * dist.world_size()
+    return batch % math.prod(each) == 0
 
 
 def changed(before: Mapping[str, Any], cfg: Config) -> list[str]:
