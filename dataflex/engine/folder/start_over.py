@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,12 +47,12 @@ def obstacle(cfg: Config, folder: Path) -> str | None:
 
 def _may_be_split_anew(before: Mapping[str, Any], cfg: Config) -> bool:
     """Whether ``before`` has this global batch with some number of processes, which no config says."""
-    each = [before.get(key) for key in _SPLIT]
-    if not all(isinstance(number, int) and number > 0 for number in each):
+    micro_batch, accumulation = (before.get(key) for key in _SPLIT)
+    if not isinstance(micro_batch, int) or not isinstance(accumulation, int) or min(micro_batch, accumulation) < 1:
         return False
     train = cfg.train
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * dist.world_size()
-    return batch % math.prod(each) == 0
+    return batch % (micro_batch * accumulation) == 0
 
 
 def changed(before: Mapping[str, Any], cfg: Config) -> list[str]:
