@@ -59,6 +59,7 @@ struct LossTensors {
 inline DataflexSketch sketch_arguments(const DataflexLoss& args, const Tensor& keys, const Tensor& signs,
                                        const MaybeTensor& uniform, int64_t k1, const Tensor& out) {
   STD_TORCH_CHECK(k1 >= 64 && k1 <= 8192 && (k1 & (k1 - 1)) == 0, "k1: expected a power of two, 64 to 8192, got ", k1);
+  STD_TORCH_CHECK(args.vocab <= INT32_MAX, "logits: expected fewer than 2^31 columns");
   check_size(keys, (args.vocab + k1 - 1) / k1, "keys");
   check_size(signs, (args.vocab + 127) / 128 * 4, "signs");
   check_size(uniform, k1, "uniform");

@@ -153,6 +153,8 @@ inline float off_by(float value, float ulps) {
   const uint32_t mixed = bits<uint32_t>(value) * 2654435761u;
   return value + (mixed >> 31 ? ulps : -ulps) * 0x1p-23f * value;
 }
+// What .ftz instructions take and give for a number that has no normal exponent.
+inline float flushed(float value) { return std::fabs(value) < 0x1p-126f ? std::copysign(0.0f, value) : value; }
 }  // namespace emu
 // The largest errors are those of the CUDA C++ Programming Guide, "Intrinsic Functions".
 inline float __expf(float x) { return emu::off_by(std::exp(x), 2.0f + std::floor(std::fabs(1.173f * x))); }
@@ -171,6 +173,12 @@ inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  unsigned picked = 0;
+  for (int i = 0; i < 4; i++)
+    picked |= static_cast<unsigned>((uint64_t{high} << 32 | low) >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return picked;
+}
 inline unsigned __funnelshift_r(unsigned lo, unsigned hi, unsigned by) {
   return static_cast<unsigned>((uint64_t{hi} << 32 | lo) >> (by & 31));
 }

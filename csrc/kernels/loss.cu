@@ -19,7 +19,7 @@ int64_t parts_of(const DataflexLoss& args) {
 }
 
 // One block a part: (row, part) = (block / parts, block mod parts).
-template <typename T, bool kPlain>
+template <typename T, Form kForm>
 __global__ void __launch_bounds__(kThreads)
     scan_rows(DataflexLoss args, DataflexLossOut out, float4* states, int64_t parts) {
   DATAFLEX_SHARED(float, shared, [kWarps][4]);
@@ -28,9 +28,9 @@ __global__ void __launch_bounds__(kThreads)
     if (part == 0 && threadIdx.x == 0) skip_token(row, out);
     return;
   }
-  const bool smooth = !kPlain && args.label_smoothing != 0.0f;
-  const float at_label = smooth || threadIdx.x == 0 ? label_logit<T>(args, row) : 0.0f;
-  const float base = smoothing_base(at_label), cap = kPlain ? 0.0f : args.softcap;
+  const float at_label = kForm == kSmoothed || threadIdx.x == 0 ? label_logit<T>(args, row) : 0.0f;
+  const float base = smoothing_base(at_label), per_cap = 1.0f / args.softcap;
+  const float unit = kForm == kCapped ? args.softcap : 1.0f, in_octaves = unit * kLog2E;
   State s;
   for_each_vector(row_of<T>(args, row), args.vocab * part / parts, args.vocab * (part + 1) / parts,
                   [&](auto& values, int64_t column) {
@@ -38,16 +38,19 @@ __global__ void __launch_bounds__(kThreads)
                     float x[n], most = s.max;
 #pragma unroll
                     for (int j = 0; j < n; j++) {
-                      x[j] = capped(values[j], cap);
+                      x[j] = values[j];
+                      if (kForm == kCapped) x[j] = quick_tanh(x[j] * per_cap);
+                      if (kForm == kSmoothed) x[j] = capped(x[j], args.softcap);
                       most = fmaxf(most, x[j]);
                     }
-                    if (most > s.max) s.sum *= __expf(s.max - most);
+                    if (most > s.max) s.sum *= exp2_approximate((s.max - most) * in_octaves);
                     s.max = most;
                     const float from = most == -INFINITY ? 0.0f : most;
 #pragma unroll
-                    for (int j = 0; j < n; j++) s.sum += __expf(x[j] - from);
-                    if (smooth) add_smoothing(args, x, column, base, &s);
+                    for (int j = 0; j < n; j++) s.sum += exp2_approximate((x[j] - from) * in_octaves);
+                    if (kForm == kSmoothed) add_smoothing(args, x, column, base, &s);
                   });
+  s.max *= unit;
   s = block_merged(s, shared);
   if (threadIdx.x != 0) return;
   float soft;
@@ -82,16 +85,17 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 int forward(const DataflexLoss& args, const DataflexLossOut& out, float* scratch, cudaStream_t stream) {
   const int64_t parts = parts_of(args);
-  const auto blocks = static_cast<unsigned>(args.rows * parts), samples = static_cast<unsigned>(max(args.samples, int64_t{1}));
+  const dim3 blocks(static_cast<unsigned>(args.rows * parts)), block(kThreads);
+  const dim3 samples(static_cast<unsigned>(max(args.samples, int64_t{1})));
   auto* states = reinterpret_cast<float4*>(scratch);
-  const bool plain = args.softcap == 0.0f && args.label_smoothing == 0.0f;
   int code = cudaSuccess;
-  if (blocks > 0 && plain)
-    code = DATAFLEX_LAUNCH((scan_rows<T, true>), dim3(blocks), dim3(kThreads), 0, stream, args, out, states, parts);
-  else if (blocks > 0)
-    code = DATAFLEX_LAUNCH((scan_rows<T, false>), dim3(blocks), dim3(kThreads), 0, stream, args, out, states, parts);
+  if (args.rows > 0)
+    code = with_form(args, [&](auto form) {
+      constexpr Form kForm = decltype(form)::value;
+      return DATAFLEX_LAUNCH((scan_rows<T, kForm>), blocks, block, 0, stream, args, out, states, parts);
+    });
   if (code != cudaSuccess) return code;
-  return DATAFLEX_LAUNCH((sum_samples<T>), dim3(samples), dim3(kThreads), 0, stream, args, out, states, parts);
+  return DATAFLEX_LAUNCH((sum_samples<T>), samples, block, 0, stream, args, out, states, parts);
 }
 }  // namespace
 }  // namespace dataflex

@@ -45,19 +45,23 @@ __global__ void __launch_bounds__(kThreads) find_factors(DataflexLoss args, Data
   for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) find(row, of_sample);
 }
 
-// plain: neither softcap nor label smoothing.
-template <typename T, bool kPlain>
+template <Form kForm>
 struct RowGrad {
   float4 by;
   const float* class_weight;
-  float cap;
+  float cap, per_cap;
   int64_t label;
-  __device__ __forceinline__ float operator()(T raw, int64_t column) const {
-    const float x = kPlain ? to_float(raw) : capped(to_float(raw), cap), below = x - by.x;
-    float g = below < -87.3f ? 0.0f : by.y * __expf(below);
-    if (!kPlain && by.z != 0.0f) g -= by.z * (class_weight == nullptr ? 1.0f : class_weight[column]);
+  __device__ __forceinline__ float operator()(float x, int64_t column) const {
+    const bool caps = kForm == kCapped || (kForm == kSmoothed && cap != 0.0f);
+    float slope = 1.0f;
+    if (caps) {
+      const float u = x * per_cap, t = quick_tanh(u);
+      x = cap * t, slope = fabsf(u) < kTanhEnd ? fmaf(-t, t, 1.0f) : 0.0f;
+    }
+    float g = by.y * quick_exp(x - by.x);
+    if (kForm == kSmoothed) g -= by.z * (class_weight == nullptr ? 1.0f : class_weight[column]);
     if (column == label) g -= by.w;
-    return kPlain ? g : g * cap_slope(x, cap);
+    return g * slope;
   }
 };
 
@@ -78,7 +82,7 @@ __device__ __forceinline__ void fill(T* out, int64_t begin, int64_t end, float v
 }
 
 // One block a part: (row, part) = (block / parts, block mod parts); a part is kPerThread vectors for each thread.
-template <typename T, bool kPlain>
+template <typename T, Form kForm>
 __global__ void __launch_bounds__(kThreads, 4)
     write_gradient(DataflexLoss args, DataflexLossGrad grad, const float4* factors, int64_t parts) {
   constexpr int kSize = Vector<T>::kSize;
@@ -89,8 +93,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   const float4 by = factors[row];
   if (by.y == 0.0f && by.z == 0.0f && by.w == 0.0f) return fill(out, first, last, 0.0f);
   if (!is_finite(by.x) || !is_finite(by.y) || !is_finite(by.w)) return fill(out, first, last, NAN);
-  const RowGrad<T, kPlain> f{by, args.class_weight, args.softcap, column_of(args, row)};
-  auto one = [&](int64_t v) { from_float(f(in[v], v), out + v); };
+  const RowGrad<kForm> f{by, args.class_weight, args.softcap, 1.0f / args.softcap, column_of(args, row)};
+  auto one = [&](int64_t v) { from_float(f(to_float(in[v]), v), out + v); };
   // Vectors where input and output are aligned alike, which they are but for odd row lengths of strided logits.
   if (((reinterpret_cast<uintptr_t>(in) ^ reinterpret_cast<uintptr_t>(out)) & 15) != 0) {
     for (int64_t v = first + threadIdx.x; v < last; v += kThreads) one(v);
@@ -111,8 +115,10 @@ __global__ void __launch_bounds__(kThreads, 4)
     const int i = k * kThreads + static_cast<int>(threadIdx.x);
     if (i >= vectors) break;
     Vector<T> made;
+    float x[kSize];
+    unpack(raw[k], x);
 #pragma unroll
-    for (int j = 0; j < kSize; j++) from_float(f(raw[k].item[j], body + i * kSize + j), &made.item[j]);
+    for (int j = 0; j < kSize; j++) from_float(f(x[j], body + i * kSize + j), &made.item[j]);
     uint4 bits;
     memcpy(&bits, &made, sizeof bits);
     __stcs(reinterpret_cast<uint4*>(out + body + i * kSize), bits);
@@ -128,11 +134,11 @@ int backward(const DataflexLoss& args, const DataflexLossGrad& grad, float* scra
   const int code = DATAFLEX_LAUNCH(find_factors, dim3(samples), dim3(kThreads), 0, stream, args, grad, factors);
   if (code != cudaSuccess) return code;
   const int64_t parts = (args.vocab + kPart - 1) / kPart;
-  const auto blocks = static_cast<unsigned>(args.rows * parts);
-  const dim3 block(kThreads);
-  if (args.softcap == 0.0f && args.label_smoothing == 0.0f)
-    return DATAFLEX_LAUNCH((write_gradient<T, true>), dim3(blocks), block, 0, stream, args, grad, factors, parts);
-  return DATAFLEX_LAUNCH((write_gradient<T, false>), dim3(blocks), block, 0, stream, args, grad, factors, parts);
+  const dim3 blocks(static_cast<unsigned>(args.rows * parts)), block(kThreads);
+  return with_form(args, [&](auto form) {
+    constexpr Form kForm = decltype(form)::value;
+    return DATAFLEX_LAUNCH((write_gradient<T, kForm>), blocks, block, 0, stream, args, grad, factors, parts);
+  });
 }
 }  // namespace
 }  // namespace dataflex

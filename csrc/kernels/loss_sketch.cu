@@ -3,7 +3,8 @@
 // Floor: as loss.cu, and 4 k1 bytes written a row; a sign and an addition more an element. A thread owns the same 8
 // buckets (or 16, 32) throughout and reads the columns that fall into them: column j xor key of each stretch of k1
 // columns, which permutes the 8 inside a 16-byte load and the loads inside the stretch. So the buckets are registers,
-// with a maximum of their own; no atomics. One block a row.
+// with a maximum of their own; no atomics. One block a row. A thread has the loads of the next stretches in flight
+// while it folds one.
 #include "loss.h"
 #include "loss_device.cuh"
 
@@ -11,46 +12,71 @@ namespace dataflex {
 namespace {
 constexpr int kGroup = 8;                       // buckets that lie together
 constexpr int64_t kHeld = kThreads * kGroup;    // buckets that one group a thread holds
+constexpr int kFlight = 2;                      // stretches whose loads are in flight
 
+// 8 logits that lie together, packed as in memory, and the signs of their columns.
 template <typename T>
-__device__ __forceinline__ void load_group(const T* row, int64_t v, int64_t vocab, bool aligned, float (&x)[kGroup]) {
-  constexpr int kSize = Vector<T>::kSize;
-  if (aligned && v + kGroup <= vocab) {
-#pragma unroll
-    for (int k = 0; k < kGroup / kSize; k++) {
-      const Vector<T> raw = load_vector(row + v + k * kSize);
-#pragma unroll
-      for (int j = 0; j < kSize; j++) x[k * kSize + j] = to_float(raw.item[j]);
-    }
-    return;
-  }
-#pragma unroll
-  for (int j = 0; j < kGroup; j++) x[j] = v + j < vocab ? to_float(row[v + j]) : -INFINITY;
-}
+struct Group {
+  static constexpr int kWords = kGroup * sizeof(T) / 4;
+  uint32_t word[kWords];
+  uint32_t signs, first;  // the signs' 32 columns; the group's first column
+  int left;               // how many of the 8 are of the row; none: not to be added
 
-// x[i] becomes x[i xor key].
-__device__ __forceinline__ void permute(float (&x)[kGroup], uint32_t key) {
+  // Nothing that is loaded is used here, so that no load waits for another.
+  __device__ __forceinline__ void load(const T* row, const uint32_t* all_signs, uint32_t column, uint32_t vocab,
+                                       bool aligned) {
+    first = column;
+    left = first < vocab ? static_cast<int>(min(vocab - first, static_cast<uint32_t>(kGroup))) : 0;
+    if (left == 0) return;
+    signs = all_signs[first / 32];
+    if (aligned && left == kGroup) {
 #pragma unroll
-  for (int bit = 1; bit < kGroup; bit *= 2) {
-    if (!(key & bit)) continue;
-#pragma unroll
-    for (int i = 0; i < kGroup; i++) {
-      if (i & bit) continue;
-      const float low = x[i];
-      x[i] = x[i | bit];
-      x[i | bit] = low;
+      for (int k = 0; k < kWords / 4; k++) {
+        const uint4 raw = __ldcs(reinterpret_cast<const uint4*>(row + first) + k);
+        memcpy(word + 4 * k, &raw, sizeof raw);
+      }
+      return;
     }
+    T item[kGroup];
+#pragma unroll
+    for (int j = 0; j < kGroup; j++) item[j] = row[first + min(j, left - 1)];
+    memcpy(word, item, sizeof item);
   }
-}
+  // Element i becomes element i xor key, key < 8, and so do their signs.
+  __device__ __forceinline__ void permute(uint32_t key) {
+    constexpr bool kPairs = sizeof(T) == 2;  // two elements a word
+    if (kPairs) {
+      const uint32_t halves = key & 1 ? 0x1032u : 0x3210u;
+#pragma unroll
+      for (int w = 0; w < kWords; w++) word[w] = __byte_perm(word[w], 0, halves);
+    }
+#pragma unroll
+    for (int bit = 1; bit < kWords; bit *= 2) {
+      const bool moves = key & static_cast<uint32_t>(kPairs ? 2 * bit : bit);
+#pragma unroll
+      for (int w = 0; w < kWords; w++) {
+        if (w & bit) continue;
+        const uint32_t low = word[w], high = word[w | bit];
+        word[w] = moves ? high : low, word[w | bit] = moves ? low : high;
+      }
+    }
+    signs >>= first % 32;
+    if (key & 1) signs = (signs >> 1 & 0x55u) | (signs << 1 & 0xaau);
+    if (key & 2) signs = (signs >> 2 & 0x33u) | (signs << 2 & 0xccu);
+    if (key & 4) signs = (signs >> 4 & 0x0fu) | (signs << 4 & 0xf0u);
+  }
+};
 
-template <int kGroups>
+// kCaps: `max` is of the tanh of logits, whose unit is the cap.
+template <int kGroups, bool kCaps>
 struct Sketching {
   State s;
   float bucket[kGroups][kGroup] = {};
+  float per_cap, in_octaves;  // 1 / cap; cap, or 1, times log2 e
 
   __device__ __forceinline__ void raise(float most) {
     if (!(most > s.max)) return;
-    const float by = __expf(s.max - most);
+    const float by = exp2_approximate((s.max - most) * in_octaves);
     s.sum *= by;
 #pragma unroll
     for (int g = 0; g < kGroups; g++)
@@ -58,31 +84,35 @@ struct Sketching {
       for (int j = 0; j < kGroup; j++) bucket[g][j] *= by;
     s.max = most;
   }
-  // left: how many of x are of the row; the rest is -inf and stays so, where a logit of -inf becomes -cap.
-  __device__ __forceinline__ void add(float (&x)[kGroup], int g, int64_t left, uint32_t signs, uint32_t key, float cap) {
-    float most = -INFINITY;
+  template <typename T>
+  __device__ __forceinline__ void add(Group<T>& group, int g, uint32_t key) {
+    float x[kGroup], most = -INFINITY;
+    group.permute(key);
+#pragma unroll
+    for (int w = 0; w < Group<T>::kWords; w++) unpack<T>(group.word[w], x + w * (4 / sizeof(T)));
 #pragma unroll
     for (int j = 0; j < kGroup; j++) {
-      if (cap != 0.0f && j < left) x[j] = capped(x[j], cap);
-      most = fmaxf(most, x[j]);
+      if (kCaps) x[j] = quick_tanh(x[j] * per_cap);
     }
+    if (group.left < kGroup) {
+#pragma unroll
+      for (int j = 0; j < kGroup; j++)
+        if (static_cast<int>(j ^ key) >= group.left) x[j] = kCaps ? -1e18f : -INFINITY;  // the slope stays finite
+    }
+#pragma unroll
+    for (int j = 0; j < kGroup; j++) most = fmaxf(most, x[j]);
     raise(most);
     const float from = s.max == -INFINITY ? 0.0f : s.max;
 #pragma unroll
     for (int j = 0; j < kGroup; j++) {
-      const float e = __expf(x[j] - from);
+      const float e = exp2_approximate((x[j] - from) * in_octaves), share = kCaps ? e * fmaf(-x[j], x[j], 1.0f) : e;
       s.sum += e;
-      if (cap != 0.0f) x[j] = e == 0.0f ? 0.0f : e * cap_slope(x[j], cap);
-      else x[j] = e;
-      if (signs >> j & 1) x[j] = -x[j];
+      bucket[g][j] += __uint_as_float(__float_as_uint(share) ^ (group.signs << (31 - j) & 0x80000000u));
     }
-    permute(x, key);
-#pragma unroll
-    for (int j = 0; j < kGroup; j++) bucket[g][j] += x[j];
   }
 };
 
-template <typename T, int kGroups>
+template <typename T, int kGroups, bool kCaps>
 __global__ void __launch_bounds__(kThreads)
     sketch_rows(DataflexLoss args, DataflexSketch sketch, DataflexLossOut out) {
   DATAFLEX_SHARED(float, states, [kWarps][4]);
@@ -101,27 +131,43 @@ __global__ void __launch_bounds__(kThreads)
   const T* x = row_of<T>(args, row);
   const bool aligned = (reinterpret_cast<uintptr_t>(x) & 15) == 0;
   const float at_label = label_logit<T>(args, row);
-  Sketching<kGroups> own;
-  for (int64_t q = team; q * k1 < args.vocab; q += all_teams) {
-    const auto key = static_cast<uint32_t>(sketch.keys[q]);
-    float values[kGroups][kGroup];
-    int64_t first[kGroups];
+  Sketching<kGroups, kCaps> own;
+  const float unit = kCaps ? args.softcap : 1.0f;
+  own.per_cap = 1.0f / args.softcap, own.in_octaves = unit * kLog2E;
+  Group<T> flight[kFlight][kGroups];
+  uint32_t lows[kFlight];  // of the stretches' keys: what permutes the 8
+  const auto vocab = static_cast<uint32_t>(args.vocab), wide = static_cast<uint32_t>(k1);  // below 2^31 in all
+  const uint32_t last = (vocab - 1) / wide;
+  auto next_key = static_cast<uint32_t>(sketch.keys[min(static_cast<uint32_t>(team), last)]);  // no load waits for it
+  auto load = [&](uint32_t q, Group<T> (&groups)[kGroups], uint32_t& low) {
+    if (q * wide >= vocab) return;
+    low = next_key % kGroup;
+    const uint32_t high = next_key - low;
+    next_key = static_cast<uint32_t>(sketch.keys[min(q + all_teams, last)]);
 #pragma unroll
     for (int g = 0; g < kGroups; g++) {
-      first[g] = q * k1 + kGroup * ((place + g * kThreads) ^ static_cast<int64_t>(key / kGroup));
-      load_group(x, first[g], args.vocab, aligned, values[g]);
+      const auto of_stretch = static_cast<uint32_t>(kGroup * (place + g * kThreads)) ^ high;
+      groups[g].load(x, sketch.signs, q * wide + of_stretch, vocab, aligned);
     }
+  };
 #pragma unroll
-    for (int g = 0; g < kGroups; g++) {
-      if (first[g] >= args.vocab) continue;
-      const uint32_t signs = sketch.signs[first[g] / 32] >> (first[g] % 32);
-      own.add(values[g], g, args.vocab - first[g], signs, key % kGroup, args.softcap);
+  for (int f = 0; f < kFlight; f++) load(team + f * all_teams, flight[f], lows[f]);
+  for (uint32_t first = team; first * wide < vocab; first += kFlight * all_teams) {
+#pragma unroll
+    for (int f = 0; f < kFlight; f++) {
+      const uint32_t q = first + f * all_teams;
+      if (q * wide >= vocab) break;
+#pragma unroll
+      for (int g = 0; g < kGroups; g++)
+        if (flight[f][g].left > 0) own.add(flight[f][g], g, lows[f]);
+      load(q + kFlight * all_teams, flight[f], lows[f]);
     }
   }
   if (args.label_smoothing != 0.0f) {  // a pass of its own, from the caches
     const float base = smoothing_base(at_label);
     for_each_vector(x, 0, args.vocab, [&](auto& v, int64_t column) { add_smoothing(args, v, column, base, &own.s); });
   }
+  own.s.max *= unit;
   const float max = own.s.max;
   const State s = block_merged(own.s, states);
   if (threadIdx.x == 0) finish_token(args, row, s, at_label, out, soft_of_row);
@@ -160,18 +206,23 @@ __global__ void __launch_bounds__(kThreads) sum_sketched(DataflexLoss args, Data
   sum_sample(args, out, shared, [&](int64_t row) { return out.token_loss[row]; });
 }
 
+template <typename T, bool kCaps>
+int fold_rows(const DataflexLoss& args, const DataflexSketch& sketch, const DataflexLossOut& out, cudaStream_t stream) {
+  const dim3 rows(static_cast<unsigned>(args.rows)), block(kThreads);
+  if (sketch.k1 <= kHeld)
+    return DATAFLEX_LAUNCH((sketch_rows<T, 1, kCaps>), rows, block, 0, stream, args, sketch, out);
+  if (sketch.k1 == 2 * kHeld)
+    return DATAFLEX_LAUNCH((sketch_rows<T, 2, kCaps>), rows, block, 0, stream, args, sketch, out);
+  return DATAFLEX_LAUNCH((sketch_rows<T, 4, kCaps>), rows, block, 0, stream, args, sketch, out);
+}
+
 template <typename T>
 int run(const DataflexLoss& args, const DataflexSketch& sketch, const DataflexLossOut& out, cudaStream_t stream) {
-  const dim3 rows(static_cast<unsigned>(args.rows)), samples(static_cast<unsigned>(args.samples)), block(kThreads);
+  const dim3 samples(static_cast<unsigned>(args.samples)), block(kThreads);
   int code = cudaSuccess;
-  if (args.rows > 0) {
-    if (sketch.k1 <= kHeld)
-      code = DATAFLEX_LAUNCH((sketch_rows<T, 1>), rows, block, 0, stream, args, sketch, out);
-    else if (sketch.k1 == 2 * kHeld)
-      code = DATAFLEX_LAUNCH((sketch_rows<T, 2>), rows, block, 0, stream, args, sketch, out);
-    else
-      code = DATAFLEX_LAUNCH((sketch_rows<T, 4>), rows, block, 0, stream, args, sketch, out);
-  }
+  if (args.rows > 0)
+    code = args.softcap == 0.0f ? fold_rows<T, false>(args, sketch, out, stream)
+                                : fold_rows<T, true>(args, sketch, out, stream);
   if (code != cudaSuccess || args.samples == 0) return code;
   return DATAFLEX_LAUNCH(sum_sketched, samples, block, 0, stream, args, out);
 }

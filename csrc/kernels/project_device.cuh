@@ -22,11 +22,14 @@ __host__ __device__ __forceinline__ int64_t clamp_groups(int64_t groups, int64_t
   return groups < 1 ? 1 : groups > tiles ? (tiles < 1 ? 1 : tiles) : groups;
 }
 
-// first = a m, second = b v + inside; see struct Adam. Root and quotient are approximate, together within 4 ulp: the sums
-// over thousands of such values that follow are rounded more than that.
+// first = a m, second = b v + inside; see struct Adam. Root and quotient are approximate, together within 4 ulp: the
+// sums over thousands of such values that follow are rounded more than that.
+__device__ __forceinline__ float by_adam(const Adam& adam, float grad, float first, float second) {
+  const float below = sqrt_approximate(second + adam.d * grad * grad) + adam.outside;
+  return (first + adam.c * grad) * reciprocal_approximate(below);
+}
 __device__ __forceinline__ float transformed(const Adam& adam, float grad, float first, float second) {
-  if (!adam.on) return grad;
-  return __fdividef(first + adam.c * grad, sqrt_approximate(second + adam.d * grad * grad) + adam.outside);
+  return adam.on ? by_adam(adam, grad, first, second) : grad;
 }
 
 // Moments of element `at` of the matrix, prepared; the transform of 0 is 0 where there is no element.

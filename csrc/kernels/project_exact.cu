@@ -12,12 +12,18 @@ constexpr int kThreads = 256, kQueries = 4;
 // and, with from = 0, the norm.
 __global__ void __launch_bounds__(kThreads) measure_values(ProjectCall call, double* exact, int64_t from) {
   DATAFLEX_SHARED(float, parts, [kThreads / 32][1 + kQueries]);
-  const int64_t sample = blockIdx.x, n = rows_of(call, sample) * call.k;
+  // A whole matrix is taken as one long row.
+  const int64_t sample = blockIdx.x, wide = call.source == kRows ? call.k : call.m * call.k;
+  const int64_t n = call.source == kRows ? rows_of(call, sample) * wide : wide;
   const int64_t begin = n * blockIdx.y / gridDim.y, end = n * (blockIdx.y + 1) / gridDim.y;
   const auto queries = static_cast<int>(min(static_cast<int64_t>(kQueries), call.queries - from));
   float sum[1 + kQueries] = {};
+  int64_t row = (begin + threadIdx.x) / wide, column = (begin + threadIdx.x) % wide;
+  const int64_t rows_on = kThreads / wide, columns_on = kThreads % wide;
   for (int64_t e = begin + threadIdx.x; e < end; e += kThreads) {
-    const Element element = element_of(call, sample, e / call.k, e % call.k);
+    const Element element = element_of(call, sample, row, column);
+    row += rows_on, column += columns_on;
+    if (column >= wide) column -= wide, row++;
     float first, second;
     load_moments(call, element.at, true, &first, &second);
     float value = transformed(call.adam, element.grad, first, second);

@@ -26,50 +26,56 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto* outputs = reinterpret_cast<float*>(memory + sizeof(Shared<T>));
   const int warp = threadIdx.x / 32, warp_row = warp & 1, warp_column = warp >> 1;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * grid.samples_at_once;
-  const int64_t last = min(first + grid.samples_at_once, call.samples);
+  const auto samples = static_cast<int>(min(static_cast<int64_t>(grid.samples_at_once), call.samples - first));
   const TileShape shape = tile_shape(call.dim ? call.dim : kTileSize);
-  for (int64_t b = threadIdx.x; b < (last - first) * grid.outputs; b += kThreads) outputs[b] = 0.0f;
+  for (int64_t b = threadIdx.x; b < samples * grid.outputs; b += kThreads) outputs[b] = 0.0f;
   for (int b = threadIdx.x; b < kMostSamples * (1 + kMostQueries) * kWarps; b += kThreads)
     (&shared.exact[0][0][0])[b] = 0.0f;
+  if (static_cast<int>(threadIdx.x) <= samples)
+    shared.bounds[threadIdx.x] = static_cast<int>(bound_of(call, first + threadIdx.x));
+  const Fragments fragments = fragments_of<T>(warp_row, warp_column);
   const int64_t begin = grid.tiles * blockIdx.y / gridDim.y, end = grid.tiles * (blockIdx.y + 1) / gridDim.y;
   for (int64_t tile = begin; tile < end; tile++) {
     const int64_t row = (grid.first_down + tile / grid.across) * kTileRows;
     const int64_t column = (grid.first_across + tile % grid.across) * kTileColumns;
     const Place place = {row - call.row_offset, column - call.col_offset, static_cast<uint32_t>(row),
                          static_cast<uint32_t>(column)};
-    const int64_t top = place.i + warp_row * 32, left = place.j + warp_column * 32;
-    const bool active = top + 31 >= 0 && top < call.m && left + 31 >= 0 && left < call.k;
+    const Mine mine = mine_of(call, place, warp_row, warp_column);
+    const bool active = mine.rows_inside != 0 && mine.columns_inside != 0;
+    const Copies copies = copies_of<T>(call, place);
     __syncthreads();  // the tile before is folded, its hashes are no longer needed
     if (call.dim) hash_tile(call, place, shape, shared);
     Part moment, square, sum = {};
-    read_moments(call, place, warp_row, warp_column, moment, square);
-    Cursor at = start_of(call, first, last), ahead = at;
-    for (int stage = 0; stage < kStages - 1; stage++) {
-      fetch(call, place, ahead, last, shared, stage);
-      if (ahead.sample < last) ahead = next_of(call, ahead, last);
-    }
-    for (int stage = 0; at.sample < last; stage = stage + 1 == kStages ? 0 : stage + 1) {
+    read_moments(call, mine, moment, square);
+    Cursor at = start_of(shared.bounds, 0, samples), ahead = at;
+    constexpr uint32_t kStageBytes = sizeof(Stage<T>), kAllStages = kStages * kStageBytes;
+    for (uint32_t stage = 0; stage < kAllStages - kStageBytes; stage += kStageBytes)
+      fetch(grid, copies, ahead, samples, shared, stage);
+    for (uint32_t stage = 0, free = kAllStages - kStageBytes; at.sample < samples;) {
       cp_async_wait<kStages - 2>();
       __syncthreads();  // this stage has landed for all; the one before is free
-      fetch(call, place, ahead, last, shared, stage == 0 ? kStages - 1 : stage - 1);
-      if (ahead.sample < last) ahead = next_of(call, ahead, last);
-      if (active) multiply(shared, stage, warp_row, warp_column, sum);
-      if (active && ends_sample(at)) {
-        const auto mine = static_cast<int>(at.sample - first);
-        const float scale = __ldg(call.scale + at.sample);
-        finish(call, place, warp_row, warp_column, scale, moment, square, sum, shared.exact[mine]);
-        if (call.dim) fold(call, place, shape, warp_row, warp_column, sum, shared, outputs + mine * grid.outputs);
+      fetch(grid, copies, ahead, samples, shared, free);
+      if (active) multiply(shared, stage, fragments, sum);
+      if (ends_sample(at)) {
+        if (active) {
+          const float scale = __ldg(call.scale + first + at.sample);
+          finish(call, mine, scale, moment, square, sum, shared.exact[at.sample]);
+          if (call.dim) fold(call, place, shape, mine, warp_column, sum, shared, outputs + at.sample * grid.outputs);
 #pragma unroll
-        for (int e = 0; e < 32; e++) (&sum[0][0][0])[e] = 0.0f;
+          for (int e = 0; e < 32; e++) (&sum[0][0][0])[e] = 0.0f;
+        }
+        at = start_of(shared.bounds, at.sample + 1, samples);
+      } else {
+        at.token += kDepth;
       }
-      at = next_of(call, at, last);
+      free = stage, stage = stage + kStageBytes == kAllStages ? 0 : stage + kStageBytes;
     }
     cp_async_wait<0>();
   }
   __syncthreads();
-  for (int64_t s = first; s < last; s++) {
-    const float* mine = outputs + (s - first) * grid.outputs;
-    const int64_t place = blockIdx.y * call.samples + s;
+  for (int s = 0; s < samples; s++) {
+    const float* mine = outputs + s * grid.outputs;
+    const int64_t place = blockIdx.y * call.samples + first + s;
     for (auto b = static_cast<uint32_t>(threadIdx.x); b < call.dim; b += kThreads) {
       float sum = 0.0f;
       for (int64_t copy = 0; copy < grid.outputs; copy += call.dim) sum += mine[copy + spread(b, shape.column_bits)];
@@ -77,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     if (static_cast<int>(threadIdx.x) <= call.queries) {
       double sum = 0.0;
-      for (int w = 0; w < kWarps; w++) sum += shared.exact[s - first][threadIdx.x][w];
+      for (int w = 0; w < kWarps; w++) sum += shared.exact[s][threadIdx.x][w];
       exact[place * (1 + call.queries) + threadIdx.x] = sum;
     }
   }
@@ -94,7 +100,9 @@ Grid grid_of(const ProjectCall& call) {
   const auto outputs = static_cast<int>(outputs_of(call.dim));
   const int64_t room = (largest_shared() - static_cast<int64_t>(sizeof(Shared<__half>))) / (4 * max(outputs, 1));
   const auto at_once = static_cast<int>(room < 1 ? 1 : room < kMostSamples ? room : kMostSamples);
-  return {down, across, wide, (last_down - down + 1) * wide, at_once, outputs};
+  const auto bytes = [](int64_t stride) { return static_cast<uint32_t>(2 * stride); };
+  return {down,    across,  wide, (last_down - down + 1) * wide,
+          at_once, outputs, bytes(call.row_stride), bytes(call.col_stride)};
 }
 
 int64_t groups_of(const ProjectCall& call, const Grid& grid) {
@@ -135,8 +143,12 @@ int dataflex_project_outer(const dataflex::ProjectCall* call, float* features, d
   using namespace dataflex;
   const bool too_large = call->dim > dataflex_project_fused_limit();
   const bool wrong_dim = call->dim && (call->dim < 512 || too_large || call->kind != kXorfold);
+  // The kernel counts tokens in 32 bits, and bytes between them.
+  const int64_t largest = INT32_MAX - kDepth;
+  const bool too_far = call->pieces > largest || call->row_stride > largest || call->col_stride > largest;
   const int64_t sizes = call->m | call->k | call->row_offset | call->col_offset | call->row_stride | call->col_stride;
-  if (wrong_dim || sizes % 8 || call->queries > kMostQueries || call->dtype == 0) return cudaErrorInvalidValue;
+  if (wrong_dim || too_far || sizes % 8 || call->queries > kMostQueries || call->dtype == 0)
+    return cudaErrorInvalidValue;
   if (nothing(*call)) return cudaSuccess;
   const auto on = static_cast<cudaStream_t>(stream);
   const Grid grid = grid_of(*call);

@@ -1,9 +1,11 @@
 // Epilogue for count sketch, sparse Johnson-Lindenstrauss, small xor-folds and rows of embeddings: elements go to
-// hashed buckets. Every warp has sums of its own in shared memory and takes 32 neighbouring elements at a time; where
-// several of them meet in a bucket they add one after the other, by lane, so the bits are the same every time.
+// hashed buckets, which lie once in a block's shared memory. A warp takes 32 neighbouring columns of some rows at a
+// time: as many rows as share their Philox calls. Loads and hashes of the warps run side by side; to add, they take
+// turns, or at sparse JL each has another quarter of the buckets. Where several lanes meet in a bucket they add one
+// after the other, by lane. So there are no atomics and the bits are the same every time.
 //
-// Floor: reads 12 bytes an element and sample; one Philox call an element, one shared read-modify-write for each
-// bucket that an element goes to (4 for sjlt).
+// Floor: reads 12 bytes an element and sample; a Philox call for each element in sparse JL, for 4 in a count sketch, two
+// for 32 in an xor-fold; one shared read-modify-write for each bucket that an element goes to (4 for sjlt).
 #include "project_epilogue.cuh"
 
 namespace dataflex {
@@ -11,14 +13,52 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int64_t kElementsInGroup = 1 << 15;
 constexpr uint32_t kMostBuckets = 8192;
+static_assert(kWarps == kSparsity, "a warp has a quarter of sparse JL's buckets to itself");
 
-__device__ __forceinline__ uint32_t xorfold_slot(const ProjectCall& call, TileShape shape, uint32_t row,
-                                                 uint32_t column) {
-  const uint32_t place = ((row & ((1u << shape.row_bits) - 1)) << shape.column_bits) |
-                         (column & ((1u << shape.column_bits) - 1));
-  const uint32_t key = tile_key(call.key, row >> shape.row_bits, column >> shape.column_bits,
-                                static_cast<uint32_t>(call.dim));
-  return (place ^ key) | (pick(sign_words(call.key, row, column), column >> 5) >> (column & 31)) << 31;
+// Rows that a warp takes at once.
+template <int kKind>
+constexpr int kRowsOf = kKind == kSjlt ? 1 : 4;
+
+// Of the lane's column in each of a warp's rows: bucket, and the sign in the highest bit; four of one row for sparse JL.
+// `row`: of the tensor, of row lane mod their number; `first`: the warp's first column, a multiple of 32.
+template <int kKind, int kSlots>
+__device__ __forceinline__ void hash(const ProjectCall& call, TileShape shape, uint32_t row, uint32_t first,
+                                     uint32_t (&slot)[kSlots]) {
+  constexpr unsigned kAll = 0xffffffffu;
+  const uint32_t lane = threadIdx.x % 32, column = first + lane, dim = static_cast<uint32_t>(call.dim);
+  if constexpr (kKind == kSjlt) {
+    const Words words = sparse_words(call.key, row, column);
+    const uint32_t quarter = dim / kSparsity;
+#pragma unroll
+    for (uint32_t q = 0; q < kSparsity; q++)
+      slot[q] = (word_bucket(words.w[q], quarter) + q * quarter) | words.w[q] << 31;
+  } else if constexpr (kKind == kCountSketch) {
+    // Each of four lanes has the words of another row; they exchange them, lane and lane xor d.
+    const Words mine = count_words(call.key, row, column);
+    Words from;
+#pragma unroll
+    for (uint32_t d = 0; d < 4; d++) from.w[d] = __shfl_xor_sync(kAll, pick(mine, lane ^ d), static_cast<int>(d));
+#pragma unroll
+    for (uint32_t r = 0; r < 4; r++) {
+      const uint32_t word = pick(from, lane ^ r);
+      slot[r] = word_bucket(word, dim) | word << 31;
+    }
+  } else {
+    // Lanes 0 to 3 make the signs of a row's 32 columns, the others its tile's key, where the columns are in one tile.
+    const bool makes_key = lane >= kSlots;
+    const uint32_t in_tile = (1u << shape.column_bits) - 1, rows_in_tile = (1u << shape.row_bits) - 1;
+    const uint32_t down = makes_key ? row >> shape.row_bits : row;
+    const uint32_t across = first >> (makes_key ? shape.column_bits : 7);
+    const Words words = philox(across, down, call.key.tensor_id, makes_key ? kOfTiles : kOfSigns, call.key.seed);
+    const uint32_t word = makes_key ? words.w[0] & (dim - 1) : pick(words, first >> 5);
+#pragma unroll
+    for (int r = 0; r < kSlots; r++) {
+      const uint32_t signs = __shfl_sync(kAll, word, r), its_row = __shfl_sync(kAll, row, r);
+      uint32_t key = __shfl_sync(kAll, word, kSlots + r);
+      if (shape.column_bits < 5) key = tile_key(call.key, its_row >> shape.row_bits, column >> shape.column_bits, dim);
+      slot[r] = (((its_row & rows_in_tile) << shape.column_bits | (column & in_tile)) ^ key) | (signs >> lane) << 31;
+    }
+  }
 }
 
 // Adds `value` to sums[bucket] for the lanes with `here`; lanes of one bucket in the order of their numbers.
@@ -34,61 +74,72 @@ __device__ __forceinline__ void add_in_order(float* sums, bool here, uint32_t bu
 }
 
 // Grid: (samples, groups, slices of `slice` buckets). features [groups, samples, dim].
-// Eight blocks on a multiprocessor leave 64 registers: by itself the compiler takes 56, and spills two values on sm_90.
+template <int kKind>
 __global__ void __launch_bounds__(32 * kWarps, 8) scatter_values(ProjectCall call, uint32_t slice, float* features) {
-  DATAFLEX_DYNAMIC_SHARED(float, shared);
+  constexpr int kRowsAtOnce = kRowsOf<kKind>, kSlots = kKind == kSjlt ? kSparsity : kRowsAtOnce;
+  DATAFLEX_DYNAMIC_SHARED(float, sums);
   const auto dim = static_cast<uint32_t>(call.dim);
-  const uint32_t low = blockIdx.z * slice;
-  const uint32_t size = min(dim - low, slice);
+  const uint32_t low = blockIdx.z * slice, size = min(dim - low, slice);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t sample = blockIdx.x;
-  for (uint32_t b = threadIdx.x; b < kWarps * size; b += blockDim.x) shared[b] = 0.0f;
+  for (uint32_t b = threadIdx.x; b < size; b += blockDim.x) sums[b] = 0.0f;
   __syncthreads();
-  float* sums = shared + warp * size;
   const TileShape shape = tile_shape(call.dim);
-  const int64_t across = (call.k + 31) / 32, steps = rows_of(call, sample) * across;
+  // Steps of 32 columns, whose first has a number in the tensor that is a multiple of 32.
+  const int64_t lead = call.col_offset % 32, across = (call.k + lead + 31) / 32, rows = rows_of(call, sample);
+  const int64_t steps = (rows + kRowsAtOnce - 1) / kRowsAtOnce * across;
   const int64_t begin = steps * blockIdx.y / gridDim.y, end = steps * (blockIdx.y + 1) / gridDim.y;
-  for (int64_t step = begin + warp; step < end; step += kWarps) {
-    const int64_t column = step % across * 32 + lane;
-    const bool here = column < call.k;
-    float value = 0.0f;
-    uint32_t row = 0;
-    const auto global_column = static_cast<uint32_t>(call.col_offset + column);
-    if (here) {
-      const Element element = element_of(call, sample, step / across, column);
-      float first, second;
-      load_moments(call, element.at, true, &first, &second);
-      value = transformed(call.adam, element.grad, first, second);
-      if (call.source == kRows && call.minus_zero) value -= transformed(call.adam, 0.0f, first, second);
-      row = static_cast<uint32_t>(call.row_offset + element.row);
-    }
-    if (call.kind == kSjlt) {
-      const Words words = sparse_words(call.key, row, global_column);
-      value *= 0.5f;
+  int64_t down = (begin + warp) / across, along = (begin + warp) % across;
+  for (int64_t step = begin; step < end; step += kWarps) {
+    const int64_t top = down * kRowsAtOnce, column = along * 32 + lane - lead;
+    const bool inside = step + warp < end && column >= 0 && column < call.k;
+    // Lanes outside read what is nearest: so all loads are on their way before one is waited for.
+    const int64_t nearest = min(max(column, static_cast<int64_t>(0)), call.k - 1);
+    Element element[kRowsAtOnce];
+    float first[kRowsAtOnce], second[kRowsAtOnce], value[kRowsAtOnce];
+    int64_t row = 0;  // of the matrix, of row lane mod kRowsAtOnce
 #pragma unroll
-      for (int q = 0; q < kSparsity; q++) {
-        const uint32_t bucket = word_bucket(words.w[q], dim / kSparsity) + q * (dim / kSparsity) - low;
-        add_in_order(sums, here && bucket < size, bucket, with_sign(value, words.w[q] & 1));
+    for (int r = 0; r < kRowsAtOnce; r++) {
+      element[r] = element_of(call, sample, min(top + r, rows - 1), nearest);
+      load_moments(call, element[r].at, true, &first[r], &second[r]);
+      if (lane % kRowsAtOnce == r) row = element[r].row;
+    }
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; r++) {
+      value[r] = transformed(call.adam, element[r].grad, first[r], second[r]);
+      if (call.source == kRows && call.minus_zero) value[r] -= transformed(call.adam, 0.0f, first[r], second[r]);
+      if (!inside || top + r >= rows) value[r] = 0.0f;
+    }
+    uint32_t slot[kSlots];
+    hash<kKind>(call, shape, static_cast<uint32_t>(call.row_offset + row),
+                static_cast<uint32_t>(call.col_offset + along * 32 - lead), slot);
+    auto add = [&](float what, uint32_t to) {
+      const uint32_t bucket = (to & 0x7fffffffu) - low;
+      add_in_order(sums, inside && bucket < size, bucket, with_sign(what, to >> 31));
+    };
+    for (int turn = 0; turn < kWarps; turn++) {
+      if constexpr (kKind == kSjlt) {
+        add(0.5f * value[0], pick(Words{{slot[0], slot[1], slot[2], slot[3]}}, static_cast<uint32_t>(warp + turn)));
+      } else if (turn == warp) {
+#pragma unroll
+        for (int r = 0; r < kRowsAtOnce; r++) add(value[r], slot[r]);
       }
-      continue;
+      __syncthreads();
     }
-    uint32_t slot;
-    if (call.kind == kXorfold) {
-      slot = xorfold_slot(call, shape, row, global_column);
-    } else {
-      const uint32_t word = pick(count_words(call.key, row, global_column), global_column);
-      slot = word_bucket(word, dim) | word << 31;
-    }
-    const uint32_t bucket = (slot & 0x7fffffffu) - low;
-    add_in_order(sums, here && bucket < size, bucket, with_sign(value, slot >> 31));
+    along += kWarps;
+    while (along >= across) along -= across, down++;
   }
-  __syncthreads();
   float* to = features + (static_cast<int64_t>(blockIdx.y) * call.samples + sample) * call.dim + low;
-  for (uint32_t b = threadIdx.x; b < size; b += blockDim.x) {
-    float sum = 0.0f;
-    for (int w = 0; w < kWarps; w++) sum += shared[w * size + b];
-    to[b] = sum;
-  }
+  for (uint32_t b = threadIdx.x; b < size; b += blockDim.x) to[b] = sums[b];
+}
+
+template <int kKind>
+int launch_kind(const ProjectCall& call, float* features, int64_t groups, cudaStream_t stream) {
+  const uint32_t slice = min(static_cast<uint32_t>(call.dim), kMostBuckets);
+  const dim3 grid(static_cast<unsigned>(call.samples), static_cast<unsigned>(groups),
+                  static_cast<unsigned>((call.dim + slice - 1) / slice));
+  const size_t bytes = slice * sizeof(float);
+  return DATAFLEX_LAUNCH(scatter_values<kKind>, grid, dim3(32 * kWarps), bytes, stream, call, slice, features);
 }
 }  // namespace
 
@@ -98,14 +149,8 @@ int64_t scatter_groups(const ProjectCall& call) {
 }
 
 int launch_scatter(const ProjectCall& call, float* features, int64_t groups, cudaStream_t stream) {
-  uint32_t slice = kMostBuckets;
-  while (slice * kWarps * sizeof(float) > static_cast<size_t>(largest_shared())) slice /= 2;
-  if (call.dim < slice) slice = static_cast<uint32_t>(call.dim);
-  const size_t bytes = slice * kWarps * sizeof(float);
-  const int code = DATAFLEX_ALLOW_SHARED(scatter_values, bytes);
-  if (code != cudaSuccess) return code;
-  const dim3 grid(static_cast<unsigned>(call.samples), static_cast<unsigned>(groups),
-                  static_cast<unsigned>((call.dim + slice - 1) / slice));
-  return DATAFLEX_LAUNCH(scatter_values, grid, dim3(32 * kWarps), bytes, stream, call, slice, features);
+  if (call.kind == kXorfold) return launch_kind<kXorfold>(call, features, groups, stream);
+  if (call.kind == kCountSketch) return launch_kind<kCountSketch>(call, features, groups, stream);
+  return launch_kind<kSjlt>(call, features, groups, stream);
 }
 }  // namespace dataflex

@@ -45,21 +45,23 @@ struct HashKey {
   uint32_t tensor_id;
 };
 
+// What the last counter of each kind of bits is.
+constexpr uint32_t kOfSigns = 0x51515151u, kOfTiles = 0x4B4B4B4Bu, kOfCounts = 0x43434343u, kOfSparse = 0x53535353u;
 // Xor-fold: sign of (row, column) is bit column mod 128 of these; 1 is minus.
 DATAFLEX_BOTH Words sign_words(HashKey key, uint32_t row, uint32_t column) {
-  return philox(column >> 7, row, key.tensor_id, 0x51515151u, key.seed);
+  return philox(column >> 7, row, key.tensor_id, kOfSigns, key.seed);
 }
 // Xor-fold: what the places inside tile (down, across) are xor-ed with.
 DATAFLEX_BOTH uint32_t tile_key(HashKey key, uint32_t down, uint32_t across, uint32_t dim) {
-  return philox(across, down, key.tensor_id, 0x4B4B4B4Bu, key.seed).w[0] & (dim - 1);
+  return philox(across, down, key.tensor_id, kOfTiles, key.seed).w[0] & (dim - 1);
 }
 // Count sketch: the word of (row, column) is word column mod 4.
 DATAFLEX_BOTH Words count_words(HashKey key, uint32_t row, uint32_t column) {
-  return philox(column >> 2, row, key.tensor_id, 0x43434343u, key.seed);
+  return philox(column >> 2, row, key.tensor_id, kOfCounts, key.seed);
 }
 // Sparse Johnson-Lindenstrauss: word q is for quarter q of the buckets.
 DATAFLEX_BOTH Words sparse_words(HashKey key, uint32_t row, uint32_t column) {
-  return philox(column, row, key.tensor_id, 0x53535353u, key.seed);
+  return philox(column, row, key.tensor_id, kOfSparse, key.seed);
 }
 // Bucket below `size` from the upper 31 bits of a word; its lowest bit is the sign, 1 for minus.
 DATAFLEX_BOTH uint32_t word_bucket(uint32_t word, uint32_t size) {

@@ -11,6 +11,20 @@ namespace dataflex {
 #define DATAFLEX_SITE
 #endif
 
+// What it is given, which the compiler then keeps in a register: it may not work it out again where it is used.
+DATAFLEX_PTX uint32_t kept(uint32_t value) {
+#ifndef DATAFLEX_EMU
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+DATAFLEX_PTX const char* kept(const char* value) {
+#ifndef DATAFLEX_EMU
+  asm volatile("" : "+l"(value));
+#endif
+  return value;
+}
+
 // cp.async: copies BYTES (4, 8 or 16; both addresses so aligned) to shared memory; zeros if not `valid`, and then
 // nothing is read. Lands by cp_async_wait of its group, for the thread that issued it: others need a barrier too.
 template <int BYTES>
@@ -204,6 +218,39 @@ DATAFLEX_PTX float sqrt_approximate(float value) {
   float root;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(value));
   return root;
+#endif
+}
+// The approximate instructions below take numbers under 2^-126 for 0 and give 0 for such a result: without that each is
+// three to five instructions. Largest errors as the PTX ISA documents them.
+// 2^x, within 2 units in the last place.
+DATAFLEX_PTX float exp2_approximate(float x) {
+#ifdef DATAFLEX_EMU
+  return emu::flushed(emu::off_by(std::exp2(emu::flushed(x)), 2.0f));
+#else
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+#endif
+}
+// 1 / x, within 1 unit in the last place.
+DATAFLEX_PTX float reciprocal_approximate(float x) {
+#ifdef DATAFLEX_EMU
+  return emu::flushed(emu::off_by(1.0f / emu::flushed(x), 1.0f));
+#else
+  float part;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(part) : "f"(x));
+  return part;
+#endif
+}
+// x brought into [-most, most]; NaN stays NaN, which fminf would not let it.
+DATAFLEX_PTX float clamped(float x, float most) {
+#ifdef DATAFLEX_EMU
+  return x > most ? most : x < -most ? -most : x;
+#else
+  float inside;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(inside) : "f"(x), "f"(most));
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(inside) : "f"(inside), "f"(-most));
+  return inside;
 #endif
 }
 // Round to nearest, ties away from zero, to 10 bits of mantissa.
