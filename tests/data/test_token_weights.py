@@ -154,7 +154,7 @@ def test_weights_are_cut_as_the_ids_are_where_only_the_last_answer_is_trained(ad
     cfg = config("talk", mask_history=True, cutoff_len=24)
     sample = load(cfg.model_copy(update={"weighting": WeightingSection(turn_weights=[3, 5])})).train[0]
     answer = [w for w, label in zip(sample["token_weight"], sample["labels"], strict=True) if label >= 0]
-    assert len(sample["token_weight"]) == len(sample["input_ids"]) == 24
+    assert len(sample["token_weight"]) == len(sample["input_ids"]) == 23, "the template's newline has a place"
     assert answer and set(answer) == {5.0} and 5.0 not in sample["token_weight"][: -len(answer)]
 
 

@@ -52,8 +52,8 @@ def stopped_and_taken_up(folder: str, keys: dict[str, Any]) -> dict[str, Any]:
     command.train = counted
     finish = training._finish
     try:
-        training._finish = lambda inputs, engine, log: (
-            stop() if Path(inputs.cfg.output.output_dir).name == "proxy" else finish(inputs, engine, log)
+        training._finish = lambda inputs, *rest: (
+            stop() if Path(inputs.cfg.output.output_dir).name == "proxy" else finish(inputs, *rest)
         )
         with pytest.raises(Stop):
             three_runs(cfg)
