@@ -185,8 +185,9 @@ def _settle_paths(flat: _Flat, base: Path | None) -> None:
     """Make paths that are relative to the YAML's folder independent of it; report those that do not exist."""
     flat.values.setdefault("components_cfg_file", "components.yaml")
     for key in ("deepspeed", "components_cfg_file"):
-        if isinstance(flat.values.get(key), str):
-            named = flat.values[key]
+        named = flat.values.get(key)
+        if isinstance(named, str | int | float) and not isinstance(named, bool):
+            named = str(named)  # YAML reads a file's name of digits as a number
             found = flat.values[key] = _settled(flat, key, named, base)
             if key == "deepspeed" and Path(named).name != found and key not in flat.wrong and not Path(found).exists():
                 flat.notes.append(f"{flat.where[key]}: '{named}' does not exist, so dataflex's own {found} is used")

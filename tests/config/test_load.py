@@ -341,3 +341,9 @@ def test_keys_of_trackers_are_their_options(tmp_path: Path) -> None:
     assert output.tracker_options == {"swanlab": {"name": "mine", "project": "p"}, "trackio": {"project": "q"}}
     with pytest.raises(UserError, match="swanlab_api_key: not supported: it is a secret"):
         load(tmp_path, "swanlab_api_key: x")
+
+
+@pytest.mark.parametrize("key", ["components_cfg_file", "deepspeed"])
+def test_a_number_for_a_file_is_a_files_name(key: str) -> None:
+    with pytest.raises(UserError, match=f"^config:{key}: '7' does not exist"):
+        load_config({"model_name_or_path": "m", "dataset": "a", "output_dir": "out", key: 7}, quiet=True)
