@@ -171,12 +171,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         names = ", ".join(of_command)
         parser.error(f"unknown command '{argv[0]}'{nearest(argv[0], of_command)}; the commands are {names}")
     args, rest = parser.parse_known_args(_without_dashes(argv, of_command))
-    actions = of_command[args.command]._actions
+    flags = [option for action in of_command[args.command]._actions for option in action.option_strings]
     for word in rest:
         if hasattr(args, "overrides") and not word.startswith("-"):
             args.overrides = [*args.overrides, word]
             continue
-        flags = [option for action in actions for option in action.option_strings]
+        flags += [f"--{key}" for key in SECTION_OF if hasattr(args, "overrides")]
         parser.error(f"unknown argument '{word}'{nearest(word.partition('=')[0], flags)}")
     if getattr(args, "dry_run", False):
         args.overrides = [*args.overrides, "dry_run=true"]  # so it reaches the workers as any other key

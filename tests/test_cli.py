@@ -93,6 +93,7 @@ def test_bad_config_is_refused_before_anything_starts(tmp_path: Path) -> None:
         (["train"], "the following arguments are required: CFG"),
         (["train", "x.yaml", "--banana", "3"], "unknown argument '--banana'"),
         (["train", "x.yaml", "--num_procs=3"], "unknown argument '--num_procs=3' (did you mean '--num_processes'?)"),
+        (["train", "x.yaml", "--learning_rte", "3"], "unknown argument '--learning_rte' (did you mean '--learning_rate'?)"),
         (["train", "x.yaml", "--num_processes", "two"], "argument --num_processes/--num_gpus: invalid int value: 'two'"),
         (["env", "more"], "unknown argument 'more'"),
         (["show", "run", "seed=3"], "unknown argument 'seed=3'"),

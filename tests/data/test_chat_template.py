@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dataflex.data.encoding import chat_template
 from dataflex.data.encoding.template import get_template
 from dataflex.utils.errors import UserError
 from tests.data.test_template import CALL, CHATML, TOOLS, TURNS, rendered
@@ -37,6 +38,18 @@ def test_a_template_that_knows_none_gets_text() -> None:
     )
     with_system = rendered(None, [("system", "s"), *CALLED], byte_tokenizer(CHATML))
     assert with_system.startswith("<s>system\nsYou have access to")
+
+
+@pytest.mark.parametrize(("chat", "turns", "times"), [(CHATML, CALLED, 1), (KNOWING, CALLED, 0), (CHATML, TURNS, 0)])
+def test_what_the_saved_template_will_not_render_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, chat: str, turns: list[tuple[str, str]], times: int
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(chat_template.logger, "warning", said.append)
+    chat_template._say_spelled.cache_clear()
+    for _ in range(2):
+        rendered(None, turns, byte_tokenizer(chat))
+    assert len(said) == times and all("has no place for tools or their calls" in text for text in said)
 
 
 def test_identity_and_refusal() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from dataflex.data.encoding.formats import default_tools
@@ -12,6 +13,7 @@ from dataflex.data.encoding.rounds import Conversation, Pair, Pieces, as_message
 from dataflex.data.encoding.tools import called, described
 from dataflex.data.sources.convert import Turn
 from dataflex.utils.errors import UserError, brief
+from dataflex.utils.logging import logger
 
 Messages = list[dict[str, Any]]
 
@@ -85,8 +87,10 @@ class ChatTemplate:
         if made.system is None:
             made = replace(made, system=self._system)
         if made.tools and not self._knows["tools"]:
+            _say_spelled()
             made = replace(made, system=(made.system or "") + described(default_tools(), made.tools, where), tools=[])
-        if not self._knows["tool_calls"]:
+        if not self._knows["tool_calls"] and any(r.calls for r in made.rounds):
+            _say_spelled()
             rounds = [replace(r, answer=_spelled(r.answer, where), calls=False) if r.calls else r for r in made.rounds]
             made = replace(made, rounds=rounds)
         return made
@@ -112,3 +116,13 @@ class ChatTemplate:
 def _spelled(answer: str, where: str) -> str:
     around, calls = calls_of(answer, where)
     return around + called(default_tools(), calls, where)
+
+
+@cache
+def _say_spelled() -> None:
+    """Once in a process, although a template is made for each kind of a run's data."""
+    logger.warning(
+        "template: the tokenizer's chat template has no place for tools or their calls, so they are trained as the "
+        "tool format 'default' writes them; the chat template that is saved does not do that: where the model is to be "
+        "used with it, give a template that knows tools"
+    )
