@@ -1,0 +1,121 @@
+"""Score tables: a number for each of N samples and M columns, read block by block.
+
+A column is what is asked about: a subtask of the target, or a single sample of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dataflex.scoring.batches import Ids
+from dataflex.scoring.decide.topk import Rows
+
+Floats = NDArray[np.float32]
+BLOCK_ROWS = 4096
+
+
+class ScoreTable(Protocol):
+    """float32 [N, M], sample ids by columns; a row has the same bits whichever way it is read."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def blocks(self) -> Iterator[tuple[int, Floats]]:
+        """(id of the first row, float32 [b, M]) over all rows, in order."""
+
+    def rows(self, ids: Ids) -> Floats:
+        """The rows of ``ids`` [k], in that order: float32 [k, M]."""
+
+
+class ArrayTable:
+    """A table in memory. array: float32 [N, M]."""
+
+    def __init__(self, array: Floats, block_rows: int = 16 * BLOCK_ROWS) -> None:
+        assert array.ndim == 2 and array.shape[1] > 0
+        self.array, self.block_rows = array, block_rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.array.shape[0], self.array.shape[1]
+
+    def blocks(self) -> Iterator[tuple[int, Floats]]:
+        for start in range(0, len(self.array), self.block_rows):
+            yield start, self.array[start : start + self.block_rows]
+
+    def rows(self, ids: Ids) -> Floats:
+        return self.array[ids]
+
+
+class ProductTable:
+    """The inner products of vectors [N, d] with targets [M, d], made when they are read and held nowhere.
+
+    Every product is of ``block_rows`` rows, the last one's padded with zeros, so that an entry has the same bits
+    whichever rows are asked for and however many ranks there are. vectors: any floats, memory-mapped or not.
+    """
+
+    def __init__(
+        self,
+        vectors: NDArray[Any],
+        targets: NDArray[Any] | Tensor,
+        device: torch.device | str = "cpu",
+        block_rows: int = BLOCK_ROWS,
+    ) -> None:
+        self.vectors, self.block_rows, self.device = vectors, block_rows, torch.device(device)
+        self.targets = torch.as_tensor(targets).to(self.device, torch.float32)
+        assert vectors.ndim == self.targets.ndim == 2 and vectors.shape[1] == self.targets.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.vectors), len(self.targets)
+
+    def blocks(self) -> Iterator[tuple[int, Floats]]:
+        for start in range(0, len(self.vectors), self.block_rows):
+            yield start, self._block(start)
+
+    def rows(self, ids: Ids) -> Floats:
+        out = np.empty((len(ids), len(self.targets)), dtype=np.float32)
+        block, row = np.divmod(ids, self.block_rows)
+        for index in np.unique(block):
+            mine = np.flatnonzero(block == index)
+            out[mine] = self._block(int(index) * self.block_rows)[row[mine]]
+        return out
+
+    def _block(self, start: int) -> Floats:
+        part = np.asarray(self.vectors[start : start + self.block_rows], dtype=np.float32)
+        whole = np.zeros((self.block_rows, part.shape[1]), dtype=np.float32)
+        whole[: len(part)] = part
+        product = torch.from_numpy(whole).to(self.device) @ self.targets.T
+        found: Floats = product[: len(part)].cpu().numpy()
+        return found
+
+
+class ShardTable:
+    """The rows float32 [b, M] that lie in the shards of a store under ``name``, memory-mapped."""
+
+    def __init__(self, shards: Rows, name: str) -> None:
+        self.shards, self.name = shards, name
+        parts = [shards.read(index, name) for index in range(len(shards))]
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+        self.columns = int(parts[0].shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.starts[-1]), self.columns
+
+    def blocks(self) -> Iterator[tuple[int, Floats]]:
+        for index, start in enumerate(self.starts[:-1]):
+            yield int(start), np.asarray(self.shards.read(index, self.name))
+
+    def rows(self, ids: Ids) -> Floats:
+        out = np.empty((len(ids), self.columns), dtype=np.float32)
+        shard = np.searchsorted(self.starts, ids, side="right") - 1
+        for index in np.unique(shard):
+            mine = np.flatnonzero(shard == index)
+            out[mine] = self.shards.read(int(index), self.name)[ids[mine] - self.starts[index]]
+        return out
