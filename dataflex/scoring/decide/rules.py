@@ -73,7 +73,7 @@ def decide(
 
 def _by_row(table: ScoreTable, count: int, rule: str, mask: Mask, source: str) -> Decision:
     """The samples of the largest maximum, or mean, over the columns."""
-    every = np.full(table.shape[0], np.nan, dtype=np.float32 if rule == "max" else np.float64)
+    every: NDArray[Any] = np.full(table.shape[0], np.nan, dtype=np.float32 if rule == "max" else np.float64)
     for ids, block in finite_blocks(table, mask, source):
         every[ids] = block.max(axis=1) if rule == "max" else block.mean(axis=1, dtype=np.float64)
     picks = np.argsort(-every, kind="stable")[:count].astype(np.int64)  # NaN last
