@@ -22,8 +22,10 @@ from dataflex.ops.losses.token_rules import TokenRule
 
 # Tokens whose logits exist at once: GPUs need more of them to be busy, and to add up the weight's gradient less often.
 CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
-# Logits and their gradient below this are not worth a word.
-LEAST_BYTES = 64 << 20
+# Logits and their gradient below this are left where they are: without them LESS over a tied layer is slower.
+LEAST_BYTES = 192 << 20
+# The same where the backward makes logits again: a step is up to 1.4 times as long, so memory has to be short.
+LEAST_BYTES_TWICE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,23 @@ Watch = Callable[[HeadCall], Tensor]
 class FusedHead:
     """The output layer of one model, and what the model makes of its logits.
 
-    always: where it is possible, not only where it pays.
+    always: where it is possible, not only where it pays. twice: a backward makes the logits again, since the weights of
+    a trained layer come after the losses.
     """
 
     head: Head
     scale: float = 1.0
     softcap: float = 0.0
     always: bool = False
+    twice: bool = False
 
     def pays(self, tokens: int, *, backward: bool) -> bool:
         """Whether a forward of so many tokens shall do without logits.
 
-        It shall where their memory is at least `LEAST_BYTES`, and what stands in their place at most half of it. The
-        logits are there twice where there is a backward, as themselves and as their gradient. In their place are those
-        of a chunk; with a backward the hidden states' gradient too, and, for a trained layer in half precision, the
-        weight's gradient in float32.
+        It shall where their memory is at least `LEAST_BYTES`, or `LEAST_BYTES_TWICE`, and what stands in their place at
+        most half of it. The logits are there twice where there is a backward, as themselves and as their gradient. In
+        their place are those of a chunk; with a backward the hidden states' gradient too, and, for a trained layer in
+        half precision, the weight's gradient in float32.
         """
         if self.always:
             return True
@@ -75,7 +79,8 @@ class FusedHead:
             instead += tokens * hidden * size
             instead += chunk * size if weight.is_cuda and size < 4 else 0
             instead += 4 * vocabulary * hidden if self.head.trained and size < 4 else 0
-        return plain >= LEAST_BYTES and 2 * instead <= plain
+        least = LEAST_BYTES_TWICE if self.twice and backward else LEAST_BYTES
+        return plain >= least and 2 * instead <= plain
 
     def least_tokens(self, most: int) -> int:
         """The fewest tokens, up to ``most``, of which a forward with a backward pays."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -129,14 +130,18 @@ class Weighs(Weigher):
 def test_hooks_that_may_read_logits_keep_them(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="dataflex")
     head = FusedHead(find_head(tiny.model("full")))
-    assert training_head(head, [Hook(), Weighs()], 64) is head
+    always = replace(head, always=True)
+    assert training_head(always, [Hook(), Weighs()], 64) == replace(always, twice=True)
     assert "Weighs weighs by the losses, so the backward makes them again in chunks" in caplog.text
-    assert training_head(head, [Hook()], 64) is head
+    assert training_head(always, [Hook()], 64) == always
     assert "its gradient is made together with the losses" in caplog.text
     assert training_head(head, [Weighs(), Reads()], 64) is None
     assert "training with them: Reads may read logits" in caplog.text
     with pytest.raises(UserError, match="fused_head: on: Reads may read logits"):
-        training_head(FusedHead(head.head, always=True), [Reads()], 64)
+        training_head(always, [Reads()], 64)
+    caplog.clear()
+    assert training_head(head, [Hook()], 64) == head
+    assert "training makes its losses with logits: too few" in caplog.text
     assert training_head(None, [Reads()], 64) is None
 
 

@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_said(caplog: pytest.LogCaptureFixture) -> None:
         "",
         "global micro-batch",
     ]
-    head = fused.FusedHead(Head(torch.nn.Identity(), torch.nn.Linear(4, 9)))
+    head = fused.FusedHead(Head(torch.nn.Identity(), torch.nn.Linear(4, 9)), always=True)
     with caplog.at_level("INFO", logger="dataflex"):
         training_head(head, [hook], 64)
         assert "its gradient is made together with the losses" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dataflex.core.hook import Hook, TokenWeigher, Weigher
 from dataflex.forward.fused import FusedHead
@@ -33,8 +34,13 @@ def training_head(fused: FusedHead | None, hooks: Sequence[Hook], most_tokens: i
         logger.info(f"fused_head: scoring makes its losses without logits, training with them: {text}")
         return None
     vocabulary, hidden = fused.head.shape
+    fused = replace(fused, twice=fused.head.trained and bool(weighers))
     least = fused.least_tokens(most_tokens)
     layer = f"the output layer ({hidden:,} x {vocabulary:,})"
+    if not fused.pays(most_tokens, backward=True):
+        again = f", which {', '.join(weighers)} would have the backward make again" if fused.twice else ""
+        logger.info(f"fused_head: training makes its losses with logits{again}: too few to leave them out")
+        return fused
     which = f"forwards of {least:,} tokens or more" if least else "forwards"
     text = f"fused_head: {which} make no logits; {layer}"
     if not fused.head.trained:
