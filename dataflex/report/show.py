@@ -13,7 +13,7 @@ from dataflex.data.sources.convert import Converter
 from dataflex.data.sources.info import read_dataset_infos
 from dataflex.data.sources.rows import content_of, rows_in_files
 from dataflex.report.decision_table import Facts, read_facts, read_parts
-from dataflex.report.summary import Decision
+from dataflex.report.summary import Decision, cost_lines
 from dataflex.utils.errors import UserError
 from dataflex.utils.records import DamagedError, read_record
 
@@ -59,10 +59,10 @@ def show(run: Path, step: int | None = None, top: int = 10) -> list[str]:
     step = steps[-1] if step is None else step
     table = decisions / f"step_{step}.parquet"
     if not table.exists():
-        return _proportions(run, decisions / f"step_{step}.json")
+        return [*_proportions(run, decisions / f"step_{step}.json"), *cost_lines(run)]
     facts = read_facts(table)
     found = _read(table, facts, top)
-    lines = [*_head(run, facts, found), *_by_dataset(found)]
+    lines = [*_head(run, facts, found), *_by_dataset(found), *cost_lines(run)]
     texts = _Texts(run, facts)
     groups = [("highest scores", found.highest), ("lowest scores", found.lowest)]
     if not facts.scored:

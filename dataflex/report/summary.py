@@ -12,7 +12,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from dataflex.core.context import Run
 from dataflex.core.packing import Packing
-from dataflex.core.run_files import RunFile, written
+from dataflex.core.run_files import RESULTS, RunFile, written
 from dataflex.data.pool import Pool, TrainingPool
 from dataflex.utils.errors import UserError
 from dataflex.utils.records import DamagedError, read_record
@@ -50,7 +50,7 @@ def closing_lines(
     folder: Path, pool: TrainingPool, history: list[dict[str, Any]], monitors: Sequence[RunFile] = ()
 ) -> list[str]:
     """Lines for the screen, from a finished run's folder, its pool and its log. monitors: what they write there."""
-    lines = [*_decision_table(folder, pool), *_losses(history), f"run folder: {folder}"]
+    lines = [*_decision_table(folder, pool), *_losses(history), *cost_lines(folder), f"run folder: {folder}"]
     named = [(name, file.what) for file, names in written(folder, monitors) for name in _folded(names)]
     width = max((len(name) for name, _ in named), default=0)
     return [*lines, *(f"  {name:<{width}}  {what}" for name, what in named)]
@@ -59,6 +59,37 @@ def closing_lines(
 def _folded(names: list[str]) -> list[str]:
     """The names, or in one line the first and the last of many."""
     return names if len(names) <= MOST_LINES else [f"{names[0]} ... {names[-1]} ({len(names)})"]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Results(TypedDict):
+    """all_results.json as far as it is read again. Seconds are over all starts of the run."""
+
+    training_seconds: float
+    selection_seconds: float
+    samples_scored: NotRequired[int]
+    samples_scored_per_second: NotRequired[float]
+
+
+def cost_lines(folder: Path) -> list[str]:
+    """What training took, and what selection took beside it; nothing for a run that has no results yet.
+
+    UserError where all_results.json is not what a run writes.
+    """
+    path = folder / RESULTS
+    if not path.exists():
+        return []
+    try:
+        results: Results = read_record(path, Results)
+    except DamagedError as error:
+        raise UserError(f"{path}: not the results of a run: {error}; move it away to go on without it") from None
+    scored = ""
+    if "samples_scored" in results and "samples_scored_per_second" in results:
+        rate = f"{results['samples_scored_per_second']:,.1f}/s"
+        scored = f" ({results['samples_scored']:,} samples scored, {rate})"
+    return [
+        f"time: training {results['training_seconds']:,.1f} s, selection {results['selection_seconds']:,.1f} s{scored}"
+    ]
 
 
 @with_config(ConfigDict(extra="allow"))

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, with_config
 from tqdm import tqdm
 from typing_extensions import NotRequired, TypedDict
 
-from dataflex.core.clock import SCORE, Clock
+from dataflex.core.clock import DECIDE, EVALUATE, SAVE, SCORE, TRAIN, Clock
 from dataflex.core.context import Run
 from dataflex.core.hook import Hook
 from dataflex.report.trackers import Tracker
@@ -116,7 +116,9 @@ class LogHook(Hook):
             "train_runtime": round(total, 2),
             "train_samples_per_second": round(self._samples / total, 3),
             "train_steps_per_second": round(run.step / total, 3),
-            **{f"{part}_seconds": round(value, 2) for part, value in seconds.items()},
+            "training_seconds": round(seconds[TRAIN], 2),
+            "selection_seconds": round(seconds[SCORE] + seconds[DECIDE], 2),
+            **{f"{part}_seconds": round(seconds[part], 2) for part in (SCORE, DECIDE, SAVE, EVALUATE)},
             **scoring,
         }
 

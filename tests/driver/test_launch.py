@@ -143,7 +143,7 @@ def test_a_resumed_run_ends_with_the_very_same_files(
     assert [line["step"] for line in lines] == list(range(1, 9)), "what is written of a step precedes its checkpoint"
 
 
-PARTS = ("train", "score", "decide", "save", "evaluate")
+PARTS = ("training", "score", "decide", "save", "evaluate")
 
 
 @pytest.mark.parametrize("name", ["whole", pytest.param("killed", marks=pytest.mark.slow)])

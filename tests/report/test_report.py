@@ -17,7 +17,7 @@ from dataflex.core.plan import epoch_schedule
 from dataflex.data.pool import Pool
 from dataflex.report.model_card import model_card
 from dataflex.report.plot import plot_loss
-from dataflex.report.summary import closing_lines, opening_lines, read_decisions
+from dataflex.report.summary import closing_lines, cost_lines, opening_lines, read_decisions
 from dataflex.report.trainer_log import read_log
 from dataflex.utils.errors import UserError
 
@@ -136,6 +136,22 @@ def test_many_files_of_a_kind_are_one_line(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "notes.txt").write_text("the user's")
     assert closing_lines(tmp_path, POOL, [])[1:] == ["  checkpoint-2 ... checkpoint-12 (6)  the state after that step"]
+
+
+def test_the_closing_screen_says_what_selection_cost(tmp_path: Path) -> None:
+    results = {"training_seconds": 1234.56, "selection_seconds": 78.9}
+    (tmp_path / "all_results.json").write_text(json.dumps(results))
+    assert closing_lines(tmp_path, POOL, [])[0] == "time: training 1,234.6 s, selection 78.9 s"
+    results |= {"samples_scored": 2064, "samples_scored_per_second": 26.159}
+    (tmp_path / "all_results.json").write_text(json.dumps(results))
+    assert cost_lines(tmp_path) == ["time: training 1,234.6 s, selection 78.9 s (2,064 samples scored, 26.2/s)"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"training_seconds": 1.0}', '{"selection_seconds": "long"}'])
+def test_results_that_are_none_are_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "all_results.json").write_text(content)
+    with pytest.raises(UserError, match=r"all_results\.json: not the results of a run: .*; move it away"):
+        cost_lines(tmp_path)
 
 
 def test_the_closing_screen_of_a_run_without_decisions_or_logs_is_short(tmp_path: Path) -> None:

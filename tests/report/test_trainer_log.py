@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dataflex.core.clock import PARTS
+from dataflex.core import clock as clocks
+from dataflex.core.clock import DECIDE, EVALUATE, PARTS, SCORE
 from dataflex.report.trainer_log import LogHook, read_log
 
 LOSSES = [1.0, 2.0, 6.0, float("nan"), 4.0, 5.0, 7.0, 8.0]
@@ -97,7 +98,8 @@ def test_the_results_by_hand(tmp_path: Path) -> None:
         "train_runtime": 16.0,
         "train_samples_per_second": 8 * 24 / 16,
         "train_steps_per_second": 0.5,
-        "train_seconds": 12.0,
+        "training_seconds": 12.0,
+        "selection_seconds": 4.0,
         "score_seconds": 4.0,
         "samples_scored": 80,
         "samples_scored_per_second": 20.0,
@@ -105,3 +107,27 @@ def test_the_results_by_hand(tmp_path: Path) -> None:
     assert {key: found[key] for key in expected} == pytest.approx(expected)
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert (state["global_step"], state["max_steps"], state["epoch"]) == (8, 8, 3.2)
+
+
+def test_what_selection_cost_is_the_sum_over_all_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(clocks, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    log, run = logged(tmp_path)
+    for seconds in ((7, 2, 4, 1), (5, 3, 6, 9)):  # training, deciding, scoring within it, evaluating
+        again = LogHook(3)
+        again.load_state_dict(json.loads(json.dumps(log.state_dict())))
+        now[0] += 1000
+        again.on_train_start(run)
+        now[0] += seconds[0]
+        with again.clock.part(DECIDE):
+            now[0] += seconds[1]
+            with again.clock.part(SCORE):
+                now[0] += seconds[2]
+                again.clock.add_scored(20)
+        with again.clock.part(EVALUATE):
+            now[0] += seconds[3]
+        log = again
+    found = log.summary(run)
+    assert (found["training_seconds"], found["selection_seconds"]) == (12.0, 15.0)
+    assert (found["score_seconds"], found["decide_seconds"], found["evaluate_seconds"]) == (10.0, 5.0, 10.0)
+    assert (found["samples_scored"], found["samples_scored_per_second"]) == (40, 4.0)
