@@ -65,8 +65,8 @@ def _folded(names: list[str]) -> list[str]:
 class Results(TypedDict):
     """all_results.json as far as it is read again. Seconds are over all starts of the run."""
 
-    training_seconds: float
-    selection_seconds: float
+    training_seconds: NotRequired[float]
+    selection_seconds: NotRequired[float]
     samples_scored: NotRequired[int]
     samples_scored_per_second: NotRequired[float]
 
@@ -83,13 +83,14 @@ def cost_lines(folder: Path) -> list[str]:
         results: Results = read_record(path, Results)
     except DamagedError as error:
         raise UserError(f"{path}: not the results of a run: {error}; move it away to go on without it") from None
+    if "training_seconds" not in results or "selection_seconds" not in results:
+        return []  # of an older version
     scored = ""
     if "samples_scored" in results and "samples_scored_per_second" in results:
         rate = f"{results['samples_scored_per_second']:,.1f}/s"
         scored = f" ({results['samples_scored']:,} samples scored, {rate})"
-    return [
-        f"time: training {results['training_seconds']:,.1f} s, selection {results['selection_seconds']:,.1f} s{scored}"
-    ]
+    training, selection = results["training_seconds"], results["selection_seconds"]
+    return [f"time: training {training:,.1f} s, selection {selection:,.1f} s{scored}"]
 
 
 @with_config(ConfigDict(extra="allow"))

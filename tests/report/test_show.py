@@ -136,6 +136,14 @@ def test_the_last_decision_is_meant_and_a_mixer_chooses_no_samples(
     ]
 
 
+def test_what_selection_cost_is_printed(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "run", tmp_path / "run")
+    (tmp_path / "run/all_results.json").write_text('{"training_seconds": 9, "selection_seconds": 0.26}')
+    for step in (10, 30):
+        assert "time: training 9.0 s, selection 0.3 s" in show(tmp_path / "run", step)
+    assert not any(line.startswith("time:") for line in show(made / "run", 10)), "the run has no results yet"
+
+
 def test_changed_or_missing_data_is_said(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made, tmp_path / "copy")
     run = tmp_path / "copy/run"
