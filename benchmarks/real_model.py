@@ -10,7 +10,7 @@ in whole sentences. No test fetches it.
 `measure`: LoRA and full finetuning under ZeRO-3 on two processes, fp32, with FOLDER's gsm8k_train and alpaca_en_demo:
 gradient features against single-sample autograd (`dataflex-cli check`); the most memory that a process took in three
 steps, with activation checkpointing and without; and whether the exported model answers and stops. What choosing by
-LESS gives is `downstream.py smollm2`.
+LESS gives is `downstream run smollm2`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from dataflex.config import load_config
 from tests.distributed import ROOT, run_ranks
 
 FOLDER = str(ROOT / "benchmarks")
@@ -80,38 +78,9 @@ def test_a_dense_projection_keeps_inner_products() -> None:
     assert ((sketch @ sketch.T - rows @ rows.T).abs() / 3000).max() < 0.1
 
 
-@pytest.mark.parametrize("suite", ["demo", "real", "shares", "smollm2"])
-def test_the_downstream_runs_are_valid(suite: str, tmp_path: Path) -> None:
-    downstream = module("downstream")
-    sys.argv = ["downstream", suite, "--csv", "x.csv"]
-    asked = downstream.arguments()
-    shared = downstream.settings(asked, downstream.SUITES[suite], tmp_path)
-    for method in downstream.METHODS:
-        config = downstream.run_config(shared, method, 3)
-        cfg = load_config(config | {"output_dir": str(tmp_path / "out")}, quiet=True)
-        steps = cfg.flex.warmup_step + (cfg.flex.update_step or 0) * cfg.flex.update_times
-        assert shared["eval_steps"] == (cfg.fixed_steps if method == "full" else steps)
-        assert downstream.components(method, 3)["selectors"]
-
-
 def test_without_real_text_the_scripts_say_so() -> None:
     done = subprocess.run([sys.executable, f"{FOLDER}/fidelity.py"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("skipped: no --data FOLDER given")
-
-
-@pytest.mark.slow
-def test_a_downstream_run_is_a_line_and_is_not_run_again(tmp_path: Path) -> None:
-    words = ["demo", "--smoke", "--seeds", "1", "--methods", "random", "full", "--csv", "all.csv", "--work", "work"]
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, f"{FOLDER}/downstream.py", *words], capture_output=True, text=True, cwd=tmp_path
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-    found = rows_of(str(tmp_path / "all.csv"))
-    assert [row["method"] for row in found] == ["random", "full"]
-    assert all(float(row["held_out_loss"]) > 0 for row in found)
-    assert found[0]["share_of_target_domain"] and not found[1]["share_of_target_domain"]
-    assert json.loads((tmp_path / "work" / "demo" / "random_1" / "all_results.json").read_text())
 
 
 def test_the_page_of_families_says_what_the_rows_say() -> None:
