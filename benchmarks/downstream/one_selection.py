@@ -34,23 +34,25 @@ def select(job: dict[str, Any]) -> dict[str, Any]:
     engine = build_engine(read_inputs(cfg))
     steps = _warm_up(engine, cfg.flex.warmup_step)
     selector, counts = engine.planner.selector, job["counts"]
-    scored = [0]
-    engine.scorer.tally = lambda samples: scored.__setitem__(0, scored[0] + samples)
+    scored: list[int] = []
+    engine.scorer.tally = lambda samples: scored.append(scored.pop() + samples)
     seconds: list[float] = []
     for _ in range(job["rounds"]):
         selector.forget()
-        scored[0] = 0
-        shutil.rmtree(Path(cfg.output.output_dir) / "scores", ignore_errors=True)
+        scored.append(0)
+        for kept in ("scores", "features"):
+            shutil.rmtree(Path(cfg.output.output_dir) / kept, ignore_errors=True)
         started = time.monotonic()
         picks = {str(counts[0]): _ask(engine, selector, counts[0])}
         seconds.append(time.monotonic() - started)
+    assert len(set(scored)) == 1, f"the rounds' passes went over {scored} samples"
     started = time.monotonic()
     picks |= {str(count): _ask(engine, selector, count) for count in counts}
     return {
         "picks": picks,
         "selection_seconds": seconds,
         "choice_seconds": (time.monotonic() - started) / len(counts),
-        "samples_scored": scored[0],
+        "samples_scored": scored[-1],
         "step_seconds": statistics.median(took for took, _ in steps),
         "step_tokens": statistics.mean(tokens for _, tokens in steps),
     }
