@@ -55,6 +55,11 @@ def test_losses_without_logits_are_measured(tmp_path: Path) -> None:
     assert {row["what"] for row in rows_of(file)} == steps
 
 
+def test_a_decision_by_neighbours_is_measured(tmp_path: Path) -> None:
+    ((file,),) = run_ranks("tests.test_benchmarks:smoke", 1, folder=str(tmp_path), names=["bench_near"])
+    assert [(row["rows"], row["picks"]) for row in rows_of(file)] == [("500", "25"), ("1000", "50"), ("2000", "100")]
+
+
 def test_the_reference_scores_by_hand() -> None:
     import torch
 

@@ -11,17 +11,16 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET, HELD_OUT = "target", "held_out"
-_ROUND_ROBIN = {"aggregate": "round_robin", "per": "target"}
 # Selectors: (entry of components.yaml, params over those of the file).
 SELECTORS: dict[str, tuple[str, dict[str, Any]]] = {
     "less": ("less", {"self_check": False}),
-    "less, round robin": ("less", {"self_check": False, **_ROUND_ROBIN}),
+    "less, round robin": ("less", {"self_check": False, "aggregate": "round_robin", "per": "target"}),
     "less exact": ("less_exact", {"self_check": False}),
     "less_head": ("less_head", {}),
     "cluster_less": ("cluster_less", {}),
     "loss": ("loss", {}),
     "rds": ("rds", {}),
-    "rds, round robin": ("rds", _ROUND_ROBIN),
+    "rds, max": ("rds", {"aggregate": "max"}),
     "near": ("near", {}),
     "tsds": ("tsds", {}),
 }
