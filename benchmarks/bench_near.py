@@ -39,7 +39,7 @@ def write_rows(path: Path, rows: int, width: int) -> None:
 
 
 def make_targets(rows: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Noisy copies of ``count`` rows spread over all of them, unit [count, width], and which rows they are copies of."""
+    """Noisy copies of ``count`` rows from all over, unit [count, width], and which rows they are copies of."""
     sources = np.linspace(0, len(rows) - 1, count).astype(np.int64)
     noise = np.random.default_rng([SEED, 1]).standard_normal((count, rows.shape[1]), np.float32)
     found = rows[sources] + 0.3 * noise / np.sqrt(rows.shape[1])
