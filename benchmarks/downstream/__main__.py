@@ -29,6 +29,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from importlib.metadata import version
@@ -184,17 +185,24 @@ def run(asked: argparse.Namespace, suite: Suite, picker: Picker, methods: tuple[
     side_by_side(asked, "runs", train, jobs)
 
 
-def side_by_side(asked: argparse.Namespace, what: str, do: Any, keys: list[Any]) -> None:
+def side_by_side(asked: argparse.Namespace, what: str, do: Callable[..., str], keys: list[Any]) -> None:
     """``do(*key)`` for each key, --jobs at a time, with a line of progress for each; the first failure ends all."""
     started = time.monotonic()
-    with ThreadPoolExecutor(asked.jobs) as pool:
-        waiting = [pool.submit(do, *key) for key in keys]
-        for done, future in enumerate(as_completed(waiting), start=1):
+    for done, said in enumerate(results(asked.jobs, do, keys), start=1):
+        left = (time.monotonic() - started) / done * (len(keys) - done) / 60
+        print(f"[{done}/{len(keys)} {what}, {left:.0f} min left] {asked.suite}: {said}", flush=True)
+
+
+def results(jobs: int, do: Callable[..., str], keys: list[Any]) -> Iterator[str]:
+    """What ``do`` returns, as it is done."""
+    if jobs == 1:
+        yield from (do(*key) for key in keys)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in as_completed([pool.submit(do, *key) for key in keys]):
             if future.exception() is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
-            took = time.monotonic() - started
-            left = took / done * (len(keys) - done) / 60
-            print(f"[{done}/{len(keys)} {what}, {left:.0f} min left] {asked.suite}: {future.result()}", flush=True)
+                pool.shutdown(cancel_futures=True)
+            yield future.result()
 
 
 def tables(asked: argparse.Namespace, suite: Suite) -> None:

@@ -40,7 +40,7 @@ def select(job: dict[str, Any]) -> dict[str, Any]:
     for _ in range(job["rounds"]):
         selector.forget()
         scored.append(0)
-        for kept in ("scores", "features"):
+        for kept in ("scores", "features", "embeddings"):
             shutil.rmtree(Path(cfg.output.output_dir) / kept, ignore_errors=True)
         started = time.monotonic()
         picks = {str(counts[0]): _ask(engine, selector, counts[0])}

@@ -103,7 +103,7 @@ SUITES: dict[str, Suite] = {
 def small(suite: Suite) -> Suite:
     """The same with few samples and steps: it shows that everything runs."""
     return replace(
-        suite, rows=24, target_rows=8, batch=2, warm=2, steps=2, every=2, longest=None, budgets=suite.budgets[-1:]
+        suite, rows=10, target_rows=8, batch=2, warm=2, steps=2, every=2, longest=None, budgets=suite.budgets[-1:]
     )
 
 
