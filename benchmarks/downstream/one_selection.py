@@ -35,7 +35,7 @@ def select(job: dict[str, Any]) -> dict[str, Any]:
     steps = _warm_up(engine, cfg.flex.warmup_step)
     selector, counts = engine.planner.selector, job["counts"]
     scored: list[int] = []
-    engine.scorer.tally = lambda samples: scored.append(scored.pop() + samples)
+    engine.scorer.tally = lambda samples, *more: scored.append(scored.pop() + samples)
     seconds: list[float] = []
     for _ in range(job["rounds"]):
         selector.forget()
