@@ -11,7 +11,8 @@ smollm2: 200 short rows each of the same, LoRA on the model that `real_model.py 
 halves: the selectors see one (target_loss), nobody the other (held_out_loss).
 
 A run has one process (ZeRO-0), some random steps, and one decision that picks 2% or 10% of the pool. It goes over the
-picks until its steps are done, at a learning rate that stays the same, so that its curve can be read at any step. Of a
+picks until its steps are done, at a learning rate that stays the same, so that its curve can be read at any step: it
+counts where the half that the selectors see is best, since few picks are soon learnt by heart. Of a
 seed all runs begin with the same weights and the same random steps. Equal minutes are those that less needs for its
 selection and its steps; how many steps another method makes in them follows from `calibrate`, which times each
 selection and the steps (these by the tokens of the picks). So the runs themselves may share a busy machine. What is

@@ -65,7 +65,9 @@ class Runs:
         minutes = self._steps_of_minutes(method, budget, seed, picks)
         steps = max(suite.steps, minutes or 0)
         curve = self._train(method, budget, seed, picks, steps)
-        equal, timed = curve[suite.warm + suite.steps], None if minutes is None else curve[suite.warm + minutes]
+        at = best_within(curve, suite.warm, suite.steps)
+        timed_at = None if minutes is None else best_within(curve, suite.warm, minutes)
+        equal, timed = curve[at], None if timed_at is None else curve[timed_at]
         domains = np.bincount(pool.domain_ids[picks], minlength=len(pool.domain_names))
         return {
             "suite": self.name,
@@ -78,6 +80,8 @@ class Runs:
             "warm_steps": suite.warm,
             "steps": suite.steps,
             "steps_minutes": "" if minutes is None else minutes,
+            "best_step": at - suite.warm,
+            "best_step_minutes": "" if timed_at is None else timed_at - suite.warm,
             "target_loss": round(equal[0], 5),
             "held_out_loss": round(equal[1], 5),
             "target_loss_minutes": "" if timed is None else round(timed[0], 5),
@@ -108,6 +112,12 @@ class Runs:
         base.write_text(yaml.safe_dump(config | {"output_dir": str(folder.resolve())}), encoding="utf-8")
         processes.train(base, self.picker.threads)
         return read_curve(folder)
+
+
+def best_within(curve: Curve, warm: int, steps: int) -> int:
+    """Of the evaluations in the ``steps`` after the warm-up the one with the lowest loss on the half that is seen."""
+    allowed = [step for step in curve if warm < step <= warm + steps] or [warm]
+    return min(allowed, key=lambda step: (curve[step][0], step))
 
 
 def read_curve(folder: Path) -> Curve:

@@ -80,8 +80,8 @@ class Suite:
 
 
 SUITES: dict[str, Suite] = {
-    "demo": Suite(("arithmetic", "strings", "units", "dates"), "dates_target", 300, 128, 8, 40, 60, 20, TINY),
-    "real": Suite(("alpaca_en_demo", "gsm8k_train"), "gsm8k_val", 600, 100, 8, 40, 60, 20, TINY),
+    "demo": Suite(("arithmetic", "strings", "units", "dates"), "dates_target", 300, 128, 8, 40, 60, 10, TINY),
+    "real": Suite(("alpaca_en_demo", "gsm8k_train"), "gsm8k_val", 600, 100, 8, 40, 60, 10, TINY),
     "smollm2": Suite(
         ("alpaca_en_demo", "gsm8k_train"),
         "gsm8k_val",

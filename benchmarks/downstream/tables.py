@@ -83,8 +83,9 @@ def _by_domain(counted: Sequence[str]) -> str:
     return ", ".join(f"{name} {count / whole:.0%}" for name, count in totals.items() if count)
 
 
-LEGEND = """Loss on the half of the target that nobody saw, mean ± standard deviation over seeds. "- random": the
-difference to random seed by seed; * where a two-sided paired t-test at 5% finds one; in brackets the smallest
+LEGEND = """Loss on the half of the target that nobody saw, at the evaluation where the half that the selectors see has
+its lowest (so a run that goes over few picks too often is stopped): mean ± standard deviation over seeds. "- random":
+the difference to random seed by seed; * where a two-sided paired t-test at 5% finds one; in brackets the smallest
 difference that such a test finds in 80% of experiments, (t_0.975 + t_0.8) s / √n with the differences' s and n - 1
 degrees of freedom. Equal minutes: those of less's selection and steps."""
 

@@ -75,6 +75,12 @@ def test_equal_minutes_by_hand() -> None:
     assert cost.steps_within("random", 100, 200, 60) == 220, "less has twice the length"
 
 
+def test_a_run_is_stopped_where_the_half_that_is_seen_is_best() -> None:
+    best = module("runs").best_within
+    curve = {0: (1.0, 9.0), 40: (2.0, 8.0), 50: (4.0, 1.0), 60: (3.0, 2.0), 70: (3.0, 0.0), 80: (1.5, 7.0)}
+    assert [best(curve, 40, steps) for steps in (0, 10, 20, 30, 40)] == [40, 50, 60, 60, 80]
+
+
 def row(method: str, seed: int, held: float, timed: float, **more: str) -> dict[str, str]:
     losses = {"target_loss": "1", "held_out_loss": str(held), "held_out_loss_minutes": str(timed)}
     return {"suite": "s", "budget": "0.1", "method": method, "seed": str(seed), **losses, "picks_by_domain": ""} | more
