@@ -96,6 +96,26 @@ def takes_best_scores(outcome: Outcome) -> None:
         assert scores == sorted(scores, reverse=True) and -1 <= scores[-1] < scores[0] <= 1
 
 
+def serves_both_subtasks_alike(outcome: Outcome) -> None:
+    picks_distinct_samples(outcome)
+    for decision in outcome.decisions:
+        assert {name: task["picks"] for name, task in decision["subtasks"].items()} == {"near": 6, "far": 6}
+        assert abs(decision["overlap"]["random"] - PICKED / sum(SIZES.values())) < 1e-12
+        serves = decision["metric"]["serves"]
+        assert all({*serves[at : at + 2]} == {"near", "far"} for at in range(0, PICKED, 2))
+    first, second = (set(decision["indices"]) for decision in outcome.decisions)
+    again = len(first & second) / PICKED
+    assert outcome.decisions[0]["overlap"]["last"] is None
+    assert abs(outcome.decisions[1]["overlap"]["last"] - again) < 1e-12
+
+
+def votes_fall(outcome: Outcome) -> None:
+    picks_distinct_samples(outcome)
+    for decision in outcome.decisions:
+        votes = decision["metric"]["score"]
+        assert votes == sorted(votes, reverse=True) and set(votes) <= set(range(7)) and votes[0] > 0
+
+
 def takes_best_clusters(outcome: Outcome) -> None:
     picks_distinct_samples(outcome)
     for decision in outcome.decisions:
@@ -132,10 +152,14 @@ def with_reference(folder: Path) -> dict[str, Any]:
 _LESS = {"gradient_type": "adam", "adam_form": "official", "proj_dim": 64, "seed": 1}
 _ALL = "global micro-batch"
 _LESS_EXACT = {"scoring": "exact", "accumulate": True, "layers": ["layers"], "layer_weights": {"mlp": 2.0}}
+_TWICE = {"aggregate": "doubly_greedy"}
+_HEAD = {"sketch_dim": 64, "proj_dim": 256}
 CASES = [
     Case("selector", "less", _LESS, takes_best_scores),
-    Case("selector", "less", _LESS_EXACT, takes_best_scores, "exact"),
-    Case("selector", "less_head", {"sketch_dim": 64, "proj_dim": 256}, takes_best_scores),
+    Case("selector", "less", _LESS_EXACT | _TWICE, serves_both_subtasks_alike, "exact"),
+    Case("selector", "less", {**_LESS, "aggregate": "round_robin"}, serves_both_subtasks_alike, "turns"),
+    Case("selector", "less_head", _HEAD, takes_best_scores),
+    Case("selector", "less_head", {**_HEAD, "aggregate": "vote", "per": "target"}, votes_fall, "vote"),
     Case("selector", "cluster_less", {**_LESS, "n_clusters": 6, "representatives": 2}, takes_best_clusters),
     Case("selector", "loss", {"focus": "high", "focus_weight": 3.0, "temperature": 0.5}, decides_anew),
     Case("selector", "random", {"seed": 5}, decides_anew),

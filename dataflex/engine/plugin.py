@@ -13,6 +13,7 @@ import numpy as np
 from dataflex.core.context import Run
 from dataflex.core.hook import Planner
 from dataflex.core.plan import Plan
+from dataflex.data.subtasks import Subtasks
 from dataflex.engine import checkpoint
 from dataflex.engine.steps.batches import MicroBatch, StepBatch
 from dataflex.engine.steps.loop import Loop
@@ -49,16 +50,24 @@ class DataflexEngine:
             engine.step()
     """
 
-    _OWN = frozenset({"engine", "run", "scorer", "eval_pool", "eval_batch", "_loop", "_micro"})
+    _OWN = frozenset({"engine", "run", "scorer", "eval_pool", "eval_batch", "_subtasks", "_loop", "_micro"})
 
     def __init__(
-        self, engine: Any, run: Run, loop: Loop, scorer: Scorer, eval_pool: Any = None, eval_batch: int = 8
+        self,
+        engine: Any,
+        run: Run,
+        loop: Loop,
+        scorer: Scorer,
+        eval_pool: Any = None,
+        eval_batch: int = 8,
+        subtasks: Subtasks | None = None,
     ) -> None:
         self.engine = engine
         self.run = run
         self.scorer = scorer
         self.eval_pool = eval_pool
         self.eval_batch = eval_batch
+        self._subtasks = None if subtasks is None else (eval_pool, subtasks)
         self._loop = loop
         self._micro = MicroLoop(engine, loop)
 
@@ -163,6 +172,7 @@ class DataflexEngine:
     def evaluate(self) -> dict[str, float]:
         """Token-mean loss of the eval dataset: ``eval_loss``, and ``eval_<domain>_loss`` where it has several.
 
+        Where a selector goes by the values of a ``subtask_column``, ``eval_<column>_<value>_loss`` of each as well.
         Leaves the training state bit-identical; call it on every rank, between steps.
         """
         pool = self.eval_pool
@@ -172,11 +182,17 @@ class DataflexEngine:
         scored = self.scorer.losses(pool, reduction="sum", max_samples=self.eval_batch)
         losses, counts = (values.astype(np.float64) for values in scored)
         result = {"eval_loss": float(losses.sum() / counts.sum())}
+        for name, mine in self._eval_parts(pool):
+            result[f"eval_{name}_loss"] = float(losses[mine].sum() / max(1.0, counts[mine].sum()))
+        return result
+
+    def _eval_parts(self, pool: Any) -> Iterator[tuple[str, np.ndarray]]:
+        """(name, mask of the samples) of the parts of an eval dataset whose losses are told beside the mean."""
         if len(pool.domain_names) > 1:
             for d, name in enumerate(pool.domain_names):
-                mine = np.asarray(pool.domain_ids) == d
-                result[f"eval_{name}_loss"] = float(losses[mine].sum() / max(1.0, counts[mine].sum()))
-        return result
+                yield name, np.asarray(pool.domain_ids) == d
+        if self._subtasks is not None and self._subtasks[0] is pool:
+            yield from self._subtasks[1].parts()
 
     def save_checkpoint(
         self,

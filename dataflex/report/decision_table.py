@@ -98,7 +98,8 @@ def score_columns(scored: Mapping[str, NDArray[Any]], pool_size: int, source: st
 
 
 def _plain(name: str, values: NDArray[Any]) -> Column:
-    return Column(name, values.dtype.name, lambda part: values[part])
+    """Of numbers, or of texts (objects)."""
+    return Column(name, "string" if values.dtype == object else values.dtype.name, lambda part: values[part])
 
 
 def picked_column(picks: NDArray[np.int64], pool_size: int, replacement: bool) -> Column:

@@ -62,7 +62,7 @@ def show(run: Path, step: int | None = None, top: int = 10) -> list[str]:
         return [*_proportions(run, decisions / f"step_{step}.json"), *cost_lines(run)]
     facts = read_facts(table)
     found = _read(table, facts, top)
-    lines = [*_head(run, facts, found), *_by_dataset(found), *cost_lines(run)]
+    lines = [*_head(run, facts, found), *_by_dataset(found), *_by_subtask(table.with_suffix(".json")), *cost_lines(run)]
     texts = _Texts(run, facts)
     groups = [("highest scores", found.highest), ("lowest scores", found.lowest)]
     if not facts.scored:
@@ -117,12 +117,37 @@ def _mean(total: float, count: int) -> str:
     return f"{total / count:.4g}" if count else "-"
 
 
-def _proportions(run: Path, path: Path) -> list[str]:
-    """A mixer's decision; UserError where it is a selector's whose table is gone."""
+def _by_subtask(path: Path) -> list[str]:
+    """What a selector's decision did for each subtask of its target, and what it shares with others."""
+    record = _record(path)
+    lines = []
+    if "subtasks" in record:
+        tasks = record["subtasks"]
+        width = max(len("serves"), *map(len, tasks))
+        heads = ("picked", "of picks", "lowest", "highest", "of last")
+        lines += ["", f"{'serves':<{width}}" + "".join(f"{head:>12}" for head in heads)]
+        for name, task in tasks.items():
+            cells = [f"{task['picks']:,}", f"{task['share']:.1%}"]
+            cells += [f"{task[key]:.4g}" if key in task else "-" for key in ("lowest", "highest")]
+            cells.append(f"{task['last']:.1%}" if "last" in task else "-")
+            lines.append(f"{name:<{width}}" + "".join(f"{cell:>12}" for cell in cells))
+    shared = record.get("overlap", {})
+    words = [("random", "would be in a random draw of as many"), ("last", "were in the decision before")]
+    told = [f"{share:.1%} {text}" for key, text in words if (share := shared.get(key)) is not None]
+    return [*lines, "", f"of the picks {', '.join(told)}"] if told else lines
+
+
+def _record(path: Path) -> Decision:
     try:
         record: Decision = read_record(path, Decision)
     except DamagedError as error:
         raise UserError(f"{path}: not a record of a decision: {error}") from None
+    return record
+
+
+def _proportions(run: Path, path: Path) -> list[str]:
+    """A mixer's decision; UserError where it is a selector's whose table is gone."""
+    record = _record(path)
     if "proportions" not in record:
         raise UserError(f"{path.with_suffix('.parquet')}: there is no such table; the run is of an older version")
     shares = [f"  {name}  {share:.1%}" for name, share in record["proportions"].items()]

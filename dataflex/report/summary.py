@@ -18,6 +18,7 @@ from dataflex.utils.errors import UserError
 from dataflex.utils.records import DamagedError, read_record
 
 MOST_LINES = 4
+MOST_SUBTASKS = 20
 
 
 def opening_lines(run: Run, deciders: str, zero_stage: int) -> list[str]:
@@ -94,13 +95,30 @@ def cost_lines(folder: Path) -> list[str]:
 
 
 @with_config(ConfigDict(extra="allow"))
+class ServedSubtask(TypedDict):
+    """picks, and their share of the decision; lowest and highest score, and the share of them picked last time too."""
+
+    picks: int
+    share: float
+    lowest: NotRequired[float]
+    highest: NotRequired[float]
+    last: NotRequired[float]
+
+
+@with_config(ConfigDict(extra="allow"))
 class Decision(TypedDict):
-    """A file of decisions/ as far as it is read again: indices of a selector, or proportions of a mixer."""
+    """A file of decisions/ as far as it is read again: indices of a selector, or proportions of a mixer.
+
+    subtasks: where picks serve subtasks of a target, what each got. overlap: shares of the picks that would be in a
+    random draw, and that were in the last decision.
+    """
 
     step: int
     component: str
     indices: NotRequired[list[int]]
     proportions: NotRequired[dict[str, float]]
+    subtasks: NotRequired[dict[str, ServedSubtask]]
+    overlap: NotRequired[dict[str, float | None]]
 
 
 def read_decisions(folder: Path, pool: TrainingPool) -> list[Decision]:
@@ -141,12 +159,28 @@ def _decision_table(folder: Path, pool: TrainingPool) -> list[str]:
         else:
             share = np.array([record["proportions"][name] for name in names])
         columns.append((f"step {record['step']}", share))
-    shown = [*whole, *columns[-6:]]
-    width = max(len("domain"), *(len(name) for name in names))
     kind = "chose" if "indices" in decisions[0] else "mixed"
-    head = f"{'domain':<{width}}" + "".join(f"{title:>10}" for title, _ in shown)
-    rows = [f"{name:<{width}}" + "".join(f"{s[d]:>10.1%}" for _, s in shown) for d, name in enumerate(names)]
-    return [f"what {decisions[0]['component']} {kind}, as shares of each decision:", head, *rows]
+    head = f"what {decisions[0]['component']} {kind}, as shares of each decision:"
+    return [head, *_shares("domain", names, [*whole, *columns[-6:]]), *_subtask_table(decisions)]
+
+
+def _subtask_table(decisions: list[Decision]) -> list[str]:
+    """One row per subtask of the target: its share of each of the last decisions; none where there are no several."""
+    names = list(dict.fromkeys(name for record in decisions for name in record.get("subtasks", ())))
+    if not 1 < len(names) <= MOST_SUBTASKS:
+        return []
+    columns = []
+    for record in decisions[-6:]:
+        share = [record["subtasks"][name]["share"] if name in record.get("subtasks", ()) else 0.0 for name in names]
+        columns.append((f"step {record['step']}", np.array(share)))
+    return ["which subtask of the target the picks serve:", *_shares("subtask", names, columns)]
+
+
+def _shares(title: str, names: list[str], columns: list[tuple[str, np.ndarray]]) -> list[str]:
+    """A head and a row for each name. columns: (title, shares [names])."""
+    width = max(len(title), *(len(name) for name in names))
+    head = f"{title:<{width}}" + "".join(f"{of:>10}" for of, _ in columns)
+    return [head, *(f"{n:<{width}}" + "".join(f"{s[k]:>10.1%}" for _, s in columns) for k, n in enumerate(names))]
 
 
 def _losses(history: list[dict[str, Any]]) -> list[str]:

@@ -125,15 +125,15 @@ class Scorer:
         return merge(out, self.device)
 
     def gradient_scores(
-        self, dataset: Any, score: Callable[[Tensor], Tensor], ids: Ids | None = None, **how: Any
+        self, dataset: Any, score: Callable[[Tensor], Tensor], columns: int, ids: Ids | None = None, **how: Any
     ) -> Floats:
-        """One number per sample, float32 [n]: ``score`` of its feature ([b, proj_dim] to [b]).
+        """Numbers of each sample, float32 [n, columns]: ``score`` of its feature ([b, proj_dim] to [b, columns]).
 
-        Features are dropped batch by batch, so memory does not grow with the number of samples.
+        Features are dropped batch by batch, so memory does not grow with their size.
         how: as `stream_features` takes it.
         """
         ids = np.arange(len(dataset), dtype=np.int64) if ids is None else ids
-        out = np.zeros(len(ids), dtype=np.float32)
+        out = np.zeros((len(ids), columns), dtype=np.float32)
 
         def keep(places: Ids, features: Tensor) -> None:
             out[places] = score(features).cpu().numpy()

@@ -11,6 +11,7 @@ import torch
 
 from dataflex.core.plan import generator
 from dataflex.ops.losses.token_rules import TokenRows
+from dataflex.scoring.decide.table import ArrayTable
 from dataflex.train.selector.cluster_less_selector import Clusters
 
 SIZES = {"one": 24, "two": 40, "three": 16}
@@ -40,6 +41,19 @@ def drawn(selector: Any) -> list[Any]:
         selector.select(None, STEP, 4)
     weights, named = draw.call_args.args[0], draw.call_args.kwargs
     return [weights[[12, 15, 16, 39, 40]].tolist(), named["replacement"], float(named["draw"].random())]
+
+
+def voted(selector: Any) -> list[Any]:
+    """Columns, and three picks of a planted table: ids, votes, whom they serve, and which sample of the target.
+
+    Sample 10 is the best for all targets but the last, whose own is 30; 20 is good for four; the others fall slowly.
+    """
+    table = np.tile(-np.arange(POOL, dtype=np.float32)[:, None] / 1000, (1, 6))
+    table[10], table[20, :4], table[30, 5] = 5, 4, 100
+    with mock.patch.object(selector, "table_at", lambda step_id: ArrayTable(table)):
+        picks = selector.select(None, STEP, 3)
+    selector.forget()
+    return [selector.width, picks, *(selector.metric[name] for name in ("score", "serves", "target"))]
 
 
 def next_number(seed: int, *purpose: object) -> float:

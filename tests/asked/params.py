@@ -33,6 +33,7 @@ from tests.asked.param_facts import (
     softmax,
     some_of_each,
     towards_equal,
+    voted,
     weighed,
 )
 from tests.tiny import tiny_llama
@@ -110,13 +111,19 @@ def _with_tasks(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**sample, "task": "xxy"[i]} for i, sample in enumerate(samples)]
 
 
+# Each of the six samples of the target votes for 4 of 80 (for 3, a share by the picks would have it).
+VOTED = [6, [10, 0, 1], [6.0, 6.0, 6.0], ["x", "x", "x"], [0, 4, 4]]
+VOTE = tuple(
+    Asked(name, value, voted, VOTED) for name, value in (("aggregate", "vote"), ("per", "target"), ("vote_share", 0.05))
+)
 LESS = (
     Asked("adam_form", "optimizer", lambda s: s.spec.adam, "adam"),
     Asked("projection", "countsketch", lambda s: s.spec.projection, "countsketch"),
     Asked("proj_dim", 96, lambda s: s.spec.projected()["proj_dim"], 96),
     Asked("layers", ["layers.1"], factors, [0.0, 0.0, 2.0, 1.0]),
     Asked("layer_weights", {"mlp": 2.0}, factors, [0.0, 0.0, 2.0, 1.0]),
-    Asked("subtask_column", "task", lambda s: s.subtasks.tolist(), [0, 0, 1, 0, 0, 1]),
+    Asked("subtask_column", "task", lambda s: s.subtasks.ids.tolist(), [0, 0, 1, 0, 0, 1]),
+    *VOTE,
     Asked("accumulate", True, lambda s: s.accumulate, True),
     Asked("self_check", False, lambda s: s.unchecked, False),
     Asked("seed", 3, lambda s: s.spec.projected()["seed"], 3),
@@ -129,7 +136,8 @@ LESS_HEAD = (
     Asked("sketch_dim", 64, lambda s: s.features.sketch_dim, 64),
     Asked("proj_dim", 128, lambda s: s.features.of_samples(s.scorer, s.target).shape[1], 128),
     Asked("seed", 3, lambda s: s.features.seed, 3),
-    Asked("subtask_column", "task", lambda s: s.subtasks.tolist(), [0, 0, 1, 0, 0, 1]),
+    Asked("subtask_column", "task", lambda s: s.subtasks.ids.tolist(), [0, 0, 1, 0, 0, 1]),
+    *VOTE,
 )
 # Of 6 clusters, 2 representatives of each.
 CLUSTERS = ["last", 6, 12, 3]

@@ -131,6 +131,21 @@ def test_the_last_six_decisions_are_shown(tmp_path: Path) -> None:
     assert lines[2].split() == ["maths", "75.0%", *["0.0%", "100.0%"] * 3]
 
 
+def test_whom_the_picks_serve_is_shown_where_the_target_has_several_subtasks(tmp_path: Path) -> None:
+    (tmp_path / "decisions").mkdir()
+    for step, shares in ((2, {"adding": 0.75, "sorting": 0.25}), (10, {"adding": 1.0, "sorting": 0.0})):
+        tasks = {name: {"picks": round(4 * share), "share": share} for name, share in shares.items()}
+        record = {"step": step, "component": "less", "indices": [0, 1, 2, 3], "subtasks": tasks}
+        (tmp_path / f"decisions/step_{step}.json").write_text(json.dumps(record))
+    lines = closing_lines(tmp_path, POOL, [])
+    at = lines.index("which subtask of the target the picks serve:")
+    assert [line.split() for line in lines[at + 1 : at + 4]] == [
+        ["subtask", "step", "2", "step", "10"],
+        ["adding", "75.0%", "100.0%"],
+        ["sorting", "25.0%", "0.0%"],
+    ]
+
+
 def test_many_files_of_a_kind_are_one_line(tmp_path: Path) -> None:
     for step in range(2, 14, 2):
         (tmp_path / f"checkpoint-{step}").mkdir()

@@ -90,6 +90,27 @@ def test_the_highest_and_the_lowest_are_printed_as_text(made: Path, monkeypatch:
     assert sum(line.startswith("  rank ") for line in lines) == 4, "two of each end"
 
 
+def test_whom_the_picks_serve(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "run", tmp_path / "run")
+    path = tmp_path / "run/decisions/step_10.json"
+    tasks = {"adding": {"picks": 3, "share": 1.0, "lowest": 0.25, "highest": 0.5, "last": 1 / 3}}
+    tasks["sorting"] = {"picks": 0, "share": 0.0}
+    record = {"subtasks": tasks, "overlap": {"random": 3 / 45, "last": 1 / 3}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | record))
+    lines = show(tmp_path / "run", step=10, top=1)
+    assert lines[5:11] == [
+        "",
+        "serves       picked    of picks      lowest     highest     of last",
+        "adding            3      100.0%        0.25         0.5       33.3%",
+        "sorting           0        0.0%           -           -           -",
+        "",
+        "of the picks 6.7% would be in a random draw of as many, 33.3% were in the decision before",
+    ]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"subtasks": [1]}))
+    with pytest.raises(UserError, match="step_10.json: not a record of a decision: "):
+        show(tmp_path / "run", step=10)
+
+
 def test_a_long_text_is_cut(made: Path) -> None:
     lines = show(made / "run", step=10, top=44)
     (line,) = {line for line in lines if "characters left out" in line}

@@ -131,10 +131,10 @@ def epsilon(net: Any) -> None:
     net.config.rms_norm_eps = 1e-3
 
 
-def two_subtasks() -> Pool:
+def two_subtasks(first: int = 2) -> Pool:
     """The usual target, whose samples are of two domains."""
     made = samples(TARGET, 2)
-    pool = Pool.from_datasets({"a": made[:2], "b": made[2:]})
+    pool = Pool.from_datasets({"a": made[:first], "b": made[first:]})
     pool.fingerprint = Pool.from_datasets(made).fingerprint
     return pool
 
@@ -158,6 +158,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "the size of the pool": ({"pool": (POOL + 1, 1)}, "samples"),
     "the content of the target": ({"target": (TARGET, 6)}, "target"),
     "the subtasks": ({"target": two_subtasks()}, "target"),
+    "the number of subtasks": ({"target": two_subtasks(1)}, "columns"),
     "the component": ({"name": "less_exact", "params": {"self_check": False}}, "component"),
     "the version": ({"version": "2"}, "dataflex"),
     "the shards": ({"shard": 3}, "shard"),
@@ -172,6 +173,9 @@ PARAMS: dict[str, Any] = {
     "layers": ["last:1"],
     "layer_weights": {"q_proj": 2.0},
     "subtask_column": "input_ids",
+    "aggregate": "mean",  # like accumulate: of the decision, not of the scores
+    "per": "target",
+    "vote_share": 0.4,
     "accumulate": True,
     "self_check": None,  # says nothing of the scores; a change of it runs a new pass all the same
     "seed": 5,
@@ -203,7 +207,8 @@ def test_every_part_of_the_fingerprint_has_a_row(kept: tuple[Path, dict[str, str
 @pytest.mark.parametrize("param", PARAMS)
 def test_every_param_of_less_makes_a_new_pass(kept: tuple[Path, dict[str, str]], param: str) -> None:
     value = PARAMS[param]
-    world = replace(World(), **with_params(**{param: value}))
+    with_it = {"aggregate": "vote"} if param == "vote_share" else {}
+    world = replace(World(), **with_params(**{param: value}, **with_it))
     assert passed(kept[0], world) == POOL
     assert passed(kept[0], world) == 0
 
@@ -222,10 +227,10 @@ def test_kept_features_serve_other_targets_and_nothing_else(tmp_path: Path) -> N
     for part, changes in one_each.items():
         if part != "component":  # exact scores have no features
             world = replace(usual, **changes)
-            assert passed(tmp_path, world) == (0 if part == "target" else world.pool[0]), part
+            assert passed(tmp_path, world) == (0 if part in ("target", "columns") else world.pool[0]), part
     assert passed(tmp_path, usual) == 0
     (stored,) = {tuple(sorted(parts)) for parts in parts_in(tmp_path).values()}
-    assert set(stored) == {part for _, part in CHANGES.values()} - {"target"}
+    assert set(stored) == {part for _, part in CHANGES.values()} - {"target", "columns"}
 
 
 def test_token_losses_of_another_fingerprint_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

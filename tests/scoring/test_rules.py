@@ -146,3 +146,129 @@ def test_scores_that_are_not_finite_are_named() -> None:
         with pytest.raises(UserError, match=r"^less at step 3: scores of sample ids \[7, 250\] are not finite$"):
             decide(ArrayTable(table), 5, rule, source="less at step 3")
     assert decide(ArrayTable(table), 1, "max", np.array([3, 4])).picks.tolist() in ([3], [4])
+
+
+def ties() -> np.ndarray:
+    """float32 [40, 6] of few values: equal scores, equal rows, and a column of constants."""
+    table = np.random.default_rng(6).integers(0, 3, (40, 6)).astype(np.float32)
+    table[20:] = table[:20]
+    table[:, 4] = 7.0
+    return table
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_equal_scores_go_to_the_lower_id(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "LEAST", 0)
+    for count in (1, 7, 30, 40):
+        right = LOOPS[rule](ties().astype(np.float64), count)
+        for block_rows in (40, 3):
+            assert pairs(decide(ArrayTable(ties(), block_rows), count, rule)) == right, (count, block_rows)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_tables_of_other_shapes(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One column, more columns than samples, a single sample; everything taken."""
+    monkeypatch.setattr(columns, "LEAST", 0)
+    for shape in ((30, 1), (7, 30), (1, 1), (1, 5)):
+        table = np.random.default_rng(7).normal(size=shape).astype(np.float32)
+        for count in {1, (shape[0] + 1) // 2, shape[0]}:
+            got = decide(ArrayTable(table, block_rows=4), count, rule)
+            assert pairs(got) == LOOPS[rule](table.astype(np.float64), count)
+            assert got.picks.dtype == got.column.dtype == np.int64 and len(got.score) == count
+    nothing = decide(ArrayTable(table), 0, rule)
+    assert len(nothing.picks) == len(nothing.column) == len(nothing.score) == 0
+
+
+def test_what_a_pick_was_taken_for() -> None:
+    table = made()
+    wide = table.astype(np.float64)
+    for rule, every in (("max", table.max(axis=1)), ("mean", wide.mean(axis=1))):
+        got = decide(ArrayTable(table, 50), 40, rule)
+        assert got.every is not None
+        np.testing.assert_allclose(got.every, every, rtol=1e-12)
+        np.testing.assert_array_equal(got.score, got.every[got.picks])
+    for rule in ("round_robin", "doubly_greedy"):
+        got = decide(ArrayTable(table, 50), 40, rule)
+        np.testing.assert_array_equal(got.score, table[got.picks, got.column])
+        assert np.bincount(got.column, minlength=M).tolist() == [2] * M, "every column is served equally often"
+    got = decide(ArrayTable(table, 50), 40, "vote")
+    votes = (wide >= np.sort(wide, axis=0)[-40]).sum(axis=1)
+    np.testing.assert_array_equal(got.every, votes)
+    np.testing.assert_array_equal(got.score, votes[got.picks])
+    got = decide(ArrayTable(table, 50), 2, "balanced")
+    z = (wide - wide.mean(axis=0)) / wide.std(axis=0)
+    first, second = got.picks
+    np.testing.assert_allclose(got.score, [z[first].max(), (z[second] - z[first]).max()], rtol=1e-9)
+    got = decide(ArrayTable(table, 50), 5, "max", np.arange(100, 200))
+    assert got.every is not None and np.isnan(got.every[:100]).all() and not np.isnan(got.every[100:200]).any()
+
+
+def test_the_share_that_a_column_votes_for() -> None:
+    """Each of three columns votes for its best two of ten: sample 4 has three votes, 7 two, 1 one."""
+    table = np.zeros((10, 3), dtype=np.float32)
+    table[4], table[7], table[1] = 9, [8, 8, 1], [2, 2, 8]
+    assert decide(ArrayTable(table), 3, "vote", vote_share=0.15).score.tolist() == [3, 2, 1]
+    wide = decide(ArrayTable(table), 3, "vote", vote_share=0.3)
+    assert wide.picks.tolist() == [4, 7, 1] and wide.score.tolist() == [3, 3, 3]
+    assert decide(ArrayTable(table), 1, "vote", vote_share=0.01).score.tolist() == [3]
+
+
+def test_a_round_robin_begins_where_it_is_told_to() -> None:
+    got = decide(ArrayTable(made()), 5, "round_robin", turn=18)
+    assert got.column.tolist() == [18, 19, 0, 1, 2]
+
+
+def test_lists_that_run_out_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All columns want the same samples, so that each list is used up by the others."""
+    monkeypatch.setattr(columns, "LEAST", 0)
+    made_of: list[int] = []
+    fill = columns.BestLists._fill
+
+    def counted(lists: columns.BestLists) -> None:
+        fill(lists)
+        made_of.append(max(len(ids) for ids in lists.ids))
+
+    monkeypatch.setattr(columns.BestLists, "_fill", counted)
+    table = np.tile(np.arange(300, dtype=np.float32)[:, None], (1, 20))
+    got = decide(ArrayTable(table, 64), 100, "round_robin")
+    assert got.picks.tolist() == list(range(299, 199, -1))
+    assert made_of == [20] * 5, "4 x 100 / 20 of each column at a time"
+
+
+def test_balanced_reads_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 x count / M of each column, not the table: all columns want other samples."""
+    monkeypatch.setattr(columns, "LEAST", 0)
+    asked: list[int] = []
+    table = made()
+
+    class Counting(ArrayTable):
+        def rows(self, ids: Any) -> Any:
+            asked.append(len(ids))
+            return super().rows(ids)
+
+    got = decide(Counting(table, 37), 20, "balanced")
+    assert pairs(got) == balanced(table.astype(np.float64), 20) and 0 < max(asked) <= 80
+
+
+def test_max_starves_a_column_of_small_scores_and_turns_do_not() -> None:
+    """The third column's scores are a hundredth of the others'."""
+    table = np.abs(np.random.default_rng(8).normal(size=(200, 3))).astype(np.float32) * np.float32([1, 1, 0.01])
+    counts = {rule: np.bincount(decide(ArrayTable(table), 60, rule).column, minlength=3).tolist() for rule in RULES}
+    assert counts["max"][2] == counts["mean"][2] == 0
+    assert counts["round_robin"] == counts["doubly_greedy"] == [20, 20, 20]
+    assert min(counts["balanced"]) >= 12 and min(counts["vote"]) >= 12
+
+
+def test_balanced_goes_to_the_column_that_has_least() -> None:
+    """Two kinds of samples, each good for one column; the second column's are rarer and its scores lower."""
+    table = np.full((60, 2), 0.0, dtype=np.float32)
+    table[:50, 0], table[50:, 1] = 1.0 + np.arange(50) / 1000, 0.1 + np.arange(10) / 10000
+    got = decide(ArrayTable(table), 12, "balanced")
+    assert np.bincount(got.column).tolist()[1] >= 5 and np.bincount(
+        decide(ArrayTable(table), 12, "max").column
+    ).tolist() == [12]
+
+
+def test_an_unknown_rule_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^aggregate: 'rond_robin' \(did you mean 'round_robin'\?\); valid: max, mean"):
+        decide(ArrayTable(made()), 3, "rond_robin")

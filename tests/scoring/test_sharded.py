@@ -17,7 +17,8 @@ import torch
 import dataflex
 from dataflex.data.pool import Pool
 from dataflex.engine.folder.identity import bits_digest, weights_identity
-from dataflex.scoring.kept.sharded import ScoringPasses
+from dataflex.scoring.decide.table import ArrayTable, ShardTable, whole
+from dataflex.scoring.kept.sharded import Probe, ScoringPasses
 from dataflex.scoring.progress import counted, duration, size
 from dataflex.utils import dist, room, run_lock
 from dataflex.utils.errors import UserError
@@ -44,7 +45,13 @@ def engine_at(stage: int, steps: int) -> Any:
 
 
 def score(features: torch.Tensor) -> torch.Tensor:
-    return features[:, 0] - features[:, 1]
+    return torch.stack([features[:, 0] - features[:, 1], features[:, 2]], dim=1)
+
+
+def shown(table: Any) -> Any:
+    """All rows of a pass's table, on every rank."""
+    assert (table is not None) or not dist.is_main()
+    return dist.broadcast_object(None if table is None else whole(table).tolist())
 
 
 def everything(folder: str) -> dict[str, Any]:
@@ -63,8 +70,8 @@ def _stage(stage: int, folder: Path) -> dict[str, Any]:
         where = None if name is None else folder / f"{name}{stage}"
         return ScoringPasses(where, "less", lambda moments: weights_identity(engine.engine, "base", moments), 5, **more)
 
-    def scores(found: ScoringPasses) -> list[float]:
-        return found.gradient_scores(engine.scorer, pool, score, target="t", **HOW).tolist()
+    def scores(found: ScoringPasses) -> Any:
+        return shown(found.gradient_table(engine.scorer, pool, score, 2, target="t", **HOW))
 
     result: dict[str, Any] = {"identity": [before, parts], "nothing kept": scores(passes(None))}
     result["kept"] = scores(passes("scores"))
@@ -107,7 +114,7 @@ def test_a_pass_gives_the_same_scores_whatever_it_finds(found: dict[int, list[di
             nowhere, exact = got["refused"]
             assert "keep_features: needs output_dir" in nowhere and "keep_features: less makes no features" in exact
     one, two = (np.array(found[world][0][str(stage)]["kept"]) for world in (1, 2))
-    assert np.unique(one).size == 22
+    assert one.shape == (22, 2) and np.unique(one).size == 44
     np.testing.assert_allclose(one, two, atol=1e-4 * np.abs(one).max())
 
 
@@ -179,8 +186,8 @@ def test_two_runs_do_not_write_the_same_features_at_once(tmp_path: Path, monkeyp
             tmp_path / "out", "less", shard_samples=4, keep_features=True, features_dir=tmp_path / "f"
         )
         scorer = OnesScorer(during)
-        scores = passes.gradient_scores(scorer, Pool.from_datasets(pool), score, target="t", proj_dim=8)
-        assert scores.tolist() == [0.0] * 12
+        table = passes.gradient_table(scorer, Pool.from_datasets(pool), score, 2, target="t", proj_dim=8)
+        assert shown(table) == [[0.0, 1.0]] * 12
         return scorer.asked
 
     def other() -> None:
@@ -203,3 +210,39 @@ def test_a_pass_that_does_not_fit_on_the_disk_is_refused_before_it_starts(
     passes = ScoringPasses(tmp_path, "loss", shard_samples=4)
     with pytest.raises(UserError, match="no room for the pass: it takes about 1 MiB, the disk at /"):
         passes.scores(scorer, Pool.from_datasets(tiny.samples(12, 1)), lambda ids: pytest.fail("too late"))
+
+
+def test_rows_of_a_pass_lie_on_the_disk_and_serve_again(tmp_path: Path) -> None:
+    """Three numbers for each of 11 samples, in shards of 4; in memory where there is no folder."""
+    right = np.arange(33, dtype=np.float32).reshape(11, 3)
+    pool, asked = Pool.from_datasets(tiny.samples(11, 1)), []
+
+    def call(ids: Any) -> Any:
+        asked.append(len(ids))
+        return right[ids]
+
+    def table(folder: Path | None, **more: Any) -> Any:
+        return ScoringPasses(folder, "c", shard_samples=4, **more).table(OnesScorer(lambda: None), pool, call, 3)
+
+    in_memory, kept, again = table(None), table(tmp_path), table(tmp_path)
+    assert isinstance(in_memory, ArrayTable) and isinstance(kept, ShardTable) and asked == [4, 4, 3] * 2
+    (rows,) = tmp_path.glob("scores/*/scores-00001.npy")
+    assert np.load(rows, mmap_mode="r").tolist() == right[4:8].tolist()
+    for found in (in_memory, kept, again):
+        np.testing.assert_array_equal(whole(found), right)
+        np.testing.assert_array_equal(found.rows(np.array([10, 0, 5])), right[[10, 0, 5]])
+    column = ScoringPasses(tmp_path, "d", shard_samples=4).scores(
+        OnesScorer(lambda: None), pool, lambda ids: right[ids, 1]
+    )
+    np.testing.assert_array_equal(column, right[:, 1])
+
+
+def test_a_pass_that_is_only_tried_says_what_a_row_takes() -> None:
+    probe = Probe()
+    pool = Pool.from_datasets(tiny.samples(11, 1))
+    scorer = OnesScorer(lambda: None)
+    scorer.token_budget = 50  # type: ignore[attr-defined]
+    passes = ScoringPasses(shard_samples=4, probe=probe)
+    assert passes.table(scorer, pool, lambda ids: np.ones((len(ids), 3)), 3) is None  # type: ignore[arg-type]
+    assert probe.row_bytes == 12 and probe.samples > 0
+    assert passes.scores(scorer, pool, lambda ids: np.ones(len(ids))).tolist() == [0.0] * 11  # type: ignore[arg-type]

@@ -56,7 +56,7 @@ def test_top_k_is_that_of_a_float64_sort(
     expected = np.argsort(-exact, kind="stable")[:count]
     assert places.tolist() == expected.tolist()
     np.testing.assert_allclose(best, exact[expected], atol=1e-6)
-    scores = stream_scores(InMemory(features, shard), rows, lambda block: block.sum(dim=1), CPU)
+    scores = stream_scores(InMemory(features, shard), rows, lambda block: block.sum(dim=1, keepdim=True), 1, CPU)[:, 0]
     np.testing.assert_allclose(scores, features.astype(np.float64).sum(axis=1), atol=1e-5)
 
 

@@ -12,10 +12,12 @@ import torch
 
 from dataflex.core.plan import generator
 from dataflex.core.sampling import weighted_draw
+from dataflex.scoring.decide.table import ArrayTable
+from dataflex.scoring.gradients.cosines import cosines, mean_unit_rows
 from dataflex.train.mixer.mixture import MixtureManager
 from dataflex.train.mixer.random_mixer import RandomMixer
 from dataflex.train.mixer.static_mixer import StaticMixer
-from dataflex.train.selector.less_selector import LessSelector, cosine_scores, target_directions, top_k
+from dataflex.train.selector.less_selector import LessSelector
 from dataflex.train.selector.loss_selector import LossSelector, bucket_weights
 from dataflex.train.selector.random_selector import RandomSelector
 from dataflex.train.weighter.loss_weighter import LossWeighter, loss_weights
@@ -141,18 +143,25 @@ def test_subtasks_by_column_and_scores_summed_by_learning_rate() -> None:
     selector = LessSelector(
         [None] * 3, None, None, "", StandIn(), target, subtask_column="task", accumulate=True, self_check=False
     )
-    assert selector.subtasks.tolist() == [1, 0, 1]
-    answers = iter(np.float32([[0.5, 0.4, 0.1], [0.1, 0.3, 0.2], [0.9, 0.1, 0.2]]))
-    selector.scores = lambda: next(answers)  # type: ignore[method-assign]
+    assert (selector.subtasks.names, selector.subtasks.ids.tolist()) == (["a", "b"], [1, 0, 1])
+    # Of samples by subtasks: the sums of the columns come before their maximum, so that 0 loses at last.
+    rows = [[[0.5, 0], [0.4, 0], [0.1, 0]], [[0, 0.8], [0.3, 0.3], [0.2, 0]], [[0.9, 0], [0.5, 0], [0, 1.2]]]
+    answers = iter(np.float32(rows))
+    selector.table = lambda: ArrayTable(next(answers))  # type: ignore[method-assign]
     assert selector.select(None, 0, 2) == [0, 1], "a learning rate of 0 leaves the scores as they are"
-    assert selector.select(None, 5, 2) == [1, 2]
+    assert selector.select(None, 5, 2) == [0, 1]
     resumed = LessSelector(
         [None] * 3, None, None, "", StandIn(), target, subtask_column="task", accumulate=True, self_check=False
     )
     resumed.load_state_dict(selector.state_dict())
-    resumed.scores = lambda: next(answers)  # type: ignore[method-assign]
-    assert resumed.select(None, 9, 3) == [0, 1, 2]
-    np.testing.assert_allclose(resumed.metric["score"], [0.275, 0.175, 0.15], rtol=1e-6)
+    resumed.table = lambda: ArrayTable(next(answers))  # type: ignore[method-assign]
+    assert resumed.select(None, 9, 3) == [0, 2, 1]
+    np.testing.assert_allclose(resumed.metric["score"], [0.4, 0.3, 0.275], rtol=1e-6)
+    assert resumed.metric["serves"] == ["b", "b", "a"]
+    with pytest.raises(
+        UserError, match=r"^less: accumulate: .* has the shape \(3,\), here it is of 3 samples for 2 col"
+    ):
+        resumed.load_state_dict({"total": np.zeros(3, dtype=np.float32)})
 
 
 def test_less_scores_are_the_largest_mean_cosine_over_subtasks() -> None:
@@ -167,17 +176,13 @@ def test_less_scores_are_the_largest_mean_cosine_over_subtasks() -> None:
         max(np.mean([cosine(f, t) for t, k in zip(targets, subtasks, strict=True) if k == task]) for task in (0, 2, 5))
         for f in features
     ]
-    got = cosine_scores(torch.from_numpy(features), target_directions(targets, subtasks))
-    np.testing.assert_allclose(got.numpy(), want, rtol=1e-12)
+    got = cosines(torch.from_numpy(features), mean_unit_rows(targets, subtasks))
+    np.testing.assert_allclose(got.numpy().max(axis=1), want, rtol=1e-12)
 
 
 def test_a_feature_of_zeros_scores_zero() -> None:
-    directions = target_directions(np.eye(2, 4, dtype=np.float32), np.array([0, 1]))
-    assert cosine_scores(torch.zeros(1, 4), directions).tolist() == [0.0]
-
-
-def test_top_k_puts_ties_in_order_and_nan_last() -> None:
-    assert top_k(np.array([1.0, 3.0, np.nan, 3.0, 2.0], dtype=np.float32), 4).tolist() == [1, 3, 4, 0]
+    directions = mean_unit_rows(np.eye(2, 4, dtype=np.float32), np.array([0, 1]))
+    assert cosines(torch.zeros(1, 4), directions).tolist() == [[0.0, 0.0]]
 
 
 def test_random_picks_change_with_seed_and_step_only() -> None:
@@ -234,6 +239,20 @@ POOL = SimpleNamespace(domain_ids=np.array([0]))
         (lambda: less(projection="xorfld"), r"less: projection: 'xorfld' \(did you mean 'xorfold'\?\); valid: xorfold"),
         (lambda: less(projection="kronecker"), "less: projection: kronecker needs gradient_type: sgd; with adam"),
         (lambda: less(scoring="exct"), r"less: scoring: 'exct' \(did you mean 'exact'\?\); valid: projected, exact"),
+        (
+            lambda: less(aggregate="rond_robin"),
+            r"less: aggregate: 'rond_robin' \(did you mean 'round_robin'\?\); valid: max, mean, round_robin, balanced",
+        ),
+        (lambda: less(per="targets"), r"less: per: 'targets' \(did you mean 'target'\?\); valid: subtask, target"),
+        (
+            lambda: less(aggregate="vote", vote_share=1.5),
+            r"less: vote_share: expected a share of the pool between 0 and 1, got 1.5",
+        ),
+        (lambda: less(vote_share=0.2), "less: vote_share: is of aggregate: vote; with max leave it out"),
+        (
+            lambda: less(scoring="exact", per="target", eval_dataset=[{"task": "a"}] * 65, subtask_column="task"),
+            r"less: per: target with scoring: exact keeps .* which has 65 \(64 at most\); use scoring: projected",
+        ),
         (lambda: less(layers="last:2"), r"layers: expected a list of patterns, got the text 'last:2'"),
         (
             lambda: less(eval_dataset=[{"task": "a"}], subtask_column="tsk"),

@@ -15,6 +15,8 @@ import torch
 from dataflex.data.pool import Pool
 from dataflex.ops.projection.project_kinds import PROJECTIONS
 from dataflex.scoring.checks.head_check import known_head
+from dataflex.scoring.decide.rules import RULES, decide
+from dataflex.scoring.decide.table import ArrayTable
 from dataflex.scoring.gradients.layers import LayerRule
 from dataflex.scoring.passes.head_pass import HeadFeatures
 from dataflex.scoring.scorer import Scorer
@@ -76,11 +78,18 @@ def vectors(rows: list[dict[str, torch.Tensor]], factors: dict[str, float]) -> n
     return np.stack([torch.cat([f * row[n].flatten() for n, f in factors.items()]).numpy() for row in rows])
 
 
-def by_hand(kind: str = "adam_less", factors: Any = None, subtasks: Sequence[Any] = "nnnfff") -> np.ndarray:
-    """LESS's scores of the pool: the largest over subtasks of the mean cosine with the subtask's targets."""
+def table_by_hand(kind: str = "adam_less", factors: Any = None, subtasks: Sequence[Any] = "nnnfff") -> np.ndarray:
+    """LESS's scores of the pool: a column for each subtask, the mean cosine with its targets."""
     factors = factors or dict.fromkeys(NAMES, 1.0)
     cosines = unit(vectors(gradients(False, kind), factors)) @ unit(vectors(gradients(True, "sgd"), factors)).T
-    return np.max([cosines[:, np.array(list(subtasks)) == k].mean(1) for k in sorted(set(subtasks))], axis=0)
+    kinds = list(dict.fromkeys(subtasks))
+    return np.stack([cosines[:, np.array(list(subtasks)) == k].mean(1) for k in kinds], axis=1)
+
+
+def by_hand(*how: Any, **more: Any) -> np.ndarray:
+    """The largest over subtasks, as the paper has it."""
+    best: np.ndarray = table_by_hand(*how, **more).max(axis=1)
+    return best
 
 
 def less(**params: Any) -> LessSelector:
@@ -144,6 +153,38 @@ def test_subtasks_by_a_column() -> None:
     close(less(subtask_column="task").scores(), by_hand(subtasks="xyxxyx"), [by_hand()])
 
 
+@option("selector", "less", "aggregate", "per", "vote_share")
+def test_rules_take_from_a_column_for_each_subtask_or_each_sample() -> None:
+    tables = {"subtask": table_by_hand(), "target": table_by_hand(subtasks=range(6))}
+    for per, right in tables.items():
+        found = less(per=per).table()
+        assert found is not None
+        np.testing.assert_allclose(found.rows(np.arange(9)), right, atol=1e-6)
+    for rule in RULES:
+        for per, right in tables.items():
+            for share in (None, 0.3) if rule == "vote" else (None,):
+                want = decide(ArrayTable(right.astype(np.float32)), 5, rule, vote_share=share)
+                selector = less(aggregate=rule, per=per, vote_share=share)
+                assert selector.select(None, 0, 5) == want.picks.tolist(), (rule, per)
+                serves = [["near", "far"][j if per == "subtask" else j // 3] for j in want.column]
+                assert selector.metric["serves"] == serves
+    picks = [less(aggregate="vote", vote_share=share).select(None, 0, 4) for share in (0.15, 0.7)]
+    assert picks[0] != picks[1]
+
+
+def test_the_number_that_a_rule_ranks_the_pool_by() -> None:
+    """As `dataflex-cli score` writes it: the maximum, the mean, or the place as a share."""
+    right = table_by_hand()
+    close(less(aggregate="mean").scores(), right.mean(axis=1), [right.max(axis=1)])
+    for rule in ("round_robin", "doubly_greedy", "balanced"):
+        selector = less(aggregate=rule)
+        order = decide(ArrayTable(right.astype(np.float32)), 9, rule).picks
+        np.testing.assert_allclose(selector.scores()[order], 1 - np.arange(9) / 9, rtol=1e-6)
+        assert np.argsort(-selector.scores(), kind="stable").tolist()[:4] == selector.select(None, 0, 4)
+    with pytest.raises(UserError, match=r"^less: vote_share: needed with aggregate: vote where no number of picks"):
+        less(aggregate="vote").scores()
+
+
 @option("selector", "less", "accumulate")
 def test_scores_are_added_up_by_learning_rate() -> None:
     answers = np.float32([[0.9, 0.1, 0.5], [0.2, 0.6, 0.5]])
@@ -152,7 +193,7 @@ def test_scores_are_added_up_by_learning_rate() -> None:
         selector.dataset = range(3)
         for step, (scores, rate) in enumerate(zip(answers, rates, strict=True)):
             selector.scorer = SimpleNamespace(engine=SimpleNamespace(get_lr=lambda rate=rate: [rate]))
-            selector.scores = lambda scores=scores: scores  # type: ignore[method-assign,misc]
+            selector.table = lambda scores=scores: ArrayTable(scores[:, None])  # type: ignore[method-assign,misc]
             for _ in range(2):  # asked again at the same step, nothing is added
                 picks = selector.select(None, step, 3)
         np.testing.assert_allclose(selector.scored["score"], want, rtol=1e-6)
@@ -166,13 +207,13 @@ def test_the_self_check_runs_once_or_not_at_all() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(less_selector, "check_one_sample", lambda *_, calls=calls: calls.append(1))
             selector = less(self_check=self_check)
-            selector.scores = lambda: np.zeros(9, dtype=np.float32)  # type: ignore[method-assign]
+            selector.table = lambda: ArrayTable(np.zeros((9, 2), dtype=np.float32))  # type: ignore[method-assign]
             for step in range(2):
                 selector.select(None, step, 2)
         assert len(calls) == times
 
 
-@option("selector", "less_head", "sketch_dim", "proj_dim", "seed", "subtask_column")
+@option("selector", "less_head", "sketch_dim", "proj_dim", "seed", "subtask_column", "aggregate", "per", "vote_share")
 def test_features_of_the_output_layer_are_as_asked() -> None:
     """The features themselves: tests/scoring/test_head_pass.py."""
     _, batch = next(iter(scorer().batches(POOL, np.arange(1), "one sample")))
@@ -188,6 +229,12 @@ def test_features_of_the_output_layer_are_as_asked() -> None:
         found.append(LessHeadSelector(POOL, None, None, None, scorer(), TARGET, lambda: head, **params).scores())
     for at, scores in enumerate(found):
         close(scores, want[at], want[:at] + want[at + 1 :])
+    made = HeadFeatures(head, 2048, 8192, 42)
+    right = (unit(made.of_samples(scorer(), POOL)) @ unit(made.of_samples(scorer(), TARGET)).T).astype(np.float32)
+    for params in ({"aggregate": "round_robin"}, {"aggregate": "vote", "vote_share": 0.4}):
+        selector = LessHeadSelector(POOL, None, None, None, scorer(), TARGET, lambda: head, per="target", **params)
+        want_picks = decide(ArrayTable(right), 5, params["aggregate"], vote_share=params.get("vote_share")).picks
+        assert selector.select(None, 0, 5) == want_picks.tolist()
 
 
 def test_a_decision_of_less_head_scores_once_however_often_it_is_asked() -> None:
@@ -197,7 +244,7 @@ def test_a_decision_of_less_head_scores_once_however_often_it_is_asked() -> None
     selector.forget()
     assert selector.select(None, 4, 1) == [1] and len(calls) == 2
     selector, _ = less_head_with(np.float32([0.1, np.nan, 0.5]))
-    with pytest.raises(UserError, match=r"^less_head: scores of sample ids \[1\] are not finite at step 4$"):
+    with pytest.raises(UserError, match=r"^less_head at step 4: scores of sample ids \[1\] are not finite$"):
         selector.select(None, 4, 1)
 
 
@@ -205,7 +252,7 @@ def less_head_with(scores: np.ndarray) -> tuple[LessHeadSelector, list[int]]:
     """A selector with these scores, and what is added to whenever they are made."""
     calls: list[int] = []
     made = LessHeadSelector(range(len(scores)), None, None, None, scorer(), TARGET, lambda: None)  # type: ignore[arg-type,return-value]
-    made.scores = lambda: (calls.append(1), scores)[1]  # type: ignore[method-assign,func-returns-value]
+    made.table = lambda: (calls.append(1), ArrayTable(scores[:, None]))[1]  # type: ignore[method-assign,func-returns-value]
     return made, calls
 
 

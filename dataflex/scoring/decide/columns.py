@@ -54,7 +54,6 @@ class BestLists:
         assert length > 0
         self.table, self.free, self.source, self.length = table, among.copy(), source, length
         self.left = int(among.sum())
-        self.passes = 0
         self._fill()
 
     @classmethod
@@ -81,9 +80,10 @@ class BestLists:
                 return float(self.scores[column][at]), int(ids[at])
             self._fill()
 
-    def candidates(self) -> Ids:
-        """All samples in the lists, int64, ascending."""
-        return np.unique(np.concatenate(self.ids))
+    def ahead(self, count: int) -> Ids:
+        """The samples in the next ``count`` places of every list that are not taken, int64, ascending."""
+        ids = np.unique(np.concatenate([ids[at : at + count] for ids, at in zip(self.ids, self.at, strict=True)]))
+        return ids[self.free[ids]]
 
     def _fill(self) -> None:
         columns, most = self.table.shape[1], min(self.length, self.left)
@@ -93,7 +93,6 @@ class BestLists:
             for j, column in enumerate(np.ascontiguousarray(block.T)):
                 self.scores[j], self.ids[j] = _merged(self.scores[j], self.ids[j], column, ids, most)
         self.at = [0] * columns
-        self.passes += 1
 
 
 def _merged(scores: Floats, ids: Ids, more: Floats, more_ids: Ids, most: int) -> tuple[Floats, Ids]:

@@ -6,7 +6,6 @@ Every rule reads the table in blocks and holds about 4 x count numbers of it; ti
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ class Decision:
     """picks: int64 [k] sample ids, best first. column: int64 [k], the column that each of them serves.
 
     score: [k], what each was taken for. every: [N], what every sample is ranked by, where the rule ranks by one number
-    (max float32, mean float64; NaN for those that were not asked about), else None.
+    (max float32, mean float64, vote its votes; NaN for those that were not asked about), else None.
     """
 
     picks: Ids
@@ -49,26 +48,30 @@ def decide(
     among: Ids | None = None,
     *,
     vote_share: float | None = None,
+    turn: int = 0,
     source: str = "decision",
 ) -> Decision:
     """Take ``count`` samples by ``rule``, one of `RULES`; as though the table held the rows of ``among`` alone.
 
     among: distinct sample ids, all by default; at least ``count``. vote_share: the share of the samples for which a
-    column votes, by default that which is taken. source: begins the UserError for scores that are not finite.
+    column votes, by default that which is taken. turn: the column that takes first in a round robin. source: begins
+    the UserError for scores that are not finite.
     """
     check_rule(rule)
     mask = np.ones(table.shape[0], dtype=np.bool_) if among is None else np.zeros(table.shape[0], dtype=np.bool_)
     if among is not None:
         mask[among] = True
     assert 0 <= count <= mask.sum(), f"{count} of {mask.sum()} samples asked for"
+    if rule in ("max", "mean"):
+        return _by_row(table, count, rule, mask, source)
     if count == 0:
         nothing = np.empty(0, dtype=np.int64)
         return Decision(nothing, nothing, np.empty(0))
-    if rule in ("max", "mean"):
-        return _by_row(table, count, rule, mask, source)
     if rule == "vote":
         return Decision(*vote(table, count, mask, vote_share, source))
-    return _RULES[rule](table, count, mask, source)
+    if rule == "round_robin":
+        return _round_robin(table, count, mask, source, turn)
+    return (_balanced if rule == "balanced" else _doubly_greedy)(table, count, mask, source)
 
 
 def _by_row(table: ScoreTable, count: int, rule: str, mask: Mask, source: str) -> Decision:
@@ -81,10 +84,10 @@ def _by_row(table: ScoreTable, count: int, rule: str, mask: Mask, source: str) -
     return Decision(picks, column, every[picks], every)
 
 
-def _round_robin(table: ScoreTable, count: int, mask: Mask, source: str) -> Decision:
+def _round_robin(table: ScoreTable, count: int, mask: Mask, source: str, first: int) -> Decision:
     """The columns take turns; each takes its best sample that is not taken yet (arXiv 2503.01807)."""
     lists, taken = BestLists.to_take(table, mask, count, source), _Taken()
-    for turn in range(count):
+    for turn in range(first, first + count):
         column = turn % table.shape[1]
         score, sample = lists.best(column)
         taken.add(sample, column, score)
@@ -122,8 +125,8 @@ def _balanced(table: ScoreTable, count: int, mask: Mask, source: str) -> Decisio
     mean, deviation = moments(table, mask, source)
     scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
     lists, taken = BestLists.to_take(table, mask, count, source), _Taken()
-    held = _HeldRows(table, lists)
     columns = table.shape[1]
+    held = _HeldRows(table, lists, -(-4 * count // columns))
     heads, scores = np.full(columns, -1, dtype=np.int64), np.empty(columns)
     total = np.zeros(columns)
     for done in range(count):
@@ -134,23 +137,26 @@ def _balanced(table: ScoreTable, count: int, mask: Mask, source: str) -> Decisio
         column = int(best[heads[best].argmin()])
         sample = int(heads[column])
         taken.add(sample, column, float(lead[column]))
-        lists.take(sample)
         total += (held.row(sample).astype(np.float64) - mean) * scale
+        lists.take(sample)
     return taken.decision()
 
 
 class _HeldRows:
-    """Rows of the samples in the lists, read together when the lists are made."""
+    """Rows of the samples that come next in the lists, read together. ahead: so many of each list."""
 
-    def __init__(self, table: ScoreTable, lists: BestLists) -> None:
-        self.table, self.lists, self.of_pass = table, lists, 0
+    def __init__(self, table: ScoreTable, lists: BestLists, ahead: int) -> None:
+        self.table, self.lists, self.ahead = table, lists, ahead
+        self.ids = np.empty(0, dtype=np.int64)
 
     def row(self, sample: int) -> NDArray[np.float32]:
-        """float32 [M]."""
-        if self.of_pass != self.lists.passes:
-            self.of_pass, self.ids = self.lists.passes, self.lists.candidates()
+        """float32 [M], of a sample at the head of a list."""
+        at = int(np.searchsorted(self.ids, sample))
+        if at == len(self.ids) or self.ids[at] != sample:
+            self.ids = self.lists.ahead(self.ahead)
             self.values = self.table.rows(self.ids)
-        found: NDArray[np.float32] = self.values[np.searchsorted(self.ids, sample)]
+            at = int(np.searchsorted(self.ids, sample))
+        found: NDArray[np.float32] = self.values[at]
         return found
 
 
@@ -170,10 +176,3 @@ class _Taken:
     def decision(self) -> Decision:
         ids = np.array(self.picks, dtype=np.int64), np.array(self.column, dtype=np.int64)
         return Decision(*ids, np.array(self.score))
-
-
-_RULES: dict[str, Callable[[ScoreTable, int, Mask, str], Decision]] = {
-    "round_robin": _round_robin,
-    "balanced": _balanced,
-    "doubly_greedy": _doubly_greedy,
-}

@@ -33,6 +33,11 @@ class ScoreTable(Protocol):
         """The rows of ``ids`` [k], in that order: float32 [k, M]."""
 
 
+def whole(table: ScoreTable) -> Floats:
+    """All of a table, float32 [N, M]."""
+    return np.concatenate([block for _, block in table.blocks()])
+
+
 class ArrayTable:
     """A table in memory. array: float32 [N, M]."""
 

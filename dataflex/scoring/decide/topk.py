@@ -53,9 +53,11 @@ def blocks(rows: Rows, device: torch.device, name: str = FEATURES) -> Iterator[t
             yield block[0], block[1].to(device).float()
 
 
-def stream_scores(rows: Rows, count: int, score: Callable[[Tensor], Tensor], device: torch.device) -> Floats:
-    """``score`` ([b, d] float32 to [b]) of every one of ``count`` rows, float32 [count]."""
-    out = np.zeros(count, dtype=np.float32)
+def stream_scores(
+    rows: Rows, count: int, score: Callable[[Tensor], Tensor], columns: int, device: torch.device
+) -> Floats:
+    """``score`` ([b, d] float32 to [b, columns]) of every one of ``count`` rows, float32 [count, columns]."""
+    out = np.zeros((count, columns), dtype=np.float32)
     for at, block in blocks(rows, device):
         out[at : at + len(block)] = score(block).cpu().numpy()
     return out

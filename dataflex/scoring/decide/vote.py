@@ -14,8 +14,8 @@ HELD = 1 << 24
 
 def vote(
     table: ScoreTable, count: int, among: Mask, share: float | None, source: str
-) -> tuple[Ids, Ids, NDArray[np.float64]]:
-    """Picks [count], the column that each serves (where its percentile rank is best) and its votes.
+) -> tuple[Ids, Ids, NDArray[np.float64], NDArray[np.float64]]:
+    """Picks [count], the column that each serves (where its percentile rank is best), its votes, and everyone's [N].
 
     A column votes for the samples at or above the (1 - share) quantile of its scores, which are the ``share`` best and
     those equal to the last of them. Ties by the sum of percentile ranks. Memory holds ``share`` of every column.
@@ -25,14 +25,14 @@ def vote(
     most = 1 + int((size - 1) * share + 1e-9)
     lists = BestLists(table, among, most, source)
     threshold = np.array([scores[most - 1] for scores in lists.scores], dtype=np.float32)
-    votes = np.full(table.shape[0], -1, dtype=np.int64)
+    votes = np.full(table.shape[0], np.nan)
     for ids, block in finite_blocks(table, among, source):
         votes[ids] = (block >= threshold).sum(axis=1)
     last = np.partition(votes[among], size - count)[size - count]
     close = np.flatnonzero(votes >= last)
     ranks, best = _percentile_ranks(table, among, close, source)
     order = np.lexsort((close, -ranks, -votes[close]))[:count]
-    return close[order], best[order], votes[close[order]].astype(np.float64)
+    return close[order], best[order], votes[close[order]], votes
 
 
 def _percentile_ranks(table: ScoreTable, among: Mask, ids: Ids, source: str) -> tuple[NDArray[np.int64], Ids]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dataflex import __version__
 from dataflex.scoring.batches import Ids, sample_lengths
+from dataflex.scoring.decide.table import ArrayTable, ScoreTable, ShardTable, whole
 from dataflex.scoring.decide.topk import FEATURES, stream_scores
 from dataflex.scoring.kept.store import DEFAULT_SHARD, ShardStore, folder_for, ids_part
 from dataflex.scoring.progress import Progress, counted, size
@@ -62,7 +63,7 @@ class ScoringPasses:
     weights: reads the parts of a fingerprint that name the weights as they are now (with Adam's moments where its
     argument is true); a collective. keep_features: write the features too, in fp16, and score those. features_dir:
     where, by default ``features`` in ``folder``. step: optimizer steps done, for the screen. features: on rank 0, the
-    store of the last pass that kept features. probe: where it is set, nothing is kept and the scores are zeros. stop:
+    store of the last pass that kept features. probe: where it is set, nothing is kept and there is no table. stop:
     of the run as it is now.
     """
 
@@ -78,29 +79,29 @@ class ScoringPasses:
     stop: Callable[[], Stop] = Stop
     _said: bool = False
 
-    def gradient_scores(
+    def gradient_table(
         self,
         scorer: Scorer,
         dataset: Any,
         score: Callable[[Tensor], Tensor],
+        columns: int,
         *,
         target: str,
         proj_dim: int,
         adam: str | None = None,
         **how: Any,
-    ) -> Floats:
-        """`Scorer.gradient_scores` of the whole of ``dataset``, float32 [n]; a collective.
+    ) -> ScoreTable | None:
+        """`Scorer.gradient_scores` of the whole of ``dataset``: a table [n, columns]; a collective. See `table`.
 
-        score: features [b, proj_dim] to [b]. target: what ``score`` was made from, for the fingerprint. With
-        ``keep_features`` the features are stored as fp16 and the scores are those of the stored ones.
+        score: features [b, proj_dim] to [b, columns]. target: what ``score`` was made from, for the fingerprint. With
+        ``keep_features`` the features are stored as fp16 and the scores, of the stored ones, are in memory on rank 0.
         """
         ids = np.arange(len(dataset), dtype=np.int64)
         how |= {"proj_dim": proj_dim, "adam": adam}
-        if self.probe is not None and self.keep_features:
-            self.probe.row_bytes = 2 * proj_dim
         if not self.keep_features or self.probe is not None:
-            call = lambda part: scorer.gradient_scores(dataset, score, part, **how)  # noqa: E731
-            return self._scores(scorer, dataset, call, target, adam is not None)
+            call = lambda part: scorer.gradient_scores(dataset, score, columns, part, **how)  # noqa: E731
+            row_bytes = 2 * proj_dim if self.keep_features else None
+            return self._table(scorer, dataset, call, columns, target, adam is not None, row_bytes)
         store = self._store(dataset, ids, {}, adam is not None, FEATURES)
         what = f"{self._who()}: features"
 
@@ -113,44 +114,71 @@ class ScoringPasses:
             self._take_up(store, FEATURES)
             self._each_missing(scorer, dataset, store, write, what, 2 * proj_dim)
         self.features = store.folder
-        mine = stream_scores(store, len(ids), score, scorer.device) if dist.is_main() else np.empty(0, np.float32)
-        return dist.broadcast_object(mine)
+        return ArrayTable(stream_scores(store, len(ids), score, columns, scorer.device)) if dist.is_main() else None
 
-    def scores(
-        self, scorer: Scorer, dataset: Any, call: Callable[[Ids], Floats], *, target: str = "", moments: bool = False
-    ) -> Floats:
-        """``call(ids)`` float32 [len(ids)] for the shards of ``dataset``, put together: float32 [n]; a collective.
+    def table(
+        self,
+        scorer: Scorer,
+        dataset: Any,
+        call: Callable[[Ids], Floats],
+        columns: int,
+        *,
+        target: str = "",
+        moments: bool = False,
+    ) -> ScoreTable | None:
+        """``call(ids)`` float32 [len(ids), columns] for the shards of ``dataset``, put together; a collective.
 
-        moments: whether the answer depends on Adam's moments. UserError with ``keep_features``: there are none.
+        The rows lie in the shards on the disk, and rank 0 alone has the table; without ``folder`` they are in memory,
+        on every rank. moments: whether the answer depends on Adam's moments. UserError with ``keep_features``: there
+        are none.
         """
         if self.keep_features:
             raise UserError(
                 f"keep_features: {self._name()} makes no features with these params (exact scores?); drop it"
             )
-        return self._scores(scorer, dataset, call, target, moments)
+        return self._table(scorer, dataset, call, columns, target, moments)
 
-    def _scores(
-        self, scorer: Scorer, dataset: Any, call: Callable[[Ids], Floats], target: str, moments: bool
+    def scores(
+        self, scorer: Scorer, dataset: Any, call: Callable[[Ids], Floats], *, target: str = "", moments: bool = False
     ) -> Floats:
+        """`table` of one column, ``call(ids)`` float32 [len(ids)]: the column, float32 [n] on every rank."""
+        found = self.table(scorer, dataset, lambda ids: call(ids)[:, None], 1, target=target, moments=moments)
+        nothing = np.zeros(len(dataset), dtype=np.float32)  # of a probe
+        return dist.broadcast_object(nothing if found is None else whole(found)[:, 0])
+
+    def _table(
+        self,
+        scorer: Scorer,
+        dataset: Any,
+        call: Callable[[Ids], Floats],
+        columns: int,
+        target: str,
+        moments: bool,
+        row_bytes: int | None = None,
+    ) -> ScoreTable | None:
         ids = np.arange(len(dataset), dtype=np.int64)
-        out = np.zeros(len(ids), dtype=np.float32)
+        row_bytes = row_bytes or 4 * columns
         if self.probe is not None:
+            self.probe.row_bytes = row_bytes
             time_batches(self.probe, scorer, dataset, call)
-            return out
-        store = self._store(dataset, ids, {"target": target}, moments, SCORES)
+            return None
+        parts = {"target": target, "columns": str(columns)}
+        store = self._store(dataset, ids, parts, moments, SCORES)
+        out = np.zeros((len(ids), columns), dtype=np.float32) if self.folder is None else None
 
         def score(index: int) -> None:
             where = store.places(index)
-            out[where] = call(ids[where])
-            if dist.is_main() and self.folder is not None:
-                store.write(index, {SCORES: out[where]})
+            rows = call(ids[where])
+            if out is not None:
+                out[where] = rows
+            elif dist.is_main():
+                store.write(index, {SCORES: rows})
 
         self._take_up(store, SCORES)
-        kept = dist.broadcast_object({i: np.array(store.read(i, SCORES)) for i in store.shards})
-        for index, values in kept.items():
-            out[store.places(index)] = values
-        self._each_missing(scorer, dataset, store, score, f"{self._who()}: scores", 4)
-        return out
+        self._each_missing(scorer, dataset, store, score, f"{self._who()}: scores", row_bytes)
+        if out is not None:
+            return ArrayTable(out)
+        return ShardTable(store, SCORES) if dist.is_main() else None
 
     def _who(self) -> str:
         return f"step {self.step()}: {self._name()}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,20 @@ from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
 __all__ = ["Selector", "logger"]
+
+
+@dataclass(frozen=True)
+class Served:
+    """Which subtask of the target each pick serves.
+
+    names: of the subtasks. of_picks: int64 [k]. score: [k], what each was taken for. advice: what to do where a subtask
+    gets too few.
+    """
+
+    names: list[str]
+    of_picks: Ids
+    score: NDArray[Any]
+    advice: str
 
 
 class Selector(ABC):
@@ -28,6 +43,7 @@ class Selector(ABC):
     ``metric``: after `select`, per returned sample: what the decision was made from; written to decisions/.
     ``scored``: after `select`, {column: array [pool]}: the same for every sample of the pool, for the decision's table;
     ``score`` is the one that it ranks by (NaN: not scored).
+    ``served``: after `select`, where picks are made for subtasks of a target: which of them, in the order of the picks.
     """
 
     replacement: bool = False
@@ -41,8 +57,9 @@ class Selector(ABC):
         self.data_collator = data_collator
         self.cache_dir = cache_dir
         self.seed = 42
-        self.metric: dict[str, list[float]] = {}
+        self.metric: dict[str, list[Any]] = {}
         self.scored: dict[str, NDArray[Any]] = {}
+        self.served: Served | None = None
 
     def warmup(self, num_samples: int, replacement: bool = False) -> list[int]:
         """Sample ids for the warm-up, for a selector that overrides it or calls it.

@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from dataflex.core.registry import register_selector
+from dataflex.scoring.gradients.cosines import cosines
 from dataflex.scoring.passes.embed_pass import POOLINGS, embeddings
 from dataflex.scoring.scorer import Scorer
-from dataflex.train.selector.less_selector import LessSelector, cosine_scores
+from dataflex.train.selector.base_selector import Served
+from dataflex.train.selector.less_selector import LessSelector
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError, nearest
 from dataflex.utils.logging import logger
@@ -109,7 +111,8 @@ class ClusterLessSelector(LessSelector):
         self.representatives, self.pooling = representatives, pooling
 
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
-        clusters, scores = self.once(step_id, self._scored)
+        clusters, rows = self.once(step_id, self._scored)
+        scores = rows.max(axis=1)[clusters.of]
         picks = self.pick_by_domain(
             num_samples,
             kwargs.get("domain_counts"),
@@ -117,16 +120,21 @@ class ClusterLessSelector(LessSelector):
                 best_clusters_first(scores[ids], Clusters(clusters.of[ids], clusters.distance[ids]), count)
             ],
         )
+        serves = rows.argmax(axis=1)[clusters.of[picks]]
+        self.served = Served(self.subtasks.names, serves, scores[picks], "use less with aggregate: round_robin")
         self.scored = {"score": scores, "cluster": clusters.of}
         self.metric = {name: values[picks].tolist() for name, values in self.scored.items()}
+        self.metric["serves"] = [self.subtasks.names[k] for k in serves]
         return picks.tolist()
 
     def scores(self) -> Floats:
         """Score of every sample of the pool, that of its cluster, float32 [n]."""
-        return self._scored()[1]
+        clusters, rows = self._scored()
+        best: Floats = rows.max(axis=1)[clusters.of]
+        return best
 
     def _scored(self) -> tuple[Clusters, Floats]:
-        """Rank 0's clusters on every rank, and the score of each sample [n]."""
+        """Rank 0's clusters on every rank, and the scores of each for the subtasks [n_clusters, M]."""
         vectors = embeddings(self.scorer, self.dataset, pooling=self.pooling)
         bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(bad):
@@ -134,20 +142,20 @@ class ClusterLessSelector(LessSelector):
         found = k_means(vectors, self.n_clusters, self.seed) if dist.is_main() else None
         clusters = dist.broadcast_object(found)
         assert clusters is not None
-        scores = self._cluster_scores(clusters)[clusters.of]
-        bad = np.flatnonzero(~np.isfinite(scores))
+        rows = self._cluster_rows(clusters)
+        bad = np.flatnonzero(~np.isfinite(rows[clusters.of]).all(axis=1))
         if len(bad):
             raise UserError(f"cluster_less: scores of the clusters of sample ids {bad[:16].tolist()} are not finite")
-        return clusters, scores
+        return clusters, rows
 
-    def _cluster_scores(self, clusters: Clusters) -> Floats:
-        """Score of each cluster, float32 [n_clusters]; those without members have -inf."""
+    def _cluster_rows(self, clusters: Clusters) -> Floats:
+        """Scores of each cluster for each subtask, float32 [n_clusters, M]; those without members have -inf."""
         chosen = representatives(clusters, self.representatives)
         directions = self.target_directions()
         features = self.scorer.gradient_features(self.dataset, np.concatenate(chosen), **self.spec.projected())
         parts = np.split(features, np.cumsum([len(ids) for ids in chosen])[:-1])
         means = torch.from_numpy(np.stack([part.mean(axis=0) for part in parts]))
-        scores = np.full(self.n_clusters, -np.inf, dtype=np.float32)
-        found = cosine_scores(means.to(directions.device), directions).cpu().numpy()
-        scores[[int(clusters.of[ids[0]]) for ids in chosen]] = found
-        return scores
+        rows = np.full((self.n_clusters, self.width), -np.inf, dtype=np.float32)
+        found = cosines(means.to(directions.device), directions).cpu().numpy()
+        rows[[int(clusters.of[ids[0]]) for ids in chosen]] = found
+        return rows

@@ -101,7 +101,8 @@ def attach(
     stepper = _stepper(run, cfg, every, weights, training_head(fused, every, longest))
     source = BatchSource(run, collator, device, workers, weights)
     loop = Loop(run, every, source, stepper, cfg.train.group_by_length and packing is None)
-    wrapped = DataflexEngine(engine, run, loop, scorer, eval_pool, cfg.train.per_device_eval_batch_size)
+    batch = cfg.train.per_device_eval_batch_size
+    wrapped = DataflexEngine(engine, run, loop, scorer, eval_pool, batch, builder.subtasks)
     run.engine = wrapped
     return wrapped
 

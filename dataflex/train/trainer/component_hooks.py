@@ -14,6 +14,7 @@ from dataflex.core.hook import Hook, Planner
 from dataflex.core.registry import REGISTRY
 from dataflex.core.weights import StaticWeights
 from dataflex.data.streams.stream_pool import StreamPool
+from dataflex.data.subtasks import Subtasks
 from dataflex.train.mixer.mixture import mixture_of
 from dataflex.train.trainer.components import KIND_NAMES, RUNTIME
 from dataflex.train.trainer.mix_trainer import mix_planner
@@ -37,6 +38,7 @@ class HookBuilder:
     def __init__(self, run: Run, cfg: Config, weights: StaticWeights, collator: Any, tokenizer: Any) -> None:
         self.run, self.flex, self.weighting, self.weights = run, cfg.flex, cfg.weighting, weights
         self.tokenizer, self.collator = tokenizer, collator
+        self.subtasks: Subtasks | None = None  # of the target, once a selector that goes by them is built
         self.manager = mixture_of(run.pool, cfg.flex, run.seed)
         self.runtime: dict[str, Any] = {
             "dataset": run.pool,
@@ -83,6 +85,7 @@ class HookBuilder:
 
     def _selection(self) -> SelectPlanner:
         selector, name = self._component("select")
+        self.subtasks = getattr(selector, "subtasks", None)
         if "mix" in self.flex.kinds and not selector.takes_domain_counts:
             raise UserError(
                 f"component_name: selector '{name}' does not say that it heeds domain_counts, so no mixer can be "

@@ -25,6 +25,9 @@ def due(run: Run, every: int) -> bool:
     return run.step % every == 0 or run.step == run.total_steps
 
 
+SHOWN = 12
+
+
 class EvalHook(Hook):
     """Evaluates before the first step, every ``every`` steps and after the last; results go to ``log``.
 
@@ -47,7 +50,9 @@ class EvalHook(Hook):
         with run.clock.part(EVALUATE):
             result = run.engine.evaluate()
         self.log.add(run, {"current_steps": run.step, "total_steps": run.total_steps, **result})
-        logger.info(f"step {run.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in result.items()))
+        words = [f"{k} {v:.4f}" for k, v in result.items()]
+        more = [f"{len(words) - SHOWN} more in the log"] if len(words) > SHOWN else []
+        logger.info(f"step {run.step}: " + ", ".join(words[:SHOWN] + more))
 
 
 class CheckpointHook(Hook):

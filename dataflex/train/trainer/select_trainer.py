@@ -13,6 +13,7 @@ from dataflex.core.hook import Planner
 from dataflex.core.packing import drawn
 from dataflex.core.plan import Floats, Ids, Phase, Plan, check_sample_ids, generator
 from dataflex.train.selector.base_selector import Selector
+from dataflex.train.trainer import served
 from dataflex.train.trainer.decisions import write_decision, write_table
 from dataflex.train.trainer.static_trainer import uniform_plan
 from dataflex.utils import dist
@@ -94,7 +95,7 @@ class SelectPlanner(Planner):
 
         def ask(count: int) -> Plan:
             picks = self._ask(run, phase, count, None if counts is None else counts(count))
-            answers[count] = picks, selector.metric, selector.scored
+            answers[count] = picks, selector.metric, selector.scored, selector.served
             if selector.keep_order:
                 return Plan(picks, _evenly(picks))
             order = generator(run.seed, "picks order", phase.index).permutation(count)
@@ -110,14 +111,16 @@ class SelectPlanner(Planner):
             )
         how = {"keeps_order": selector.keep_order, "asks": ASKS, "enough": ENOUGH}
         plan = drawn(run.packing, ask, rows, most, **how)
-        picks, selector.metric, selector.scored = answers[len(plan.sample_ids)]
+        picks, selector.metric, selector.scored, selector.served = answers[len(plan.sample_ids)]
         selector.forget()
+        last = self.picks
         self.picks, self.starts = (picks, None) if plan.starts is None else (plan.sample_ids, plan.starts)
-        write_table(run, self.name, selector, picks)
-        write_decision(run, self.name, {"indices": picks.tolist(), "metric": selector.metric, **record})
         packs = "" if run.packing is None else f", {plan.rows:,} packs {run.packing.fill(plan):.1%} full"
         said = f"picked {len(picks):,} of {len(run.pool):,} samples{packs}: {shares(run, picks)}"
         logger.info(f"step {run.step}: {self.name} {said}")
+        record |= served.report(run, self.name, selector, picks, last, counts is not None)
+        write_table(run, self.name, selector, picks)
+        write_decision(run, self.name, {"indices": picks.tolist(), "metric": selector.metric, **record})
         return plan
 
     def _ask(self, run: Run, phase: Phase, count: int, domain_counts: Ids | None) -> Ids:

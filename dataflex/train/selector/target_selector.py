@@ -1,0 +1,181 @@
+"""The base class of selectors that compare the pool with a target: a table of scores, and a rule that takes from it."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataflex.core.plan import Ids
+from dataflex.data.subtasks import Subtasks
+from dataflex.scoring.decide.rules import Decision, check_rule, decide
+from dataflex.scoring.decide.table import ScoreTable
+from dataflex.train.selector.base_selector import Selector, Served
+from dataflex.utils import dist
+from dataflex.utils.errors import UserError, nearest
+
+PER = ("subtask", "target")
+SHOWN_COLUMNS = 32
+
+
+class TargetSelector(Selector):
+    """Takes what a rule takes from a table of scores: a column for each subtask of the target, or for each sample.
+
+    name: of the component, for messages. target: its datasets are the subtasks, or with ``subtask_column`` the values
+    of that column. aggregate: one of `scoring.decide.rules.RULES`. per: ``subtask`` (a column is the mean over the
+    subtask's samples) or ``target`` (a column is a sample). vote_share: of `aggregate: vote`, the share of the pool
+    that a column votes for; by default the share that is picked. A subclass makes the table.
+    """
+
+    takes_domain_counts = True
+
+    def __init__(
+        self,
+        dataset: Any,
+        accelerator: Any,
+        data_collator: Any,
+        cache_dir: Any,
+        *,
+        name: str,
+        target: Any,
+        subtask_column: str | None = None,
+        aggregate: str = "max",
+        per: str = "subtask",
+        vote_share: float | None = None,
+    ) -> None:
+        super().__init__(dataset, accelerator, data_collator, cache_dir)
+        if target is None or len(target) == 0:
+            raise UserError(f"{name}: eval_dataset: the target is empty; set eval_dataset or val_size")
+        check_rule(aggregate, f"{name}: aggregate")
+        if per not in PER:
+            raise UserError(f"{name}: per: '{per}'{nearest(per, PER)}; valid: {', '.join(PER)}")
+        if vote_share is not None and not 0 < vote_share < 1:
+            raise UserError(f"{name}: vote_share: expected a share of the pool between 0 and 1, got {vote_share}")
+        if vote_share is not None and aggregate != "vote":
+            raise UserError(f"{name}: vote_share: is of aggregate: vote; with {aggregate} leave it out")
+        self.name, self.target = name, target
+        self.subtasks = Subtasks.of(target, subtask_column, name)
+        self.aggregate, self.per, self.vote_share = aggregate, per, vote_share
+
+    @property
+    def columns(self) -> Ids:
+        """The table's column that each sample of the target belongs to, int64 [len(target)]."""
+        return self.subtasks.ids if self.per == "subtask" else np.arange(len(self.subtasks.ids), dtype=np.int64)
+
+    @property
+    def width(self) -> int:
+        """How many columns the table has."""
+        return len(self.subtasks.names) if self.per == "subtask" else len(self.subtasks.ids)
+
+    @property
+    def target_identity(self) -> str:
+        """What kept scores are of, besides the pool and the weights."""
+        return f"{self.target.fingerprint} {hashlib.sha256(self.columns.tobytes()).hexdigest()[:16]}"
+
+    @abstractmethod
+    def table(self) -> ScoreTable | None:
+        """Scores of the pool's samples [N, `width`] with the model as it is now; a collective.
+
+        Rank 0's counts; the others may have None. None everywhere where a pass only tries what it takes.
+        """
+
+    def table_at(self, step_id: int) -> ScoreTable | None:
+        """What a decision is made from; made once for it."""
+        return self.table()
+
+    def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
+        table = self.once(step_id, lambda: self.table_at(step_id))
+        source = f"{self.name} at step {step_id}"
+        decision = self._decided(table, num_samples, kwargs.get("domain_counts"), source)
+        self._note(table, decision)
+        return decision.picks.tolist()
+
+    def scores(self) -> NDArray[np.float32]:
+        """What the rule ranks the pool by with the model as it is now, float32 [n].
+
+        The maximum or the mean over the columns; with the other rules the place in the order in which they take the
+        whole pool, as a share: 1 is the first sample.
+        """
+        if self.aggregate == "vote" and self.vote_share is None:
+            raise UserError(f"{self.name}: vote_share: needed with aggregate: vote where no number of picks is known")
+        table, count = self.table(), len(self.dataset)
+        if not any(dist.gather_objects(table is not None)):
+            return np.zeros(count, dtype=np.float32)
+        decision = self._decided(table, count, None, self.name)
+        if self.aggregate in ("max", "mean"):
+            assert decision.every is not None
+            return decision.every.astype(np.float32)
+        found = np.empty(count, dtype=np.float32)
+        found[decision.picks] = 1 - np.arange(count) / count
+        return found
+
+    def _decided(self, table: ScoreTable | None, count: int, domain_counts: Ids | None, source: str) -> Decision:
+        """Rank 0's decision on every rank: of the whole pool, or with ``domain_counts`` of each domain in turn."""
+
+        def make() -> Decision | None:
+            if not dist.is_main():
+                return None
+            assert table is not None
+            how: dict[str, Any] = {"vote_share": self.vote_share, "source": source}
+            if domain_counts is None:
+                return decide(table, count, self.aggregate, **how)
+            domains, parts, turn = np.asarray(self.dataset.domain_ids), list[Decision](), 0
+            for domain, wanted in enumerate(domain_counts):
+                among = np.flatnonzero(domains == domain)
+                parts.append(decide(table, int(wanted), self.aggregate, among, turn=turn, **how))
+                turn += int(wanted)
+            return _joined(parts)
+
+        found = dist.broadcast_object(dist.together(make))
+        assert found is not None
+        return found
+
+    @property
+    def _advice(self) -> str:
+        """What helps a subtask that gets too few picks."""
+        dealt = self.aggregate in ("round_robin", "doubly_greedy")
+        return "set per: subtask" if dealt else "set aggregate: round_robin"
+
+    def _note(self, table: ScoreTable | None, decision: Decision) -> None:
+        """The selector's record of a decision."""
+        subtask = self.subtasks.ids[decision.column] if self.per == "target" else decision.column
+        names = np.array(self.subtasks.names, dtype=object)
+        self.served = Served(self.subtasks.names, subtask, decision.score, self._advice)
+        self.metric = {"score": decision.score.tolist(), "serves": names[subtask].tolist()}
+        if self.per == "target":
+            self.metric["target"] = decision.column.tolist()
+        if table is not None:
+            serves = np.full(len(self.dataset), None, dtype=object)
+            serves[decision.picks] = names[subtask]
+            named = self.subtasks.names if self.per == "subtask" else []
+            self.scored = _columns(table, decision.every, named) | {"serves": serves}
+
+
+def _joined(parts: Sequence[Decision]) -> Decision:
+    """Decisions among different samples as one."""
+    every = None
+    for part in parts:
+        if part.every is not None:
+            every = part.every if every is None else np.where(np.isnan(every), part.every, every)
+    picks, column, score = (np.concatenate([getattr(p, of) for p in parts]) for of in ("picks", "column", "score"))
+    return Decision(picks, column, score, every)
+
+
+def _columns(table: ScoreTable, every: NDArray[Any] | None, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """For the decision's table: ``score`` is what every sample is ranked by, else its largest; columns that have names.
+
+    every: [N], NaN where it is not known.
+    """
+    shown = len(names) if 1 < len(names) <= SHOWN_COLUMNS else 0
+    score = np.empty(table.shape[0], dtype=np.float32 if every is None else every.dtype)
+    each = np.empty((shown, table.shape[0]), dtype=np.float32)
+    for start, block in table.blocks():
+        score[start : start + len(block)] = block.max(axis=1)
+        each[:, start : start + len(block)] = block.T[:shown]
+    if every is not None:
+        score[:] = every
+    return {"score": score} | {f"score: {name}": each[j] for j, name in enumerate(names[:shown])}
