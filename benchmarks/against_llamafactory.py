@@ -1,8 +1,10 @@
-"""dataflex against LLaMA-Factory: token ids and labels of every template.
+"""dataflex against LLaMA-Factory: token ids and labels of every template; steps, learning rates and losses of runs.
 
-LLaMA-Factory is needed beside it: ``pip install --no-deps llamafactory==0.9.5``.
+For the ids LLaMA-Factory is needed beside dataflex: ``pip install --no-deps llamafactory==0.9.5``. Its runs want the
+versions that it asks for, so an environment of its own, which need not have dataflex.
 
     python benchmarks/against_llamafactory.py    # seconds; --golden FILE keeps ids for the tests
+    python benchmarks/against_llamafactory.py --runs OTHER/bin/python    # minutes; --only TEXT: some of the cases
 
 ``--write`` keeps the table in results/, from where ``python -m tests.config.foreign_page`` takes it.
 """
@@ -11,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 from llamafactory_cases import CASES, numbered, tokenizer
+from llamafactory_runs import compare_runs, kept_rates, table_of_runs
 from llamafactory_side import REASONS, compared, load, packed, theirs
 
 from dataflex.data.encoding.formats import packaged_formats
@@ -70,26 +74,42 @@ def table_of_ids(found: dict[str, dict[str, str]]) -> list[str]:
     return [*how, *lines, "", *(f"- {letter}: {REASONS[letter].text}" for letter in REASONS if letter in used)]
 
 
+def _say(what: str, how: str, versions: str, lines: list[str], write: bool) -> None:
+    """Print a table, and keep it in results/ where ``write``."""
+    text = "\n".join([f"`python benchmarks/against_llamafactory.py{how}` ({versions}):", "", *lines])
+    print(text)
+    if write:
+        (RESULTS / f"against_llamafactory_{what}.md").write_text(text + "\n", encoding="utf-8")
+
+
+def _versions(*names: str) -> str:
+    return ", ".join(f"{name} {version(name)}" for name in names)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--golden", type=Path, help="write LLaMA-Factory's ids of some cases here, and end")
+    parser.add_argument(
+        "--golden", type=Path, help="write LLaMA-Factory's ids of some cases, or rates of its runs, here"
+    )
+    parser.add_argument("--runs", metavar="PYTHON", help="compare runs, those of LLaMA-Factory by this Python")
+    parser.add_argument("--only", default="", help="with --runs: of the cases with this in their name")
     parser.add_argument("--write", action="store_true", help="write the table into results/")
     args = parser.parse_args()
+    if args.runs:
+        with tempfile.TemporaryDirectory() as folder:
+            found = compare_runs(args.runs, Path(folder), args.only)
+        there = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+        here = _versions("transformers", "deepspeed", "torch")
+        versions = f"{there}; dataflex with {here}; CPU"
+        if args.golden:
+            args.golden.write_text(json.dumps(kept_rates(found["runs"]), indent=1) + "\n", encoding="utf-8")
+        _say("runs", " --runs PYTHON", versions, table_of_runs(found["runs"]), args.write)
+        return
     load()
     if args.golden:
         keep(args.golden)
         return
-    lines = table_of_ids(compare_ids())
-    versions = ", ".join(f"{name} {version(name)}" for name in ("llamafactory", "transformers", "torch"))
-    lines = [
-        f"`python benchmarks/against_llamafactory.py` ({versions}):",
-        "",
-        *lines,
-    ]
-    print("\n".join(lines))
-    if args.write:
-        file = RESULTS / "against_llamafactory_ids.md"
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _say("ids", "", _versions("llamafactory", "transformers", "torch"), table_of_ids(compare_ids()), args.write)
 
 
 if __name__ == "__main__":

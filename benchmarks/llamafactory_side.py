@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 from llamafactory_cases import ENTRIES, THOUGHT_CALL, Case, ours
+from llamafactory_train import without_torchaudio
 
 from dataflex.data.encoding.encode import IGNORE_INDEX
 from dataflex.data.encoding.formats import Format, find_format
@@ -23,9 +21,7 @@ DATE = "26 Jul 2024"
 
 def load() -> Any:
     """LLaMA-Factory's package of data, without the media libraries that it imports. SystemExit where it is missing."""
-    if "torchaudio" not in sys.modules:
-        stand_in = sys.modules["torchaudio"] = types.ModuleType("torchaudio")
-        stand_in.__spec__ = ModuleSpec("torchaudio", None)
+    without_torchaudio()
     try:
         import llamafactory.data
     except ModuleNotFoundError as error:

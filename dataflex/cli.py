@@ -15,6 +15,7 @@ from dataflex import __version__
 from dataflex.config import Config, foreign, load_config
 from dataflex.config.schema import SECTION_OF
 from dataflex.launcher import Request, launch
+from dataflex.launcher.ahead import check_ahead
 from dataflex.utils.errors import UserError, nearest
 from dataflex.utils.launch_folder import LAUNCH_DIR
 from dataflex.utils.room import full_disk_said
@@ -216,8 +217,10 @@ def _config(args: argparse.Namespace, quiet: bool = False) -> Config:
 def _launch(args: argparse.Namespace) -> int:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return run_worker(lambda: _work(_config(args, quiet=LAUNCH_DIR in os.environ), args.command))
-    _config(args)
-    return launch("dataflex.cli", [args.command, args.config, *args.overrides], _request(args))
+    cfg, request = _config(args), _request(args)
+    if not request.uses_ssh:  # where it is, other machines may have what this one lacks
+        check_ahead(cfg)
+    return launch("dataflex.cli", [args.command, args.config, *args.overrides], request)
 
 
 def _work(cfg: Config, command: str) -> int:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import subprocess
 import sys
 import time
@@ -28,6 +30,8 @@ def run_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_SIZE", LAUNCH_DIR):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "run.yaml").write_text(YAML)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dataset_info.json").write_text('{"a": {"file_name": "a.json"}, "test": {"file_name": "b.json"}}')
     return tmp_path / "run.yaml"
 
 
@@ -125,6 +129,47 @@ def test_a_dry_run_reaches_the_workers_as_a_key(run_yaml: Path, monkeypatch: pyt
     monkeypatch.setattr(cli, "launch", lambda *args: calls.append(args) or 0)
     assert cli.main([command, str(run_yaml), "--dry-run", "seed=3"]) == 0
     assert calls[0][1] == [command, str(run_yaml), "seed=3", "dry_run=true"]
+
+
+NOT_THERE = [
+    ({"template": "qwen_3"}, r"template: 'qwen_3' is not known \(did you mean 'qwen3'\?\); valid: alpaca, .*"),
+    (
+        {"template": "own.yaml#mien"},
+        r"template: .*own.yaml has no template 'mien' \(did you mean 'mine'\?\); it has mine",
+    ),
+    ({"dataset": "a,b"}, r"dataset: 'b' is not in .*data/dataset_info.json; it has a, test"),
+    (
+        {"eval_dataset": "tset"},
+        r"eval_dataset: 'tset' is not in .*dataset_info.json \(did you mean 'test'\?\); it has a, test",
+    ),
+    ({"dataset_dir": "no"}, r"dataset_dir: there is no folder no or .*/no"),
+    ({"report_to": "mlflow"}, "report_to: mlflow needs the package mlflow, which is not installed"),
+    ({"plot_loss": "true"}, "plot_loss: true needs matplotlib: .*"),
+    ({"resume_from_checkpoint": "dat"}, r"resume_from_checkpoint: there is no folder 'dat' \(did you mean 'data'\?\)"),
+]
+
+
+@pytest.mark.parametrize(("keys", "line"), NOT_THERE)
+def test_what_is_not_there_is_said_before_workers_start(
+    run_yaml: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    keys: dict[str, str],
+    line: str,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli, "launch", lambda *args: pytest.fail("too late"))
+    monkeypatch.chdir(run_yaml.parent)
+    Path("own.yaml").write_text("templates: {mine: {like: qwen}}")
+    assert cli.main(["train", str(run_yaml), *(f"{key}={value}" for key, value in keys.items())]) == 2
+    (told,) = [text for text in capsys.readouterr().err.splitlines() if "note:" not in text]
+    assert re.fullmatch(f"dataflex: error: {line}", told), told
+
+
+def test_other_machines_may_have_what_this_one_lacks(run_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "launch", lambda *args: 7)
+    words = ["train", str(run_yaml), "dataset=b"]
+    assert [cli.main(words), cli.main([*words, "--hostfile", "hosts"])] == [2, 7]
 
 
 def test_select_runs_here_without_a_launcher(

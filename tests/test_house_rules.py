@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "train.trainer": MIDDLE | COMPONENTS | {"engine", "report"},
     "driver": MIDDLE | COMPONENTS | {"engine", "train", "train.trainer", "report"},
     "worker": {"utils"},
-    "launcher": {"config", "utils", "worker"},
+    "launcher": {"config", "data", "report", "utils", "worker"},
     "cli": {"config", "utils", "launcher", "worker", "driver", "core", "ops", "report"},
     "demo": {"config", "utils", "cli"},
 }

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataflex.config import best, commands, deepspeed_json, packing, streaming
+from dataflex.config import best, commands, deepspeed_json, packing, streaming, trackers
 from dataflex.config.components import component_params
 from dataflex.config.paths import resolve
 from dataflex.config.schema import Config
-from dataflex.config.sections import weighting
+from dataflex.config.sections import schedule, weighting
 from dataflex.utils.errors import UserError, nearest
 from dataflex.utils.files import names_in
 
@@ -87,6 +87,9 @@ def _train(cfg: Config) -> Iterator[Problem]:
         yield Problem(("fp16", "bf16"), "cannot be used together with bf16; keep one of them")
     if train.loraplus_lr_ratio is not None and cfg.method.finetuning_type != "lora":
         yield Problem(("loraplus_lr_ratio", "finetuning_type"), "needs finetuning_type: lora")
+    if "scheduler" not in _deepspeed_keys(cfg):
+        for keys, text in schedule.problems(train):
+            yield Problem(keys, text)
     if train.adam_beta2 == 0 and train.optim.startswith("adamw"):
         yield Problem(("adam_beta2",), "expected a number > 0, got 0")
 
@@ -217,6 +220,10 @@ def notes(cfg: Config, embedded: bool, command: str) -> Iterator[Problem]:
         yield Problem(("ddp_timeout",), text)
     if not embedded:
         yield from _filled_in(cfg)
+    if cfg.train.warmup_steps and cfg.train.warmup_ratio:
+        yield Problem(("warmup_ratio",), f"not used: warmup_steps is {cfg.train.warmup_steps:g}")
+    if trackers.nothing_reported(cfg):
+        yield Problem(("report_to",), trackers.nothing_reported(cfg))
     if cfg.output.save_only_model:
         text = "true: checkpoints lack the optimizer, so an exact resume is not possible"
         yield Problem(("save_only_model",), text)

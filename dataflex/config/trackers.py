@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from dataflex.config.sections.fields import check, names_of, shown, to_choice, to_names
+from dataflex.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from dataflex.config.schema import Config
 
 # Those of DeepSpeed's monitors, then those that are written to here.
 MONITORS = ("tensorboard", "wandb", "csv", "comet")
 OWN = ("swanlab", "mlflow", "trackio")
 TRACKERS = (*MONITORS, *OWN)
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"} | {name: name for name in OWN}
 SWITCH = "use_swanlab"
 _OPTIONS = {
     "swanlab_project": ("swanlab", "project"),
@@ -81,3 +87,28 @@ def added(asked: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[dict[str
         else:
             notes.append((key, f"not used without report_to: {name}"))
     return made, notes
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def reported_to(cfg: Config) -> tuple[str, ...]:
+    """The trackers of report_to; of ``all`` those whose packages are installed."""
+    asked = cfg.output.report_to
+    every = (name for name, package in PACKAGES.items() if _installed(package))
+    return tuple(dict.fromkeys((*(name for name in asked if name != "all"), *(every if "all" in asked else ()))))
+
+
+def check_installed(cfg: Config) -> None:
+    """UserError for a tracker whose package is not installed."""
+    for name in reported_to(cfg):
+        if name in PACKAGES and not _installed(PACKAGES[name]):
+            raise UserError(f"report_to: {name} needs the package {PACKAGES[name]}, which is not installed")
+
+
+def nothing_reported(cfg: Config) -> str:
+    """What is to be said of ``report_to: all`` where no package is installed, or ''."""
+    if "all" not in cfg.output.report_to or reported_to(cfg):
+        return ""
+    return f"all: none of {', '.join(PACKAGES.values())} is installed, so nothing is reported"

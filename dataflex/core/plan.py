@@ -6,6 +6,7 @@ Everything here is a pure function of its arguments: the same for every world si
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,9 +67,13 @@ class Schedule:
         return self.phases[bisect_right(self.phases, step, key=lambda phase: phase.end)]
 
 
-def steps_of_epochs(epochs: float, pool_size: int, global_batch: int) -> int:
-    """Steps that go over the pool ``epochs`` times, rounded up, at least 1."""
-    return max(1, int(np.ceil(epochs * pool_size / global_batch - 1e-9)))
+def steps_of_epochs(epochs: float, rows: int, global_batch: int) -> int:
+    """Steps of so many epochs as transformers counts them: an epoch is a whole number of steps, and what is left of a
+    step after the last epoch is a step, too. At least 1.
+
+    Every step is of a whole global batch, so that the last one of an epoch goes on with the next epoch's first rows.
+    """
+    return max(1, math.ceil(epochs * math.ceil(rows / global_batch)))
 
 
 def decision_schedule(

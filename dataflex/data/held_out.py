@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from dataflex.utils.errors import UserError
 
 
 def held_out(pool: Pool, val_size: float, seed: int) -> np.ndarray:
-    """Sample ids for evaluation: ``val_size`` (<= 1: a fraction, else a count), each domain in proportion."""
-    total = round(len(pool) * val_size) if val_size <= 1 else int(val_size)
+    """Sample ids for evaluation: ``val_size`` (<= 1: a share, rounded up, else a count), each domain in proportion."""
+    total = math.ceil(val_size * len(pool)) if val_size <= 1 else int(val_size)
     if not 0 < total < len(pool):
         raise UserError(
             f"val_size: {val_size:g} holds {total} of {len(pool)} samples out; both sides need at least one"

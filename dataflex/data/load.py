@@ -147,7 +147,7 @@ class _Loader:
             raise UserError("subtask_column: a packed block of stage pt has no one value; set packing: false")
         if not names:
             raise UserError(f"{key}: names no dataset; valid are the entries of {self.dataset_dir}")
-        found = [self._domain(info, kept) for info in read_dataset_infos(names, self.dataset_dir)]
+        found = [self._domain(info, kept) for info in read_dataset_infos(names, self.dataset_dir, key)]
         if self.weight_file is not None:
             self.weight_file.check_used()
         return found

@@ -27,7 +27,7 @@ from dataflex.engine.ds_config import check_accepted, deepspeed_config, zero_sta
 from dataflex.engine.models.adapter import with_adapter_keys
 from dataflex.engine.models.handover import Handover, handover
 from dataflex.engine.models.model import load_model, load_model_config, load_tokenizer
-from dataflex.engine.optimizer import check_schedule, forget_dry_step, make_optimizer, make_scheduler, warmup_steps
+from dataflex.engine.optimizer import forget_dry_step, make_optimizer, make_scheduler, warmup_steps
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.train.trainer.build import attach, make_schedule, packing_of, pass_rows
 from dataflex.train.trainer.components import load_components, with_effective_params
@@ -104,8 +104,6 @@ def _schedule(cfg: Config, pass_size: int | None, pool_size: int | None) -> Sche
         epochs=train.num_train_epochs,
         fixed=cfg.fixed_steps,
     )
-    if "scheduler" not in train.deepspeed_config():
-        check_schedule(train, schedule.total_steps)
     if "select" in cfg.flex.kinds:
         assert pool_size is not None, "the configuration refuses selection from streams"
         name, params = component_params(cfg.flex, "select")

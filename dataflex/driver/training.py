@@ -8,13 +8,14 @@ from pathlib import Path
 
 from dataflex.config import Config
 from dataflex.config.sections.steps import steps_of
+from dataflex.config.trackers import reported_to
 from dataflex.core.clock import SAVE
 from dataflex.core.hook import Hook
+from dataflex.core.plan import steps_of_epochs
 from dataflex.core.run_files import RunFile
 from dataflex.driver.ending import said_stop
 from dataflex.driver.estimate import estimate
 from dataflex.driver.setup import Inputs, build_engine, read_inputs, stop_of, with_components
-from dataflex.engine.ds_config import reported_to
 from dataflex.engine.folder import own_files, run_folder
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.report.model_card import model_card
@@ -78,7 +79,7 @@ def _run_hooks(inputs: Inputs, log: LogHook, best: Best | None) -> list[Hook]:
     output, train, total = inputs.cfg.output, inputs.cfg.train, inputs.schedule.total_steps
     per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * dist.world_size()
     rows = pass_rows(inputs.cfg, inputs.data.train, inputs.packing)
-    epoch_steps = max(1, -(-(rows or 0) // per_step))
+    epoch_steps = steps_of_epochs(1, rows or 0, per_step)
     saves = steps_of(output.save_steps, total) if output.save_strategy == "steps" else epoch_steps
     hooks: list[Hook] = [log]
     if output.eval_strategy != "no":

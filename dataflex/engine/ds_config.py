@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dataflex.config.trackers import OWN
+from dataflex.config.trackers import check_installed, reported_to
 from dataflex.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from dataflex.config import Config
 
 _MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor", "comet": "comet"}
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"} | {name: name for name in OWN}
 
 
 def deepspeed_config(
@@ -65,13 +63,6 @@ def deepspeed_config(
     return config
 
 
-def reported_to(cfg: Config) -> tuple[str, ...]:
-    """The trackers of report_to; of ``all`` those whose packages are installed."""
-    asked = cfg.output.report_to
-    every = (name for name, package in _PACKAGES.items() if importlib.util.find_spec(package) is not None)
-    return tuple(dict.fromkeys((*(name for name in asked if name != "all"), *(every if "all" in asked else ()))))
-
-
 def check_possible(cfg: Config) -> None:
     """UserError for what this machine or installation lacks, before anything is read or loaded."""
     from deepspeed.accelerator import get_accelerator
@@ -79,10 +70,7 @@ def check_possible(cfg: Config) -> None:
     half = cfg.train.deepspeed_config().get("fp16", {}).get("enabled") is True
     if (cfg.train.fp16 or half) and not get_accelerator().is_fp16_supported():
         raise UserError("fp16: DeepSpeed refuses it on this accelerator (a CPU without fp16); use bf16: true or fp32")
-    for name in reported_to(cfg):
-        package = _PACKAGES.get(name)
-        if package is not None and importlib.util.find_spec(package) is None:
-            raise UserError(f"report_to: {name} needs the package {package}, which is not installed")
+    check_installed(cfg)
 
 
 def _monitor(name: str, cfg: Config) -> dict[str, Any]:

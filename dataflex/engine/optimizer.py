@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dataflex.utils.errors import UserError, brief, nearest
+from dataflex.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from dataflex.config.sections.train import TrainSection
@@ -83,36 +84,29 @@ def forget_dry_step(engine: Any) -> None:
 
 
 def warmup_steps(train: TrainSection, total_steps: int) -> int:
-    """Steps in which the learning rate rises: ``warmup_steps``, else ``warmup_ratio`` of all, rounded up."""
-    return train.warmup_steps or int(-(-total_steps * train.warmup_ratio // 1))
-
-
-def check_schedule(train: TrainSection, total_steps: int) -> None:
-    """UserError where `make_scheduler` would raise one, before there is a model."""
-    nothing = torch.nn.Parameter(torch.zeros(1))
-    make_scheduler(torch.optim.SGD([nothing], lr=train.learning_rate), train, total_steps)
+    """Steps in which the learning rate rises: ``warmup_steps``, else ``warmup_ratio``; a share is rounded up."""
+    if train.warmup_steps >= 1:
+        return int(train.warmup_steps)
+    return math.ceil(total_steps * (train.warmup_steps or train.warmup_ratio))
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, total_steps: int) -> Any:
-    """The named schedule of transformers over ``total_steps`` optimizer steps.
+    """The named schedule of transformers over ``total_steps`` optimizer steps, with options that it takes.
 
-    UserError for options that it does not take. Of the steps after the warm-up of ``warmup_stable_decay``, a third is
-    stable where its options do not say it, as in LLaMA-Factory.
+    Of the steps after the warm-up of ``warmup_stable_decay`` a third is stable and the rest decays, where its options
+    say nothing else of either, as in LLaMA-Factory.
     """
-    from transformers import get_scheduler
+    from transformers import get_scheduler, get_wsd_schedule
 
-    name, warmup = train.lr_scheduler_type, warmup_steps(train, total_steps)
-    options = dict(train.lr_scheduler_kwargs or {})
-    try:
-        if name == "warmup_stable_decay":
-            after = total_steps - warmup
-            options.setdefault("num_decay_steps", after - options.get("num_stable_steps", after // 3))
-        return get_scheduler(
-            name,
-            optimizer,
-            num_warmup_steps=warmup,
-            num_training_steps=total_steps,
-            scheduler_specific_kwargs=options,
-        )
-    except (TypeError, ValueError) as exc:
-        raise UserError(f"lr_scheduler_kwargs: {name} does not take {options}: {brief(exc)}") from exc
+    name, warmup, options = train.lr_scheduler_type, warmup_steps(train, total_steps), train.lr_scheduler_kwargs or {}
+    if name == "warmup_stable_decay":
+        stable = (total_steps - warmup) // 3
+        lengths = {"num_stable_steps": stable, "num_decay_steps": total_steps - warmup - stable}
+        return get_wsd_schedule(optimizer, warmup, **lengths | options)
+    return get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=dict(options),
+    )

@@ -27,6 +27,9 @@ def opening_lines(run: Run, deciders: str, zero_stage: int) -> list[str]:
     shown = ", ".join(sizes if len(sizes) <= 5 else [*sizes[:3], "...", sizes[-1]])
     packs = [] if run.packing is None else [f"  Num packs = {packs_line(run.packing)}"]
     rows = "" if run.packing is None else " packs"
+    pool_rows = run.pool.size if run.packing is None else run.packing.pool.rows
+    drawn = run.total_steps * run.global_batch
+    passes = "" if pool_rows is None else f" ({drawn / pool_rows:.2f} x {pool_rows:,})"
     return [
         "***** Running training *****",
         f"  Num examples = {'not known (streamed)' if run.pool.size is None else f'{run.pool.size:,}'}",
@@ -35,6 +38,7 @@ def opening_lines(run: Run, deciders: str, zero_stage: int) -> list[str]:
         f"  Gradient accumulation steps = {run.accumulation}",
         f"  Total train batch size (x {run.world_size} processes) = {run.global_batch}{rows}",
         f"  Total optimization steps = {run.total_steps:,} (phases of {shown} steps)",
+        f"  {'Packs' if rows else 'Examples'} trained on = {drawn:,}{passes}",
         f"  Decisions = {run.schedule.decisions} ({deciders})",
         f"  ZeRO stage = {zero_stage}",
     ]

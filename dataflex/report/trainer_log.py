@@ -41,6 +41,7 @@ class LogHook(Hook):
         self._losses: list[float] = []  # of the steps since the last line
         self._sum, self._steps = 0.0, 0  # of the losses of all steps that had one
         self._samples = 0  # of all steps
+        self._rate = 0.0  # that the step under way is made with
         self._bar: tqdm[Any] | None = None
 
     def on_train_start(self, run: Run) -> None:
@@ -51,6 +52,9 @@ class LogHook(Hook):
         if run.is_main and sys.stderr.isatty():
             self._bar = tqdm(total=run.total_steps, initial=run.step, unit="step", dynamic_ncols=True)
         self._write(run)
+
+    def on_step_start(self, run: Run, batch: Any) -> None:
+        self._rate = float(run.engine.get_lr()[0])
 
     def on_step_end(self, run: Run, batch: Any) -> None:
         self._samples += len(batch.sample_ids)
@@ -144,7 +148,7 @@ class LogHook(Hook):
             "current_steps": run.step,
             "total_steps": run.total_steps,
             **({"loss": sum(self._losses) / len(self._losses)} if self._losses else {}),
-            "lr": float(run.engine.get_lr()[0]),
+            "lr": self._rate,
             **self._epoch(run),
             "percentage": round(100 * run.step / run.total_steps, 2),
             "elapsed_time": str(timedelta(seconds=int(elapsed))),

@@ -22,6 +22,12 @@ note; a key that is `false` or `null` asks for nothing. This page is made from `
 (`python -m tests.config.foreign_page`), which covers the arguments of LLaMA-Factory 0.9.5 and of transformers 5.
 
 Where `per_device_train_batch_size` or `lr_scheduler_type` is not given, it is 8 and linear, and a note says so.
+The steps of `num_train_epochs` and the learning rate of each are LLaMA-Factory's: an epoch is a whole number of steps.
+Here each of them is of a whole global batch, so that an epoch's last one goes on with the next epoch's first samples;
+there it is of what is left. Every sample comes once before any comes again, and the first lines of a run say how many
+are trained on. `warmup_steps` below 1 is a share of all steps; where `warmup_steps` and `warmup_ratio` are both given,
+the former is used, as by transformers 4.
+
 Templates, tools and their calls are those of LLaMA-Factory ([what is equal](#against-llama-factory),
 [templates](templates.md)). `enable_thinking: false` (templates with thoughts): an empty thought opens the answer and is
 not trained.
@@ -38,7 +44,8 @@ and `REMOTE:` are refused: entries with `hf_hub_url` read datasets of the hub.
 datasets, no benchmarks. `chat`, `api` and `webui` say in one line what to use instead. DeepSpeed configs of
 LLaMA-Factory's names (`examples/deepspeed/ds_z0_config.json`, `ds_z2_config.json`, `ds_z3_config.json`,
 `ds_z2_offload_config.json`, `ds_z3_offload_config.json`) that are not there are dataflex's own, and a note says so.
-`logging_steps`, `eval_steps` and `save_steps` below 1 are shares of all steps. `load_best_model_at_end` exports the
+`logging_steps`, `eval_steps` and `save_steps` below 1 are shares of all steps. A share that is held out by `val_size` is
+rounded up. `load_best_model_at_end` exports the
 [best checkpoint](export.md#the-best-checkpoint); interleaved datasets are a fixed [mixture](mixing.md).
 
 Several machines: the same command on each, with `NNODES=2 NODE_RANK=0 MASTER_ADDR=... MASTER_PORT=29500` (29500 where

@@ -136,7 +136,7 @@ KEYS: list[tuple[str, str, Any]] = [
     ("metric_for_best_model: loss", "output", "loss"),
     ("greater_is_better: false", "output", False),
     ("loraplus_lr_ratio: 16", "train", 16.0),
-    ("lr_scheduler_kwargs: {min_lr: 1.0e-6}", "train", {"min_lr": 1e-6}),
+    ("lr_scheduler_kwargs: {min_lr: 1e-6}\nlr_scheduler_type: cosine_with_min_lr", "train", {"min_lr": 1e-6}),
     ("neftune_noise_alpha: 5", "train", 5.0),
     ("tf32: true", "train", True),
     ("fused_head: off", "train", "off"),

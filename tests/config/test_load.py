@@ -178,6 +178,7 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
         ("save_only_model: yes", "save_only_model: true: checkpoints lack the optimizer, so an exact resume is not "
          "possible"),
         ("eval_steps: 5", "eval_steps: not used: eval_strategy is 'no'"),
+        ("warmup_steps: 0.25\nwarmup_ratio: 0.1", "warmup_ratio: not used: warmup_steps is 0.25"),
         ("component_name: less\nupdate_step: 5", "component_name: not used by train_type static: component_name, "
          "update_step"),
         (WEIGHT + "update_times: 5", "update_times: not used by train_type dynamic_weight: update_times"),

@@ -90,10 +90,49 @@ RULES = [
         "layer_lr_multipliers: has no effect where the DeepSpeed config has an optimizer of its own; drop one of them",
     ),
     (
-        "lr_scheduler_kwargs: {a: 1}\ndeepspeed: {scheduler: {type: WarmupLR}}",
+        "lr_scheduler_kwargs: {power: 1}\ndeepspeed: {scheduler: {type: WarmupLR}}",
         "lr_scheduler_kwargs: has no effect where the DeepSpeed config has a scheduler of its own; drop one of them",
     ),
     ("lr_scheduler_kwargs: 3", "lr_scheduler_kwargs: expected a mapping such as {min_lr: 1.0e-6}, got 3"),
+    (
+        "lr_scheduler_kwargs: {num_cycle: 1}",
+        "lr_scheduler_kwargs: unknown option 'num_cycle' (did you mean "
+        "'num_cycles'?); valid: num_cycles, min_lr, min_lr_rate, warmup_lr_rate, min_lr_ratio, lr_end, power, timescale, num_decay_steps, num_stable_steps, warmup_type, decay_type",
+    ),
+    ("lr_scheduler_kwargs: {power: 0}", "lr_scheduler_kwargs: power: expected a number > 0, got 0"),
+    (
+        "lr_scheduler_kwargs: {num_decay_steps: 0.5}",
+        "lr_scheduler_kwargs: num_decay_steps: expected a whole number >= 0, got 0.5",
+    ),
+    (
+        "lr_scheduler_kwargs: {decay_type: line}",
+        "lr_scheduler_kwargs: decay_type: expected one of linear, cosine, 1-sqrt, got 'line' (did you mean 'linear'?)",
+    ),
+    (
+        "lr_scheduler_type: polynomial\nlr_scheduler_kwargs: {min_lr: 0.1}",
+        "lr_scheduler_kwargs: polynomial has no option 'min_lr'; it has lr_end, power",
+    ),
+    ("lr_scheduler_kwargs: {num_cycles: 1}", "lr_scheduler_kwargs: linear has no option 'num_cycles'; it has none"),
+    (
+        "lr_scheduler_type: cosine_with_min_lr",
+        "lr_scheduler_kwargs: cosine_with_min_lr needs one of min_lr and min_lr_rate, such as lr_scheduler_kwargs: {min_lr: 1.0e-6}",
+    ),
+    (
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 0, min_lr_rate: 0}",
+        "lr_scheduler_kwargs: cosine_with_min_lr needs one of min_lr and min_lr_rate, such as lr_scheduler_kwargs: {min_lr: 1.0e-6}",
+    ),
+    (
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 0}\nlearning_rate: 0",
+        "lr_scheduler_kwargs: min_lr needs a learning_rate > 0",
+    ),
+    (
+        "lr_scheduler_type: polynomial\nlr_scheduler_kwargs: {lr_end: 1e-3}\nlearning_rate: 1e-3",
+        "lr_scheduler_kwargs: lr_end 0.001 is not below learning_rate 0.001",
+    ),
+    (
+        "mix_strategy: interleave_one",
+        "mix_strategy: expected one of concat, interleave_under, interleave_over, interleave_once, got 'interleave_one' (did you mean 'interleave_once'?)",
+    ),
     (
         "finetuning_type: full\nloraplus_lr_ratio: 16",
         "loraplus_lr_ratio: needs finetuning_type: lora",

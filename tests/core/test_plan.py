@@ -123,11 +123,16 @@ def test_a_plan_refuses_what_is_not_ids() -> None:
     [
         (1.0, 16, 8, 2),
         (1.0, 17, 8, 3),
-        (3.0, 10, 4, 8),
+        (2.0, 50, 6, 18),
+        (3.0, 10, 4, 9),
+        (1.5, 50, 6, 14),
         (0.5, 16, 8, 1),
         (0.01, 16, 8, 1),
         (1.0, 3, 8, 1),
+        (3.0, 3, 8, 3),
         (0.1, 30, 1, 3),
+        (1.1, 20, 2, 12),  # 1.1 * 10 is more than 11 in floating point, for transformers too
+        (1.0, 0, 8, 1),
     ],
 )
 def test_steps_of_epochs(epochs: float, pool: int, batch: int, steps: int) -> None:

@@ -94,7 +94,7 @@ FIXED = {"train_type": "dynamic_mix", "static_mix": True}
 @pytest.mark.parametrize(
     ("keys", "total", "decisions_at"),
     [
-        ({}, 38, []),
+        ({}, 39, []),
         ({"num_train_epochs": 1}, 13, []),
         ({"num_train_epochs": 0.5}, 7, []),
         ({"train_step": 5}, 5, []),
@@ -111,13 +111,13 @@ FIXED = {"train_type": "dynamic_mix", "static_mix": True}
         (MIX | {"update_times": 2, "train_step": 20}, 20, [4, 7]),
         (MIX | {"num_train_epochs": 1}, 13, [4, 7, 10]),
         (MIX | {"init_mixture_proportions": [1, 2], "update_times": 1}, 7, [4]),
-        (FIXED, 38, []),
+        (FIXED, 39, []),
         (FIXED | {"train_step": 9}, 9, []),
         (FIXED | {"warmup_step": 4, "update_step": 3, "update_times": 2}, 10, []),
-        (FIXED | {"warmup_step": 4, "update_step": 3}, 38, []),
+        (FIXED | {"warmup_step": 4, "update_step": 3}, 39, []),
         ({"train_type": "dynamic_mix", "mixture_sample_rule": "stratified", "num_train_epochs": 1}, 13, []),
         ({"train_type": "dynamic_mix", "mixture_sample_rule": "uniform", "train_step": 3}, 3, []),
-        (WEIGHT, 38, []),
+        (WEIGHT, 39, []),
         (WEIGHT | {"train_step": 9}, 9, []),
         (WEIGHT | {"num_train_epochs": 1}, 13, []),
         (

@@ -139,3 +139,8 @@ def test_names_that_are_no_template(tmp_path: Path) -> None:
         find_format("own.yaml")
     with pytest.raises(UserError, match=r"own.yaml: the file of templates does not exist"):
         find_format(f"{tmp_path}/own.yaml#mine")
+
+
+def test_a_name_may_have_hyphens_as_models_have() -> None:
+    assert find_format("gpt-oss") is find_format("gpt_oss")
+    assert find_format("qwen3-5-nothink") is find_format("qwen3_5_nothink")

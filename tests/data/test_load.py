@@ -84,7 +84,9 @@ def test_max_samples_and_num_samples(add: Add, config: MakeConfig) -> None:
     assert set(prompts(load(config("y")).train)) == {"0", "1", "2"} and len(load(config("y")).train) == 5
 
 
-@pytest.mark.parametrize(("val_size", "sizes"), [(0.1, (3, 9)), (12, (3, 9)), (0.5, (15, 45)), (7, (2, 5))])
+@pytest.mark.parametrize(
+    ("val_size", "sizes"), [(0.1, (3, 9)), (12, (3, 9)), (0.5, (15, 45)), (7, (2, 5)), (0.01, (1, 1))]
+)
 def test_val_size_is_stratified_and_disjoint(
     add: Add, config: MakeConfig, val_size: float, sizes: tuple[int, int]
 ) -> None:

@@ -61,10 +61,6 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"deepspeed": {"zero_optimization": {"allgather_bucket_size": "auto"}}},
         '"auto" of .* has no counterpart',
     ),
-    "schedule, before the model": (
-        {"lr_scheduler_type": "cosine_with_min_lr", "model_name_or_path": "bare"},
-        "^lr_scheduler_kwargs: cosine_with_min_lr does not take {}: .*min_lr",
-    ),
     "itself": ({"output_dir": "model"}, "output_dir: .* is also model_name_or_path"),
 }
 

@@ -45,7 +45,9 @@ def _head(card: str) -> dict[str, Any]:
 
 def test_the_first_screen_counts_packs_where_samples_are_packed() -> None:
     run: Any = SimpleNamespace(**vars(RUN), total_steps=7, schedule=epoch_schedule(7, 7), pool=POOL)
-    assert not [line for line in opening_lines(run, "static", 2) if "pack" in line]
+    first = opening_lines(run, "static", 2)
+    assert not [line for line in first if "pack" in line]
+    assert "  Examples trained on = 168 (42.00 x 4)" in first, "7 steps of 24"
     run.packing = Packing(np.array([5, 6, 7, 2]), 10)
     lines = opening_lines(run, "static", 2)
     assert lines[1:5] == [
@@ -55,6 +57,7 @@ def test_the_first_screen_counts_packs_where_samples_are_packed() -> None:
         "  Gradient accumulation steps = 3",
     ]
     assert "  Total train batch size (x 4 processes) = 24 packs" in lines
+    assert "  Packs trained on = 168 (56.00 x 3)" in lines
 
 
 def test_the_model_card_says_what_it_is_made_from_and_how_it_went(tmp_path: Path) -> None:

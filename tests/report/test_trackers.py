@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from dataflex.config import load_config
-from dataflex.engine.ds_config import check_possible, reported_to
+from dataflex.config.trackers import reported_to
+from dataflex.engine.ds_config import check_possible
 from dataflex.report.trackers import trackers
 from dataflex.report.trainer_log import LogHook
 from dataflex.utils.errors import UserError
@@ -80,6 +81,11 @@ def test_a_package_that_is_missing_is_named_and_all_are_those_that_are_there(mon
     cfg = load_config({"report_to": "all"}, embedded=True, quiet=True)
     assert reported_to(cfg) == ("tensorboard", "mlflow")
     check_possible(cfg)
+    assert cfg.notes == ()
+    there.clear()
+    cfg = load_config({"report_to": "all"}, embedded=True, quiet=True)
+    every = "tensorboard, wandb, comet_ml, swanlab, mlflow, trackio"
+    assert cfg.notes == (f"config:report_to: all: none of {every} is installed, so nothing is reported",)
     cfg = load_config({"report_to": "trackio"}, embedded=True, quiet=True)
     with pytest.raises(UserError, match="report_to: trackio needs the package trackio, which is not installed"):
         check_possible(cfg)

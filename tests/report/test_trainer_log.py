@@ -40,7 +40,7 @@ class Clock:
 def logged(folder: Path) -> tuple[LogHook, Any]:
     """A run of eight steps, logged at 3, 6 and 8."""
     engine = SimpleNamespace(
-        get_lr=lambda: [0.1 / run.step],
+        get_lr=lambda: [0.1 / (run.step + 1)],
         get_global_grad_norm=lambda: run.step / 2,
         skipped_steps=0,
         monitor=SimpleNamespace(enabled=False),
@@ -54,8 +54,10 @@ def logged(folder: Path) -> tuple[LogHook, Any]:
     log.on_train_start(run)
     run.clock = Clock(run)
     for loss in LOSSES:
+        batch = SimpleNamespace(sample_ids=range(run.global_batch))
+        log.on_step_start(run, batch)
         run.step, run.loss, run.figures = run.step + 1, loss, {"weight_mean": 0.25}
-        log.on_step_end(run, SimpleNamespace(sample_ids=range(run.global_batch)))
+        log.on_step_end(run, batch)
     log.on_train_end(run)
     return log, run
 

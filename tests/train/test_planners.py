@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dataflex.core.clock import Clock
 from dataflex.core.packing import Packing
-from dataflex.core.plan import Phase, Plan, Schedule, decision_schedule, largest_remainder
+from dataflex.core.plan import Phase, Plan, Schedule, decision_schedule, epoch_schedule, largest_remainder
 from dataflex.data.pool import Pool
 from dataflex.train.mixer.base_mixer import Mixer
 from dataflex.train.mixer.mixture import MixtureManager
@@ -75,6 +75,14 @@ def plans(planner: Any, run: Any, trained: bool = False) -> list[Plan]:
         for index in range(phase.steps if trained else 0):
             planner.on_step_end(run, SimpleNamespace(sample_ids=made[-1].step(index, BATCH)[0]))
     return made
+
+
+def test_an_epoch_is_whole_steps_and_the_next_one_goes_on_where_its_samples_end() -> None:
+    made = plans(StaticPlanner(), make_run(epoch_schedule(26, 13)))
+    assert [len(plan.sample_ids) for plan in made] == [52, 52], "50 samples are 13 steps of 4"
+    trained = np.concatenate([plan.sample_ids for plan in made])
+    assert sorted(trained[:50]) == sorted(trained[50:100]) == list(range(50))
+    assert len(set(trained[100:])) == 4
 
 
 def test_a_selector_is_asked_once_per_decision_for_update_step_global_batches() -> None:

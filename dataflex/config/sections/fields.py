@@ -147,8 +147,8 @@ def to_choice(valid: tuple[str, ...], same: Mapping[str, str]) -> Validator:
         word = "no" if value is False and "no" in valid else value
         word = same.get(word, word) if isinstance(word, str) else word
         if not isinstance(word, str) or word not in valid:
-            hint = nearest(str(value), valid)
-            raise ValueError(f"expected one of {', '.join(valid)}, got {shown(value)}{hint}")
+            names = (*valid, *same)
+            raise ValueError(f"expected one of {', '.join(names)}, got {shown(value)}{nearest(str(value), names)}")
         return str(word)
 
     return convert
@@ -216,7 +216,7 @@ def _to_params(value: Any) -> dict[str, dict[str, Any]]:
     kinds = ("select", "mix", "weight")
     if not isinstance(value, Mapping):
         raise ValueError(f"expected a mapping such as {{select: {{seed: 1}}}}, got {shown(value)}")
-    _refuse_secrets(value)
+    refuse_secrets(value)
     for key, params in value.items():
         if key not in kinds:
             raise ValueError(f"unknown kind '{key}', expected select, mix or weight{nearest(str(key), kinds)}")
@@ -225,14 +225,8 @@ def _to_params(value: Any) -> dict[str, dict[str, Any]]:
     return {key: {str(name): param for name, param in params.items()} for key, params in value.items()}
 
 
-def _to_options(value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"expected a mapping such as {{min_lr: 1.0e-6}}, got {shown(value)}")
-    _refuse_secrets(value)
-    return {to_text(name): option for name, option in value.items()}
-
-
-def _refuse_secrets(value: Any) -> None:
+def refuse_secrets(value: Any) -> None:
+    """ValueError where a mapping's values hold what config.yaml must not."""
     for place in secret_places(value):
         raise ValueError(f"{place} {NO_SECRET}")
 
@@ -276,7 +270,6 @@ Proportions = Annotated[tuple[float, ...] | None, check(_to_proportions)]
 ValSize = Annotated[float, check(_to_val_size)]
 Layers = Annotated[int, check(_to_layers)]
 Components = Annotated[str | dict[str, str] | None, check(_to_components)]
-SchedulerOptions = Annotated[dict[str, Any] | None, check(_to_options)]
 ComponentParams = Annotated[dict[str, dict[str, Any]] | None, check(_to_params)]
 DeepSpeedConfig = Annotated[str | dict[str, Any] | None, check(_to_deepspeed)]
 Resume = Annotated[str | bool | None, check(_to_resume)]

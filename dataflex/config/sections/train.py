@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from dataflex.config import deepspeed_json
 from dataflex.config.sections.fields import (
     AboveZero,
-    Count,
     DeepSpeedConfig,
     Epochs,
     Flag,
@@ -17,7 +16,6 @@ from dataflex.config.sections.fields import (
     OptionalSeed,
     Positive,
     PositiveOrOff,
-    SchedulerOptions,
     Seconds,
     Seed,
     Share,
@@ -25,29 +23,19 @@ from dataflex.config.sections.fields import (
     Weights,
     choice,
 )
+from dataflex.config.sections.schedule import SCHEDULERS, SchedulerOptions
 from dataflex.config.sections.section import Section
+from dataflex.config.sections.steps import WarmupSteps
 
-SCHEDULERS = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "cosine_with_min_lr",
-    "cosine_warmup_with_min_lr",
-    "polynomial",
-    "inverse_sqrt",
-    "warmup_stable_decay",
-    "constant",
-    "constant_with_warmup",
-)
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
 class TrainSection(Section):
     """How it is trained. ``learning_rate`` etc. fill the "auto" values of the DeepSpeed config.
 
-    loraplus_lr_ratio: of the learning rates of LoRA's B and A. neftune_noise_alpha: of noise on embeddings while
-    training, never while scoring or evaluating. tf32: None leaves torch's choice. data_seed: of the samples' order and
-    draws, by default ``seed``.
+    warmup_steps: steps, or a share of all; where it is not 0, warmup_ratio is not used. loraplus_lr_ratio: of the
+    learning rates of LoRA's B and A. neftune_noise_alpha: of noise on embeddings while training, never while scoring or
+    evaluating. tf32: None leaves torch's choice. data_seed: of the samples' order and draws, by default ``seed``.
     """
 
     per_device_train_batch_size: Positive = 8
@@ -57,7 +45,7 @@ class TrainSection(Section):
     lr_scheduler_type: Annotated[str, choice(*SCHEDULERS)] = "linear"
     lr_scheduler_kwargs: SchedulerOptions = None
     warmup_ratio: Share = 0.0
-    warmup_steps: Count = 0
+    warmup_steps: WarmupSteps = 0
     num_train_epochs: Epochs = 3.0
     max_steps: PositiveOrOff = -1
     bf16: Flag = False

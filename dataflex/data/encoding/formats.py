@@ -90,7 +90,10 @@ def _packaged_file() -> _File:
 
 
 def find_format(name: str) -> Format:
-    """The format of `template: name`. UserError, with the nearest match, where there is none or it is not right."""
+    """The format of `template: name`. UserError, with the nearest match, where there is none or it is not right.
+
+    Hyphens mean underscores: models go by names such as gpt-oss.
+    """
     path, hash_sign, inside = name.rpartition("#")
     known = packaged_formats()
     if hash_sign:
@@ -99,6 +102,7 @@ def find_format(name: str) -> Format:
             hint = f"{nearest(inside, file.templates)}; it has {listed(file.templates) or 'none'}"
             raise UserError(f"template: {path} has no template '{cut(inside)}'{hint}")
         return _format(inside, file)
+    name = name.replace("-", "_")
     if name not in known:
         hint = " (one of a file is file.yaml#name)" if name.endswith((".yaml", ".yml")) else nearest(name, known)
         raise UserError(

@@ -96,25 +96,25 @@ def find_dataset_dir(dataset_dir: str, config_file: Path | None = None) -> Path:
     for path in tried:
         if path.is_dir():
             return path
-    raise UserError(f"dataset_dir: there is no folder {' or '.join(str(path) for path in tried)}")
+    raise UserError(f"dataset_dir: there is no folder {' or '.join(dict.fromkeys(map(str, tried)))}")
 
 
-def read_dataset_infos(names: Iterable[str], dataset_dir: Path) -> list[DatasetInfo]:
-    """The entries of the datasets asked for; the file's other entries are not looked at."""
+def read_dataset_infos(names: Iterable[str], dataset_dir: Path, key: str = "dataset") -> list[DatasetInfo]:
+    """The entries of the datasets that ``key`` asks for; the file's other entries are not looked at."""
     info_file = dataset_dir / INFO_FILE
     entries = read_entries(info_file)
     infos: list[DatasetInfo] = []
     for name in names:
         if name not in entries:
-            raise UserError(_unknown_dataset(name, entries, info_file))
+            raise UserError(f"{key}: {_unknown_dataset(name, entries, info_file)}")
         if any(info.name == name for info in infos):
-            raise UserError(f"dataset: '{cut(name)}' is named twice")
+            raise UserError(f"{key}: '{cut(name)}' is named twice")
         infos.append(_parse_entry(name, entries[name], info_file))
     return infos
 
 
 def _unknown_dataset(name: str, entries: Mapping[str, Any], info_file: Path) -> str:
-    text = f"dataset: '{cut(name)}' is not in {info_file}{nearest(name, entries)}"
+    text = f"'{cut(name)}' is not in {info_file}{nearest(name, entries)}"
     if Path(name).exists() or (info_file.parent / name).exists():
         return f'{text}; a file is not used by its path: add {{"my_data": {{"file_name": "{cut(name)}"}}}} there'
     return f"{text}; it has {listed(sorted(entries)) or 'no entries'}"

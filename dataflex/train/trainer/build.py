@@ -223,7 +223,7 @@ def make_schedule(
     """
     epoch_steps, by_epochs = max(1, STREAM_PLAN // global_batch), 0
     if pool_size is not None:
-        epoch_steps = steps_of_epochs(1.0, pool_size, global_batch)
+        epoch_steps = steps_of_epochs(1, pool_size, global_batch)
         by_epochs = steps_of_epochs(epochs, pool_size, global_batch)
     mixes_fixed = "mix" in flex.kinds and flex.mixes_fixed
     if mixes_fixed or not {"select", "mix"} & set(flex.kinds):

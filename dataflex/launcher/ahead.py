@@ -1,0 +1,55 @@
+"""What can be said of a run before its workers are started, which takes them seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dataflex.config import Config
+from dataflex.config.trackers import check_installed
+from dataflex.data.encoding.formats import find_format
+from dataflex.data.sources.info import find_dataset_dir, read_dataset_infos
+from dataflex.report.plot import check_plotting
+from dataflex.utils.errors import UserError, cut, nearest
+from dataflex.utils.files import names_in
+
+
+def check_ahead(cfg: Config) -> None:
+    """UserError, a line for each template, dataset, checkpoint and package (of a tracker, of plots) that is missing."""
+    lines = []
+    for check in (_template, _datasets, _checkpoint, check_installed, _plot):
+        try:
+            check(cfg)
+        except UserError as error:
+            lines.append(str(error))
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def _template(cfg: Config) -> None:
+    if cfg.data.template is not None:
+        find_format(cfg.data.template)
+
+
+def _datasets(cfg: Config) -> None:
+    asked = {
+        "dataset": cfg.data.dataset,
+        "eval_dataset": cfg.data.eval_dataset,
+        "mixer_eval_dataset": cfg.flex.mixer_eval_dataset,
+    }
+    for key, names in asked.items():
+        if names:
+            read_dataset_infos(names, find_dataset_dir(cfg.data.dataset_dir, cfg.source), key)
+
+
+def _checkpoint(cfg: Config) -> None:
+    named = cfg.output.resume_path
+    if named is not None and not Path(named).expanduser().exists():
+        folder = Path(named).expanduser()
+        raise UserError(
+            f"resume_from_checkpoint: there is no folder '{cut(named)}'{nearest(folder.name, names_in(folder.parent))}"
+        )
+
+
+def _plot(cfg: Config) -> None:
+    if cfg.output.plot_loss:
+        check_plotting()
