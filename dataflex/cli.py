@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dataflex import __version__
-from dataflex.config import Config, foreign, load_config
+from dataflex.config import Config, load_config
+from dataflex.config.foreign import keys as foreign
 from dataflex.config.schema import SECTION_OF
 from dataflex.launcher import Request, launch
 from dataflex.launcher.ahead import check_ahead

@@ -12,8 +12,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dataflex.config import checks, foreign, interleaving, token_losses, trackers
+from dataflex.config import trackers
+from dataflex.config.foreign import interleaving, token_losses
+from dataflex.config.foreign import keys as foreign
 from dataflex.config.paths import settle
+from dataflex.config.rules import checks
 from dataflex.config.schema import SECTION_OF, SECTIONS, Config
 from dataflex.config.yaml_reader import parse_yaml, read_mapping
 from dataflex.utils.errors import UserError, cut, nearest

@@ -191,7 +191,7 @@ class FlexSection(Section):
     init_mixture_proportions: Proportions = None
     mix_strategy: Annotated[
         Literal["concat", "interleave_under", "interleave_over"],
-        choice("concat", "interleave_under", "interleave_over", interleave_once="concat"),
+        choice("concat", "interleave_under", "interleave_over", "interleave_once", interleave_once="concat"),
     ] = "concat"
     static_mix: Flag = False
     mixer_eval_dataset: Names = ()

@@ -8,7 +8,7 @@ import numpy as np
 
 from dataflex.config import Config
 from dataflex.config.components import component_params
-from dataflex.config.streaming import needs_known_data
+from dataflex.config.rules.streaming import needs_known_data
 from dataflex.core.plan import generator
 from dataflex.core.registry import REGISTRY
 from dataflex.data.pool import Pool

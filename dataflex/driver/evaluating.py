@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from dataflex.config import Config
-from dataflex.config.commands import with_trained_weights
+from dataflex.config.rules.commands import with_trained_weights
+from dataflex.config.rules.streaming import needs_known_data
 from dataflex.config.schema import FlexSection
 from dataflex.config.sections.weighting import WeightingSection
-from dataflex.config.streaming import needs_known_data
 from dataflex.core.run_files import EVALUATION
 from dataflex.data.pool import Pool
 from dataflex.driver.scoring import asked_checkpoint

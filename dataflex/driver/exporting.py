@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dataflex.config import Config
-from dataflex.config.commands import with_trained_weights
+from dataflex.config.rules.commands import with_trained_weights
 from dataflex.driver.setup import with_packaged_model
 from dataflex.engine.folder import own_files
 from dataflex.engine.models.merge import merge

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dataflex.config import Config
-from dataflex.config.streaming import needs_known_data
+from dataflex.config.rules.streaming import needs_known_data
 from dataflex.data.pool import Pool
 from dataflex.data.sources.info import find_dataset_dir, read_dataset_infos
 from dataflex.data.sources.rows import content_of

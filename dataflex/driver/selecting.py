@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dataflex.config import Config
-from dataflex.config.streaming import needs_known_data
+from dataflex.config.rules.streaming import needs_known_data
 from dataflex.data.sources.info import INFO_FILE, DatasetInfo, find_dataset_dir, read_dataset_infos
 from dataflex.data.sources.rows import content_of, entry_for, raw_rows
 from dataflex.driver import scores

@@ -14,8 +14,8 @@ import torch
 
 from dataflex.config import Config
 from dataflex.config.components import component_params
-from dataflex.config.packing import shares_rows
 from dataflex.config.paths import resolve
+from dataflex.config.rules.packing import shares_rows
 from dataflex.core.hook import Hook
 from dataflex.core.packing import Packing
 from dataflex.core.plan import Schedule

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dataflex.config.foreign import table
+from dataflex.config.foreign.keys import table
 from dataflex.config.schema import SECTION_OF
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,7 @@ and `REMOTE:` are refused: entries with `hf_hub_url` read datasets of the hub.
 datasets, no benchmarks. `chat`, `api` and `webui` say in one line what to use instead. DeepSpeed configs of
 LLaMA-Factory's names (`examples/deepspeed/ds_z0_config.json`, `ds_z2_config.json`, `ds_z3_config.json`,
 `ds_z2_offload_config.json`, `ds_z3_offload_config.json`) that are not there are dataflex's own, and a note says so.
-`logging_steps`, `eval_steps` and `save_steps` below 1 are shares of all steps. A share that is held out by `val_size` is
+`logging_steps`, `eval_steps` and `save_steps` below 1 are shares of all steps. A share that `val_size` holds out is
 rounded up. `load_best_model_at_end` exports the
 [best checkpoint](export.md#the-best-checkpoint); interleaved datasets are a fixed [mixture](mixing.md).
 

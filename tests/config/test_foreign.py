@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dataflex.config import load_config
-from dataflex.config.foreign import table
+from dataflex.config.foreign.keys import table
 from dataflex.config.schema import SECTION_OF
 from dataflex.config.yaml_reader import read_mapping
 from dataflex.utils.errors import UserError

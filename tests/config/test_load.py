@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dataflex.config import Config, load_config
-from dataflex.config.foreign import spelling, table
+from dataflex.config.foreign.keys import spelling, table
 from dataflex.config.schema import SECTION_OF
 from dataflex.utils.errors import UserError
 from tests.config.wrong_configs import FOREIGN, MIX, RULES, SELECT, STREAM, STREAMING, TYPES, WEIGHT

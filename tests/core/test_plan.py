@@ -131,7 +131,7 @@ def test_a_plan_refuses_what_is_not_ids() -> None:
         (1.0, 3, 8, 1),
         (3.0, 3, 8, 3),
         (0.1, 30, 1, 3),
-        (1.1, 20, 2, 12),  # 1.1 * 10 is more than 11 in floating point, for transformers too
+        (1.1, 100, 2, 56),  # 1.1 * 50 is more than 55 in floating point, for transformers too
         (1.0, 0, 8, 1),
     ],
 )

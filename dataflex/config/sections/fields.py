@@ -147,8 +147,8 @@ def to_choice(valid: tuple[str, ...], same: Mapping[str, str]) -> Validator:
         word = "no" if value is False and "no" in valid else value
         word = same.get(word, word) if isinstance(word, str) else word
         if not isinstance(word, str) or word not in valid:
-            names = (*valid, *same)
-            raise ValueError(f"expected one of {', '.join(names)}, got {shown(value)}{nearest(str(value), names)}")
+            hint = nearest(str(value), valid)
+            raise ValueError(f"expected one of {', '.join(valid)}, got {shown(value)}{hint}")
         return str(word)
 
     return convert

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config import Config
-from dataflex.config.best import metric_of
+from dataflex.config.rules.best import metric_of
 from dataflex.core.context import Run
 from dataflex.engine import checkpoint
 from dataflex.engine.models.export import export

@@ -15,8 +15,8 @@ from torch import nn
 
 from dataflex.config import Config
 from dataflex.config.components import component_params
-from dataflex.config.interleaving import INTERLEAVED
-from dataflex.config.packing import shares_rows
+from dataflex.config.foreign.interleaving import INTERLEAVED
+from dataflex.config.rules.packing import shares_rows
 from dataflex.config.sections.steps import steps_of
 from dataflex.core.context import Run
 from dataflex.core.hook import Hook, TokenWeigher, Weigher

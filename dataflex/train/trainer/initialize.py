@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dataflex.config import Config, deepspeed_json, load_config
-from dataflex.config.packing import shares_rows
+from dataflex.config.rules.packing import shares_rows
 from dataflex.core.hook import Hook
 from dataflex.data.encoding.collate import Collator
 from dataflex.data.pool import Pool

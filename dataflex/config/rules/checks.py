@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataflex.config import best, commands, deepspeed_json, packing, streaming, trackers
+from dataflex.config import deepspeed_json, trackers
 from dataflex.config.components import component_params
 from dataflex.config.paths import resolve
+from dataflex.config.rules import best, commands, packing, streaming
 from dataflex.config.schema import Config
 from dataflex.config.sections import schedule, weighting
 from dataflex.utils.errors import UserError, nearest
