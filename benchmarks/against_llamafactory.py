@@ -16,6 +16,7 @@ import json
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from llamafactory_cases import CASES, numbered, tokenizer
 from llamafactory_runs import compare_runs, kept_rates, table_of_runs
@@ -58,7 +59,12 @@ def keep(file: Path) -> None:
                 made[name][number] = packed(*theirs(name, cases[number], tokenizer(), plain=True))
             except (ValueError, RuntimeError):
                 print(f"{name}: {number} is refused there")
-    lines = [f"{json.dumps(name)}: {json.dumps(ids, separators=(',', ':'))}" for name, ids in made.items()]
+    _write(file, made)
+
+
+def _write(file: Path, made: dict[str, Any]) -> None:
+    """A mapping as JSON, a line for each key."""
+    lines = [f"{json.dumps(name)}: {json.dumps(value, separators=(',', ':'))}" for name, value in made.items()]
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
@@ -102,7 +108,7 @@ def main() -> None:
         here = _versions("transformers", "deepspeed", "torch")
         versions = f"{there}; dataflex with {here}; CPU"
         if args.golden:
-            args.golden.write_text(json.dumps(kept_rates(found["runs"]), indent=1) + "\n", encoding="utf-8")
+            _write(args.golden, kept_rates(found["runs"]))
         _say("runs", " --runs PYTHON", versions, table_of_runs(found["runs"]), args.write)
         return
     load()
