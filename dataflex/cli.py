@@ -15,8 +15,7 @@ from dataflex import __version__
 from dataflex.config import Config, load_config
 from dataflex.config.foreign import keys as foreign
 from dataflex.config.schema import SECTION_OF
-from dataflex.launcher import Request, launch
-from dataflex.launcher.ahead import check_ahead
+from dataflex.launcher import Request, check_ahead, launch
 from dataflex.utils.errors import UserError, nearest
 from dataflex.utils.launch_folder import LAUNCH_DIR
 from dataflex.utils.room import full_disk_said
@@ -219,8 +218,7 @@ def _launch(args: argparse.Namespace) -> int:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return run_worker(lambda: _work(_config(args, quiet=LAUNCH_DIR in os.environ), args.command))
     cfg, request = _config(args), _request(args)
-    if not request.uses_ssh:  # where it is, other machines may have what this one lacks
-        check_ahead(cfg)
+    check_ahead(cfg, request)
     return launch("dataflex.cli", [args.command, args.config, *args.overrides], request)
 
 
@@ -269,9 +267,7 @@ def _env() -> int:
     else:
         facts["accelerator"] = f"CPU, {torch.get_num_threads()} threads"
     facts |= ops.implementations()
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
+    print("\n".join(f"{name:<{max(map(len, facts))}}  {value}" for name, value in facts.items()))
     return 0
 
 

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from dataflex.launcher.ahead import check_ahead
 from dataflex.launcher.machines import machines
 from dataflex.launcher.outcome import outcome
 from dataflex.launcher.processes import run
@@ -24,7 +25,7 @@ from dataflex.launcher.request import Request, command, free_port, gpu_count, on
 from dataflex.utils.launch_folder import LAUNCH_DIR, show_life
 from dataflex.worker import WORK_DIR
 
-__all__ = ["Request", "command", "free_port", "gpu_count", "launch"]
+__all__ = ["Request", "check_ahead", "command", "free_port", "gpu_count", "launch"]
 
 
 def launch(module: str, args: Sequence[str], request: Request) -> int:

@@ -8,13 +8,19 @@ from dataflex.config import Config
 from dataflex.config.trackers import check_installed
 from dataflex.data.encoding.formats import find_format
 from dataflex.data.sources.info import find_dataset_dir, read_dataset_infos
+from dataflex.launcher.request import Request
 from dataflex.report.plot import check_plotting
 from dataflex.utils.errors import UserError, cut, nearest
 from dataflex.utils.files import names_in
 
 
-def check_ahead(cfg: Config) -> None:
-    """UserError, a line for each template, dataset, checkpoint and package (of a tracker, of plots) that is missing."""
+def check_ahead(cfg: Config, request: Request) -> None:
+    """UserError, a line for each template, dataset, checkpoint and package (of a tracker, of plots) that is missing.
+
+    Nothing is looked for where workers run on other machines, which may have what this one lacks.
+    """
+    if request.uses_ssh:
+        return
     lines = []
     for check in (_template, _datasets, _checkpoint, check_installed, _plot):
         try:

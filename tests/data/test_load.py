@@ -137,7 +137,7 @@ def test_weights_and_rows_stay_with_their_samples_where_masked_ones_go(add: Add,
 def test_val_size_that_cannot_be(add: Add, config: MakeConfig) -> None:
     add("a", numbered(3))
     add("b", numbered(1))
-    for val_size in (0.99, 3, 0.01):
+    for val_size in (0.99, 3):
         with pytest.raises(UserError, match="val_size: .* both sides need at least one"):
             load(config("a", val_size=val_size))
     with pytest.raises(UserError, match="val_size: 3 leaves no sample of 'b' to train on"):
