@@ -79,7 +79,7 @@ def test_offline_scores_are_those_of_the_decision(scored: Scored) -> None:
     decision = json.loads((folder / "run/decisions/step_2.json").read_text())
     assert table["score"][decision["indices"]].tolist() == pytest.approx(decision["metric"]["score"], abs=0)
     assert (facts.step, facts.domains, facts.features) == (2, ["a", "b"], None)
-    assert facts.learning_rate == pytest.approx(np.mean([1e-3 * (1 + np.cos(np.pi * s / 4)) / 2 for s in (1, 2)]))
+    assert facts.learning_rate == pytest.approx(np.mean([1e-3 * (1 + np.cos(np.pi * s / 4)) / 2 for s in (0, 1)]))
     lines = [json.loads(line) for line in (folder / "at2" / scores.LINES).read_text().splitlines()]
     assert [line["id"] for line in lines] == list(range(64))
     assert [line["domain"] for line in lines] == ["a"] * 40 + ["b"] * 24

@@ -99,7 +99,7 @@ def test_the_results_are_of_all_steps(folder: Path, figures: by_hand.Figures) ->
     assert {key: results[key] for key in figures.evaluations[8]} == close(figures.evaluations[8])
     rates = {"train_runtime": 25.0, "train_samples_per_second": 32 / 25, "train_steps_per_second": 8 / 25}
     assert {key: results[key] for key in rates} == rates
-    seconds = {"train": 16.0, "evaluate": 9.0, "save": 0.0, "decide": 0.0, "score": 0.0}
+    seconds = {"training": 16.0, "selection": 0.0, "evaluate": 9.0, "save": 0.0, "decide": 0.0, "score": 0.0}
     assert {part: results[f"{part}_seconds"] for part in seconds} == seconds
     assert results["epoch"] == 2.4615
 
