@@ -101,7 +101,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, train: TrainSection, total_
     name, warmup, options = train.lr_scheduler_type, warmup_steps(train, total_steps), train.lr_scheduler_kwargs or {}
     if name == "warmup_stable_decay":
         stable = (total_steps - warmup) // 3
-        lengths = {"num_stable_steps": stable, "num_decay_steps": total_steps - warmup - stable}
+        lengths: dict[str, Any] = {"num_stable_steps": stable, "num_decay_steps": total_steps - warmup - stable}
         return get_wsd_schedule(optimizer, warmup, **lengths | options)
     return get_scheduler(
         name,
