@@ -53,9 +53,9 @@ class Picker:
         return sorted({self.suite.count(budget, len(self.pool)) for budget in self.suite.budgets}, reverse=True)
 
     def answer(self, method: str, seed: int, rounds: int = 1, anew: bool = False) -> dict[str, Any]:
-        """What `one_selection` found for a selector; from its file where the same was asked before."""
+        """What `one_selection` found for a selector; from its file where the same was asked before, or timed."""
         seed = 1 if self.suite.one_selection else seed
-        name = f"{named(method)}_{seed}_{rounds}"
+        name = f"{named(method)}_{seed}"
         config = selecting(self.suite, self.data, method, seed, self.counts()[0])
         file = self.folder / f"{name}.json"
         job = {
@@ -64,7 +64,8 @@ class Picker:
             "rounds": rounds,
             "answer": str(file.resolve()),
         }
-        if anew or not file.exists() or json.loads(file.read_text(encoding="utf-8"))["job"] != job:
+        known = json.loads(file.read_text(encoding="utf-8"))["job"] if file.exists() else {}
+        if anew or known | {"rounds": rounds} != job:
             self.folder.mkdir(parents=True, exist_ok=True)
             asked = self.folder / f"{name}.job.json"
             asked.write_text(json.dumps(job), encoding="utf-8")
