@@ -42,7 +42,7 @@ def make_targets(rows: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Noisy copies of ``count`` rows from all over, unit [count, width], and which rows they are copies of."""
     sources = np.linspace(0, len(rows) - 1, count).astype(np.int64)
     noise = np.random.default_rng([SEED, 1]).standard_normal((count, rows.shape[1]), np.float32)
-    found = rows[sources] + 0.3 * noise / np.sqrt(rows.shape[1])
+    found = rows[sources] + noise * np.float32(0.3 / rows.shape[1] ** 0.5)
     return found / np.linalg.norm(found, axis=1, keepdims=True), sources
 
 
