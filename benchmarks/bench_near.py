@@ -23,7 +23,8 @@ from less_setup import show, write_csv
 from measure import machine
 
 from dataflex.scoring.decide.rules import decide
-from dataflex.scoring.decide.table import ProductTable
+from dataflex.scoring.decide.vector_table import VectorTable
+from dataflex.scoring.kept.vectors import Vectors
 
 SHARE, SEED, BLOCK = 0.05, 0, 8192
 
@@ -54,7 +55,7 @@ def measure(rows: Any, targets: int, rounds: int) -> dict[str, Any]:
     with Peak() as peak:
         for _ in range(rounds):
             started = time.perf_counter()
-            decision = decide(ProductTable(rows, wanted), count, "round_robin")
+            decision = decide(VectorTable(Vectors.of(rows), wanted, torch.device("cpu")), count, "round_robin")
             taken.append(time.perf_counter() - started)
     assert (decision.picks[:targets] == sources).all(), "the nearest neighbours do not come first"
     assert len(np.unique(decision.picks)) == count

@@ -12,7 +12,7 @@ import numpy as np
 
 from dataflex.core.hook import Hook
 from dataflex.utils import dist
-from tests.tiny import tiny_llama
+from tests.tiny import byte_tokenizer, tiny_llama
 
 WARMUP, UPDATE, TIMES, BATCH = 2, 3, 2, 4
 SIZES = {"short": 24, "long": 40}
@@ -149,6 +149,26 @@ def with_reference(folder: Path) -> dict[str, Any]:
     return {"reference_model_path": str(folder / "reference")}
 
 
+def takes_the_nearest(outcome: Outcome) -> None:
+    picks_distinct_samples(outcome)
+    for decision in outcome.decisions:
+        assert all(-1 <= score <= 1.0001 for score in decision["metric"]["score"])
+
+
+def draws_by_probability(outcome: Outcome) -> None:
+    for picks, decision in zip(outcome.phases[1:], outcome.decisions, strict=True):
+        assert len(picks) == PICKED and all(0 < p <= 1 for p in decision["metric"]["score"])
+
+
+def with_embedder(folder: Path) -> dict[str, Any]:
+    """A model of its own that embeds, of the run's vocabulary; a collective."""
+    if dist.is_main():
+        tiny_llama(initializer_range=0.02, seed=1).save_pretrained(folder / "embedder")
+        byte_tokenizer().save_pretrained(folder / "embedder")
+    dist.barrier()
+    return {"embedding_model": str(folder / "embedder")}
+
+
 _LESS = {"gradient_type": "adam", "adam_form": "official", "proj_dim": 64, "seed": 1}
 _ALL = "global micro-batch"
 _LESS_EXACT = {"scoring": "exact", "accumulate": True, "layers": ["layers"], "layer_weights": {"mlp": 2.0}}
@@ -161,6 +181,9 @@ CASES = [
     Case("selector", "less_head", _HEAD, takes_best_scores),
     Case("selector", "less_head", {**_HEAD, "aggregate": "vote", "per": "target"}, votes_fall, "vote"),
     Case("selector", "cluster_less", {**_LESS, "n_clusters": 6, "representatives": 2}, takes_best_clusters),
+    Case("selector", "rds", {"layer": 1, "refresh": "once"}, takes_the_nearest),
+    Case("selector", "near", {"pooling": "last", "max_neighbours": 20}, takes_the_nearest, prepare=with_embedder),
+    Case("selector", "tsds", {"max_k": 6, "alpha": 0.1}, draws_by_probability),
     Case("selector", "loss", {"focus": "high", "focus_weight": 3.0, "temperature": 0.5}, decides_anew),
     Case("selector", "random", {"seed": 5}, decides_anew),
     Case("selector", "custom", {}, picks_the_first_samples),

@@ -49,6 +49,7 @@ RUN_FILES = (
     RunFile("latest", "which checkpoint is the newest"),
     RunFile("scores", "scores of the passes over the pool, in shards", cleared=False),
     RunFile("features", "features of the pool, in shards", cleared=False),
+    RunFile("embeddings", "embeddings of the pool, in shards", cleared=False),
     RunFile("cache", "files of the components' own", cleared=False),
 )
 

@@ -6,7 +6,8 @@ from dataflex.data.pool import Pool
 from dataflex.driver.setup import Inputs
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.report.summary import packs_line
-from dataflex.scoring.kept.sharded import Probe, ScoringPasses, time_batches
+from dataflex.scoring.kept.probe import Probe, time_batches
+from dataflex.scoring.kept.sharded import ScoringPasses
 from dataflex.scoring.progress import duration, memory_in_use, size
 from dataflex.train.trainer.select_trainer import SelectPlanner
 from dataflex.utils.logging import logger
@@ -26,6 +27,8 @@ def estimate(inputs: Inputs, engine: DataflexEngine, training: bool) -> None:
         lines.append(f"  packs: {packs_line(run.packing)}")
     seconds = 0.0
     passes = sum(phase.decides for phase in run.schedule.phases) if training else 1
+    if isinstance(engine.planner, SelectPlanner) and engine.planner.selector.scores_once:
+        passes = min(1, passes)
     scores = inputs.cfg.score.score_token_losses or isinstance(engine.planner, SelectPlanner)
     if isinstance(pool, Pool) and scores:
         probe = _probe(pool, engine)
@@ -37,7 +40,7 @@ def estimate(inputs: Inputs, engine: DataflexEngine, training: bool) -> None:
             f"in a batch of {probe.samples:,} samples)"
         )
         kept = 4 * tokens if inputs.cfg.score.score_token_losses else probe.row_bytes * len(pool)
-        what = "token losses" if inputs.cfg.score.score_token_losses else _kept(inputs)
+        what = "token losses" if inputs.cfg.score.score_token_losses else probe.kept
         lines.append(f"  disk: {size(kept)} of {what} a pass, {size(passes * kept)} in all")
     if training:
         step = engine.trial_step()
@@ -47,10 +50,6 @@ def estimate(inputs: Inputs, engine: DataflexEngine, training: bool) -> None:
     lines.append(f"  expected time: {duration(seconds)} and {more}; memory of a process: {memory_in_use()}")
     for line in lines:
         logger.info(line)
-
-
-def _kept(inputs: Inputs) -> str:
-    return "features (fp16)" if inputs.cfg.score.keep_features else "scores"
 
 
 def _probe(pool: Pool, engine: DataflexEngine) -> Probe:

@@ -36,7 +36,7 @@ from tests.asked.param_facts import (
     voted,
     weighed,
 )
-from tests.tiny import tiny_llama
+from tests.tiny import byte_tokenizer, tiny_llama
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _built(one: Component, folder: Path) -> Any:
         },
         train_dataset={name: tiny.samples(size, seed=size) for name, size in SIZES.items()},
         eval_dataset=targets,
-        tokenizer=tiny.PadZero(),
+        tokenizer=byte_tokenizer(),
     )
     attribute = {"selector": "selector", "mixer": "mixer", "weighter": "weighter"}[one.kind]
     return next(getattr(hook, attribute) for hook in engine._loop.hooks if hasattr(hook, attribute))
@@ -150,6 +150,31 @@ CLUSTER_LESS = (
     Asked("proj_dim", 64, lambda s: s.spec.projected()["proj_dim"], 64),
 )
 CLUSTER_LESS_SGD = (Asked("gradient_type", "sgd", lambda s: s.spec.adam, None),)
+EMBEDDED = (
+    Asked("layer", 1, lambda s: s.embeddings.layer, 1),
+    Asked("embedding_model", "configs/models/tiny_llama", lambda s: s.embeddings.embedder.width, 96),
+    Asked("refresh", "once", lambda s: s.embeddings.refresh, "once"),
+)
+DEALT = (
+    Asked("aggregate", "vote", lambda s: s.aggregate, "vote"),
+    Asked("per", "subtask", lambda s: s.width, 2),
+    Asked("subtask_column", "task", lambda s: s.subtasks.ids.tolist(), [0, 0, 1, 0, 0, 1]),
+    Asked("vote_share", 0.25, lambda s: s.vote_share, 0.25),
+)
+RDS = (*DEALT, *EMBEDDED, Asked("pooling", "last", lambda s: s.embeddings.pooling, "last"))
+NEAR = (*RDS, Asked("max_neighbours", 5, lambda s: s.max_neighbours, 5))
+# A tenth of 80 samples are the most neighbours.
+TSDS = (
+    *EMBEDDED,
+    Asked("pooling", "weighted", lambda s: s.embeddings.pooling, "weighted"),
+    Asked("max_k", 7, lambda s: s.max_k, 7),
+    Asked("kde_k", 900, lambda s: s.kde_k, 8),
+    Asked("sigma", 0.5, lambda s: s.sigma, 0.5),
+    Asked("alpha", 0.25, lambda s: s.alpha, 0.25),
+    Asked("c", 2.0, lambda s: s.c, 2.0),
+    Asked("replacement", False, lambda s: s.replacement, False),
+    Asked("seed", 3, lambda s: s.seed, 3),
+)
 # Losses 0 to 79: the quantiles are at 15.8 and 39.5, and the middle weighs 9 to the power 1/2.
 DRAWN = [[1.0, 1.0, 3.0, 3.0, 1.0], True, next_number(3, "loss_selector", STEP)]
 LOSS = tuple(
@@ -218,6 +243,9 @@ COMPONENTS = (
     Component("selector", "less_head", LESS_HEAD),
     Component("selector", "cluster_less", CLUSTER_LESS),
     Component("selector", "cluster_less", CLUSTER_LESS_SGD, "sgd"),
+    Component("selector", "rds", RDS),
+    Component("selector", "near", NEAR),
+    Component("selector", "tsds", TSDS),
     Component("selector", "loss", LOSS),
     Component("selector", "random", RANDOM),
     Component("mixer", "random", (Asked("seed", 3, lambda m: list(m.mix(None, STEP)), list(SHARES / SHARES.sum())),)),

@@ -38,7 +38,9 @@ def test_component_params_win_over_the_file_and_leave_its_others() -> None:
 def test_packaged_components_are_complete() -> None:
     groups = read_components(packaged("components.yaml"))
     assert {group: list(entries) for group, entries in groups.items()} == {
-        "selectors": ["less", "less_exact", "less_head", "cluster_less", "loss", "random", "custom"],
+        "selectors": [
+            *("less", "less_exact", "less_head", "cluster_less", "rds", "near", "tsds", "loss", "random", "custom"),
+        ],
         "mixers": ["random", "static", "stratified", "temperature", "odm", "doremi", "dynamic_moe"],
         "weighters": ["loss", "adapt", "adapt_softmax", "dft", "eaft", "rho", "custom"],
     }

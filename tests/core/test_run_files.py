@@ -16,6 +16,7 @@ STAY = {
     "additional_chat_templates",
     "scores",
     "features",
+    "embeddings",
     "cache",
 }
 

@@ -59,7 +59,7 @@ ALSO: dict[str, tuple[str, ...]] = {
 ELSEWHERE = (
     "*_average_weights.json",  # in engine/test_resumed_state.py
     "eval_results.json",  # in test_merge.py
-    *("features", "cache"),  # in test_resumed_scoring.py; of the components' own
+    *("features", "embeddings", "cache"),  # in test_resumed_scoring.py; of the components' own
     *("special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "additional_chat_templates"),
 )
 QUICK = "combined"

@@ -59,9 +59,12 @@ def _finished(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kept", [pytest.param("scores", marks=pytest.mark.slow), "features"])
+SLOW = [pytest.param(kept, marks=pytest.mark.slow) for kept in ("scores", "embeddings")]
+
+
+@pytest.mark.parametrize("kept", [*SLOW, "features"])
 def test_a_pass_goes_on_after_its_last_whole_shard(workspace: Path, kept: str) -> None:
-    keys = KEYS | {"keep_features": kept == "features"}
+    keys = KEYS | {"keep_features": kept == "features", "component_name": "rds" if kept == "embeddings" else "less"}
     out = {name: workspace / f"{name}_{kept}" for name in ("whole", "killed")}
     config = {name: write_yaml(workspace, f"{name}_{kept}.yaml", **keys, output_dir=str(out[name])) for name in out}
     before = kill_in_mid_pass(config["killed"], out["killed"] / kept)

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dataflex.scoring.decide import columns
 from dataflex.scoring.decide.rules import RULES, Decision, decide
-from dataflex.scoring.decide.table import ArrayTable, ProductTable, ScoreTable, ShardTable
+from dataflex.scoring.decide.table import ArrayTable, ScoreTable, ShardTable
+from dataflex.scoring.decide.vector_table import VectorTable
+from dataflex.scoring.kept.vectors import Vectors
 from dataflex.utils.errors import UserError
 
 N, M = 300, 20
@@ -121,7 +124,10 @@ def tables() -> dict[str, tuple[ScoreTable, np.ndarray]]:
     right = (vectors @ targets.T).astype(np.float32)
     return {
         "array": (ArrayTable(right, block_rows=10), right),
-        "product": (ProductTable(vectors.astype(np.float16), targets.astype(np.float32), block_rows=8), right),
+        "vectors": (
+            VectorTable(Vectors.of(vectors.astype(np.float32), 8), targets.astype(np.float32), torch.device("cpu")),
+            right,
+        ),
         "shards": (ShardTable(InShards(right, 30), "scores"), right),
     }
 

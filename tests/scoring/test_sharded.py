@@ -18,7 +18,8 @@ import dataflex
 from dataflex.data.pool import Pool
 from dataflex.engine.folder.identity import bits_digest, weights_identity
 from dataflex.scoring.decide.table import ArrayTable, ShardTable, whole
-from dataflex.scoring.kept.sharded import Probe, ScoringPasses
+from dataflex.scoring.kept.probe import Probe
+from dataflex.scoring.kept.sharded import ScoringPasses
 from dataflex.scoring.progress import counted, duration, size
 from dataflex.utils import dist, room, run_lock
 from dataflex.utils.errors import UserError

@@ -26,6 +26,7 @@ from dataflex.utils.errors import UserError
 from tests import tiny_engine as tiny
 from tests.component_cases import BATCH, CASES, SIZES, TIMES, UPDATE, WARMUP, Case, Outcome, Recorder
 from tests.distributed import ROOT, run_ranks
+from tests.tiny import byte_tokenizer
 
 SAVE_AT = WARMUP + UPDATE - 1
 STEPS = WARMUP + UPDATE * TIMES
@@ -71,7 +72,7 @@ def build(
         },
         train_dataset={name: tiny.samples(size, seed=size) for name, size in SIZES.items()},
         eval_dataset={"near": tiny.samples(3, seed=1), "far": tiny.samples(3, seed=2)},
-        tokenizer=tiny.PadZero(),
+        tokenizer=byte_tokenizer(),
         hooks=[recorder],
     )
     return engine, recorder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -365,4 +366,5 @@ def test_random_draws() -> None:
 
 
 def test_every_param_of_every_selector_has_a_row() -> None:
+    importlib.import_module("tests.train.test_embedding_selectors")  # has rows of its own
     assert {row for row in OPTIONS if row[0] == "selector"} == all_params("selector"), "write a test with @option"

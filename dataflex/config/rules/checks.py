@@ -182,16 +182,19 @@ def _components(cfg: Config, embedded: bool) -> Iterator[Problem]:
                 yield Problem(("component_name", "train_type"), f"missing, dynamic_{kind} needs a component")
             continue
         try:
-            name, _ = component_params(flex, kind)
+            name, params = component_params(flex, kind)
         except UserError as e:
             key = "component_name" if " is not in " in str(e) else "components_cfg_file"
             for line in str(e).splitlines():
                 yield Problem((key, "component_name", "components_cfg_file", "component_modules"), line)
             continue
-        aims = {"adapt": "a target to compare with", **dict.fromkeys(("less", "less_head"), "a target to select for")}
+        selected = dict.fromkeys(("less", "less_head", "rds", "near", "tsds"), "a target to select for")
+        aims = {"adapt": "a target to compare with", **selected}
         if name in aims and not embedded and not (cfg.data.eval_dataset or cfg.data.val_size):
             text = f"{name} needs {aims[name]}: set eval_dataset (or val_size)"
             yield Problem(("component_name", "eval_dataset", "val_size"), text)
+        for text in _missing_path(params.get("embedding_model")):
+            yield Problem(("component_params", "component_name"), f"embedding_model: {text}")
 
 
 def _paths(cfg: Config) -> Iterator[Problem]:
@@ -202,11 +205,16 @@ def _paths(cfg: Config) -> Iterator[Problem]:
         "resume_from_checkpoint": cfg.output.resume_path,
     }
     for key, value in paths.items():
-        if not isinstance(value, str) or not value.startswith(("/", "./", "../", "~")):
-            continue
+        for text in _missing_path(value):
+            yield Problem((key,), text)
+
+
+def _missing_path(value: Any) -> Iterator[str]:
+    """What is wrong with a value that can only be a path, not a name of the hub."""
+    if isinstance(value, str) and value.startswith(("/", "./", "../", "~")):
         path = Path(value).expanduser()
         if not os.path.exists(path):
-            yield Problem((key,), f"the path '{value}' does not exist{nearest(path.name, names_in(path.parent))}")
+            yield f"the path '{value}' does not exist{nearest(path.name, names_in(path.parent))}"
 
 
 def notes(cfg: Config, embedded: bool, command: str) -> Iterator[Problem]:

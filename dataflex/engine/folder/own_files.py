@@ -15,7 +15,8 @@ CONFIG, CARD = "config.yaml", "README.md"
 _COMMENTS = {".yaml": ("# ", ""), ".md": ("<!-- ", " -->")}
 _SIGNATURE = re.compile(r"written by dataflex, sha256 ([0-9a-f]{16})")
 # What a pass over the pool keeps may be there before a run.
-_NAMES = tuple(file.pattern for file in RUN_FILES if file.pattern not in ("scores", "features", "cache"))
+_KEPT = ("scores", "features", "embeddings", "cache")
+_NAMES = tuple(file.pattern for file in RUN_FILES if file.pattern not in _KEPT)
 
 
 def write(path: Path, text: str, source: Path | None = None) -> None:

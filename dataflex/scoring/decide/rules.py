@@ -49,13 +49,15 @@ def decide(
     *,
     vote_share: float | None = None,
     turn: int = 0,
+    order: Ids | None = None,
     source: str = "decision",
 ) -> Decision:
     """Take ``count`` samples by ``rule``, one of `RULES`; as though the table held the rows of ``among`` alone.
 
     among: distinct sample ids, all by default; at least ``count``. vote_share: the share of the samples for which a
-    column votes, by default that which is taken. turn: the column that takes first in a round robin. source: begins
-    the UserError for scores that are not finite.
+    column votes, by default that which is taken. order: columns in the order in which a round robin serves
+    them, over and over; each once by default. turn: the place in it that takes first. source: begins the UserError for
+    scores that are not finite.
     """
     check_rule(rule)
     mask = np.ones(table.shape[0], dtype=np.bool_) if among is None else np.zeros(table.shape[0], dtype=np.bool_)
@@ -70,7 +72,7 @@ def decide(
     if rule == "vote":
         return Decision(*vote(table, count, mask, vote_share, source))
     if rule == "round_robin":
-        return _round_robin(table, count, mask, source, turn)
+        return _round_robin(table, count, mask, source, turn, order)
     return (_balanced if rule == "balanced" else _doubly_greedy)(table, count, mask, source)
 
 
@@ -84,11 +86,14 @@ def _by_row(table: ScoreTable, count: int, rule: str, mask: Mask, source: str) -
     return Decision(picks, column, every[picks], every)
 
 
-def _round_robin(table: ScoreTable, count: int, mask: Mask, source: str, first: int) -> Decision:
+def _round_robin(
+    table: ScoreTable, count: int, mask: Mask, source: str, first: int, order: Ids | None = None
+) -> Decision:
     """The columns take turns; each takes its best sample that is not taken yet (arXiv 2503.01807)."""
     lists, taken = BestLists.to_take(table, mask, count, source), _Taken()
+    columns = list(range(table.shape[1])) if order is None else order.tolist()
     for turn in range(first, first + count):
-        column = turn % table.shape[1]
+        column = columns[turn % len(columns)]
         score, sample = lists.best(column)
         taken.add(sample, column, score)
         lists.take(sample)

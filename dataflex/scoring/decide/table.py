@@ -6,12 +6,10 @@ A column is what is asked about: a subtask of the target, or a single sample of 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dataflex.scoring.batches import Ids
 from dataflex.scoring.decide.topk import Rows
@@ -55,49 +53,6 @@ class ArrayTable:
 
     def rows(self, ids: Ids) -> Floats:
         return self.array[ids]
-
-
-class ProductTable:
-    """The inner products of vectors [N, d] with targets [M, d], made when they are read and held nowhere.
-
-    Every product is of ``block_rows`` rows, the last one's padded with zeros, so that an entry has the same bits
-    whichever rows are asked for and however many ranks there are. vectors: any floats, memory-mapped or not.
-    """
-
-    def __init__(
-        self,
-        vectors: NDArray[Any],
-        targets: NDArray[Any] | Tensor,
-        device: torch.device | str = "cpu",
-        block_rows: int = BLOCK_ROWS,
-    ) -> None:
-        self.vectors, self.block_rows, self.device = vectors, block_rows, torch.device(device)
-        self.targets = torch.as_tensor(targets).to(self.device, torch.float32)
-        assert vectors.ndim == self.targets.ndim == 2 and vectors.shape[1] == self.targets.shape[1]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.vectors), len(self.targets)
-
-    def blocks(self) -> Iterator[tuple[int, Floats]]:
-        for start in range(0, len(self.vectors), self.block_rows):
-            yield start, self._block(start)
-
-    def rows(self, ids: Ids) -> Floats:
-        out = np.empty((len(ids), len(self.targets)), dtype=np.float32)
-        block, row = np.divmod(ids, self.block_rows)
-        for index in np.unique(block):
-            mine = np.flatnonzero(block == index)
-            out[mine] = self._block(int(index) * self.block_rows)[row[mine]]
-        return out
-
-    def _block(self, start: int) -> Floats:
-        part = np.asarray(self.vectors[start : start + self.block_rows], dtype=np.float32)
-        whole = np.zeros((self.block_rows, part.shape[1]), dtype=np.float32)
-        whole[: len(part)] = part
-        product = torch.from_numpy(whole).to(self.device) @ self.targets.T
-        found: Floats = product[: len(part)].cpu().numpy()
-        return found
 
 
 class ShardTable:

@@ -6,7 +6,6 @@ exist already nor the number of ranks changes a number.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +20,9 @@ from dataflex import __version__
 from dataflex.scoring.batches import Ids, sample_lengths
 from dataflex.scoring.decide.table import ArrayTable, ScoreTable, ShardTable, whole
 from dataflex.scoring.decide.topk import FEATURES, stream_scores
-from dataflex.scoring.kept.store import DEFAULT_SHARD, ShardStore, folder_for, ids_part
+from dataflex.scoring.kept.probe import Probe, time_batches
+from dataflex.scoring.kept.store import DEFAULT_SHARD, Parts, ShardStore, folder_for, ids_part
+from dataflex.scoring.kept.vectors import Vectors
 from dataflex.scoring.progress import Progress, counted, size
 from dataflex.scoring.scorer import Scorer
 from dataflex.utils import dist
@@ -33,26 +34,13 @@ from dataflex.utils.stopping import Stop, Stopped
 
 Floats = NDArray[np.float32]
 WeightsReader = Callable[[bool], dict[str, str]]
-SCORES = "scores"
-TIMED_CALLS = 3
+MadeFrom = Callable[[], Parts]
+SCORES, EMBEDDINGS = "scores", "embeddings"
 
 
 def no_weights(moments: bool) -> dict[str, str]:
     """Where nothing is kept, nothing must be known of the weights."""
     return {}
-
-
-@dataclass
-class Probe:
-    """Set in `ScoringPasses.probe`: a pass scores a few batches' worth of samples only, and notes what that took.
-
-    row_bytes: what the pass would keep of a sample.
-    """
-
-    samples: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    row_bytes: int = 4
 
 
 @dataclass
@@ -102,7 +90,7 @@ class ScoringPasses:
             call = lambda part: scorer.gradient_scores(dataset, score, columns, part, **how)  # noqa: E731
             row_bytes = 2 * proj_dim if self.keep_features else None
             return self._table(scorer, dataset, call, columns, target, adam is not None, row_bytes)
-        store = self._store(dataset, ids, {}, adam is not None, FEATURES)
+        store = self._store(dataset, ids, self._scored(adam is not None), FEATURES)
         what = f"{self._who()}: features"
 
         def write(index: int) -> None:
@@ -160,10 +148,11 @@ class ScoringPasses:
         row_bytes = row_bytes or 4 * columns
         if self.probe is not None:
             self.probe.row_bytes = row_bytes
+            self.probe.kept = "features (fp16)" if self.keep_features else "scores"
             time_batches(self.probe, scorer, dataset, call)
             return None
-        parts = {"target": target, "columns": str(columns)}
-        store = self._store(dataset, ids, parts, moments, SCORES)
+        made_from = self._scored(moments, target=target, columns=str(columns))
+        store = self._store(dataset, ids, made_from, SCORES)
         out = np.zeros((len(ids), columns), dtype=np.float32) if self.folder is None else None
 
         def score(index: int) -> None:
@@ -180,13 +169,50 @@ class ScoringPasses:
             return ArrayTable(out)
         return ShardTable(store, SCORES) if dist.is_main() else None
 
+    def vectors(
+        self, scorer: Scorer, dataset: Any, call: Callable[[Ids], Floats], *, width: int, made_from: MadeFrom
+    ) -> Vectors:
+        """``call(ids)`` float32 [len(ids), about ``width``] for the shards of ``dataset``; a collective.
+
+        They are kept in float32 under ``embeddings``, where there is a folder. made_from: parts of their fingerprint,
+        besides the samples; no param of the component, so that others take them up. With ``probe`` there are none.
+        """
+        ids = np.arange(len(dataset), dtype=np.int64)
+        if self.probe is not None:
+            self.probe.row_bytes, self.probe.kept = 4 * width, "embeddings (fp32)"
+            time_batches(self.probe, scorer, dataset, call)
+            return Vectors(len(ids), width, self.shard_samples, [])
+        store = self._store(dataset, ids, made_from, EMBEDDINGS)
+        made: dict[int, Floats] = {}
+
+        def embed(index: int) -> None:
+            rows = call(ids[store.places(index)])
+            if dist.is_main() and self.folder is not None:
+                store.write(index, {EMBEDDINGS: rows})
+                rows = store.read(index, EMBEDDINGS)
+            made[index] = rows if index % dist.world_size() == dist.rank() else rows[:0]
+
+        self._take_up(store, EMBEDDINGS)
+        for index in dist.broadcast_object(sorted(store.shards)):
+            rows = store.read(index, EMBEDDINGS) if dist.is_main() else np.empty(0, np.float32)
+            if dist.world_size() > 1:
+                sent = dist.broadcast_object(np.array(rows))
+                rows = rows if dist.is_main() else sent
+            made[index] = rows if index % dist.world_size() == dist.rank() else rows[:0]
+        self._each_missing(scorer, dataset, store, embed, f"{self._who()}: embeddings", 4 * width)
+        return Vectors.of_shards(len(ids), store.shard_samples, made)
+
     def _who(self) -> str:
         return f"step {self.step()}: {self._name()}"
 
     def _name(self) -> str:
         return self.component.partition(" ")[0] or "the selector"
 
-    def _store(self, dataset: Any, ids: Ids, more: dict[str, str], moments: bool, kind: str) -> ShardStore:
+    def _scored(self, moments: bool, **more: str) -> MadeFrom:
+        """What the component's own results are made from."""
+        return lambda: {**self.weights(moments), "component": self.component, **more}
+
+    def _store(self, dataset: Any, ids: Ids, made_from: MadeFrom, kind: str) -> ShardStore:
         """The store of this pass, without shards."""
         parent = self._parent(kind)
         if parent is None:
@@ -194,12 +220,10 @@ class ScoringPasses:
                 raise UserError("keep_features: needs output_dir (or features_dir), a folder to keep them in")
             return ShardStore(Path(), {}, ids, self.shard_samples)
         parts = {
-            **self.weights(moments),
+            **made_from(),
             "pool": str(getattr(dataset, "fingerprint", "")),
             "samples": ids_part(ids, len(dataset)),
-            "component": self.component,
             "dataflex": __version__,
-            **more,
         }
         folder = folder_for(parent, parts, self.shard_samples, say=dist.is_main() and not self._said)
         self._said = True
@@ -265,22 +289,3 @@ def watched(scorer: Scorer, progress: Progress) -> Iterator[None]:
             yield
         finally:
             scorer.watch = None
-
-
-def time_batches(probe: Probe, scorer: Scorer, dataset: Any, call: Callable[[Ids], Any]) -> None:
-    """Time ``call`` on about one batch of every rank, its samples taken from all over the pool; a collective.
-
-    The median of a few calls after the first, which allocates and compiles.
-    """
-    lengths = sample_lengths(dataset, np.arange(len(dataset), dtype=np.int64))
-    room = scorer.token_budget * dist.world_size()
-    count = int(np.clip(room // max(1, int(lengths.mean())), 1, len(dataset)))
-    ids = np.unique(np.linspace(0, len(dataset) - 1, count).astype(np.int64))
-    seconds: list[float] = []
-    with scorer.keep_moments():
-        while len(seconds) <= TIMED_CALLS:
-            started = time.monotonic()
-            call(ids)
-            seconds.append(max(dist.gather_objects(time.monotonic() - started)))
-    probe.samples, probe.tokens = len(ids), int(lengths[ids].sum())
-    probe.seconds = float(np.median(seconds[1:]))

@@ -1,10 +1,7 @@
-"""Embeddings of samples: one vector each, from the hidden states of the last layer."""
+"""Embeddings of samples: one vector each, from the hidden states of a layer, the last one by default."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,15 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dataflex.forward.split import few_logits, split_batch
+from dataflex.forward.split import split_batch
 from dataflex.ops.known import moved
-from dataflex.scoring.batches import Ids, bucket, deal
+from dataflex.scoring.batches import Ids, sample_lengths
 from dataflex.scoring.context import scoring_mode
 from dataflex.scoring.gather import merge
-from dataflex.scoring.scorer import Scorer, sample_lengths
-from dataflex.utils import dist
+from dataflex.scoring.passes.hidden_states import LAST, hidden_states
+from dataflex.scoring.scorer import Scorer
 from dataflex.utils.errors import UserError
-from dataflex.utils.logging import logger
 
 POOLINGS = ("mean", "last", "trained", "weighted")
 
@@ -48,32 +44,39 @@ def pooled(hidden: Tensor, real: Tensor, cu_seqlens: Tensor, pooling: str) -> Te
     return sums / counts.clamp_min(1)[:, None]
 
 
-def embeddings(scorer: Scorer, dataset: Any, ids: Ids | None = None, *, pooling: str = "mean") -> NDArray[np.float32]:
+def embeddings(
+    scorer: Scorer,
+    dataset: Any,
+    ids: Ids | None = None,
+    *,
+    pooling: str = "mean",
+    layer: int = LAST,
+    unit: bool = False,
+    decoder: nn.Module | None = None,
+) -> NDArray[np.float32]:
     """Embeddings of the samples through the current model, float32 [n, hidden size], in the order of ``ids``.
 
     A forward pass in batches of the scorer's token budget, under any ZeRO stage; call it on every rank. All in
-    memory. UserError for a model that is not one of transformers'.
+    memory. layer, decoder: as `hidden_states` takes them. unit: scaled to length 1; a vector of zeros stays one.
+    UserError for a model that is not one of transformers'.
     """
     ids = np.arange(len(dataset), dtype=np.int64) if ids is None else ids
+    module, out = scorer.engine.module, None
     lengths = sample_lengths(dataset, ids)
-    batches = bucket(np.arange(len(ids), dtype=np.int64), lengths, scorer.token_budget)
-    out: NDArray[np.float32] | None = None
-    started = time.monotonic()
-    with scoring_mode(scorer.engine.module, gradients=False), _last_hidden_states(scorer.engine.module) as forward:
-        for places, counts in deal(batches, dist.rank(), dist.world_size()):
-            batch = split_batch(scorer.collator([dataset[int(i)] for i in ids[places]]), scorer.device)
+    with scoring_mode(module, gradients=False), hidden_states(module, layer, decoder) as forward:
+        for places, collated in scorer.batches(dataset, ids, "embeddings"):
+            batch = split_batch(collated, scorer.device)
+            states = forward(batch.inputs).flatten(0, 1)
+            if out is None:
+                out = np.zeros((len(ids), states.shape[1]), dtype=np.float32)
+            if places is None:
+                continue
             tokens = moved(torch.from_numpy(lengths[places]), scorer.device)
             real = counted_positions(batch.inputs, batch.labels, batch.cu_seqlens, tokens, pooling)
-            vectors = pooled(forward(batch.inputs).flatten(0, 1), real, batch.cu_seqlens, pooling)
-            if out is None:
-                out = np.zeros((len(ids), vectors.shape[1]), dtype=np.float32)
-            if counts:
-                out[places] = vectors.cpu().numpy()
+            vectors = pooled(states, real, batch.cu_seqlens, pooling)
+            out[places] = (nn.functional.normalize(vectors) if unit else vectors).cpu().numpy()
     scorer.release()
-    scorer.tally(len(ids))
     assert out is not None
-    seconds = time.monotonic() - started
-    logger.info(f"embeddings: {len(ids):,} samples, {int(lengths.sum()):,} tokens in {seconds:.1f} s")
     return merge(out, scorer.device)
 
 
@@ -93,31 +96,6 @@ def counted_positions(
     place = torch.arange(len(labels), device=cu_seqlens.device)
     sample = torch.bucketize(place, cu_seqlens[1:], right=True)
     return place - cu_seqlens[sample] < lengths[sample]
-
-
-@contextmanager
-def _last_hidden_states(module: nn.Module) -> Iterator[Any]:
-    """Inside, a function from model inputs to the last layer's hidden states [B, T, H].
-
-    The whole model runs, as ZeRO-3 wants it, with logits of one token only where it can do that.
-    """
-    unwrap: Any = getattr(module, "get_base_model", None)
-    whole: nn.Module = module if unwrap is None else unwrap()
-    decoder = getattr(whole, "base_model", None)
-    if not isinstance(decoder, nn.Module) or decoder is whole:
-        raise UserError(f"embeddings: need a causal language model of transformers, got {type(whole).__name__}")
-    seen: list[Tensor] = []
-    handle = decoder.register_forward_hook(lambda _module, _inputs, output: seen.append(output[0]))
-    few = few_logits(module)
-
-    def forward(inputs: dict[str, Tensor]) -> Tensor:
-        module(**inputs, **few)
-        return seen.pop()
-
-    try:
-        yield forward
-    finally:
-        handle.remove()
 
 
 class LastHidden:

@@ -6,6 +6,8 @@ from dataflex.train.selector.less_head_selector import LessHeadSelector
 from dataflex.train.selector.less_selector import LessSelector
 from dataflex.train.selector.loss_selector import LossSelector
 from dataflex.train.selector.random_selector import RandomSelector
+from dataflex.train.selector.rds_selector import NearSelector, RdsSelector
+from dataflex.train.selector.tsds_selector import TsdsSelector
 
 __all__ = [
     "ClusterLessSelector",
@@ -13,5 +15,8 @@ __all__ = [
     "LessHeadSelector",
     "LessSelector",
     "LossSelector",
+    "NearSelector",
     "RandomSelector",
+    "RdsSelector",
+    "TsdsSelector",
 ]

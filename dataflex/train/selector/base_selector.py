@@ -40,6 +40,7 @@ class Selector(ABC):
     ``replacement``: whether `select` may return an id more than once (else that is an error).
     ``keep_order``: train in the returned order instead of a shuffled one.
     ``takes_domain_counts``: whether `select` heeds ``domain_counts``, so that a mixer can be combined with it.
+    ``scores_once``: whether one pass over the pool, at the first decision, serves all.
     ``metric``: after `select`, per returned sample: what the decision was made from; written to decisions/.
     ``scored``: after `select`, {column: array [pool]}: the same for every sample of the pool, for the decision's table;
     ``score`` is the one that it ranks by (NaN: not scored).
@@ -49,6 +50,7 @@ class Selector(ABC):
     replacement: bool = False
     keep_order: bool = False
     takes_domain_counts: bool = False
+    scores_once: bool = False
     _made: tuple[int, Any] | None = None
 
     def __init__(self, dataset: Any, accelerator: Any, data_collator: Any, cache_dir: Any) -> None:

@@ -32,6 +32,8 @@ class TargetSelector(Selector):
     """
 
     takes_domain_counts = True
+    limit = "candidates"
+    """The param that limits `candidates`, for messages."""
 
     def __init__(
         self,
@@ -80,8 +82,18 @@ class TargetSelector(Selector):
     def table(self) -> ScoreTable | None:
         """Scores of the pool's samples [N, `width`] with the model as it is now; a collective.
 
-        Rank 0's counts; the others may have None. None everywhere where a pass only tries what it takes.
+        Rank 0's counts; the others may have None, or one that all of them read together. None everywhere where a pass
+        only tries what it takes.
         """
+
+    @property
+    def order(self) -> Ids | None:
+        """Columns in the order of a round robin; None: each once."""
+        return None
+
+    def candidates(self) -> Ids | None:
+        """The samples that a decision may take, ascending; None: all. A collective."""
+        return None
 
     def table_at(self, step_id: int) -> ScoreTable | None:
         """What a decision is made from; made once for it."""
@@ -90,7 +102,8 @@ class TargetSelector(Selector):
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
         table = self.once(step_id, lambda: self.table_at(step_id))
         source = f"{self.name} at step {step_id}"
-        decision = self._decided(table, num_samples, kwargs.get("domain_counts"), source)
+        counts = kwargs.get("domain_counts")
+        decision = self._decided(table, num_samples, counts, source, self.candidates())
         self._note(table, decision)
         return decision.picks.tolist()
 
@@ -113,26 +126,43 @@ class TargetSelector(Selector):
         found[decision.picks] = 1 - np.arange(count) / count
         return found
 
-    def _decided(self, table: ScoreTable | None, count: int, domain_counts: Ids | None, source: str) -> Decision:
-        """Rank 0's decision on every rank: of the whole pool, or with ``domain_counts`` of each domain in turn."""
+    def _decided(
+        self,
+        table: ScoreTable | None,
+        count: int,
+        domain_counts: Ids | None,
+        source: str,
+        candidates: Ids | None = None,
+    ) -> Decision:
+        """Rank 0's decision on every rank: of all candidates, or with ``domain_counts`` of each domain in turn."""
 
         def make() -> Decision | None:
-            if not dist.is_main():
+            if table is None:
                 return None
-            assert table is not None
-            how: dict[str, Any] = {"vote_share": self.vote_share, "source": source}
+            how: dict[str, Any] = {"vote_share": self.vote_share, "order": self.order, "source": source}
             if domain_counts is None:
-                return decide(table, count, self.aggregate, **how)
+                self._enough(candidates, count, source)
+                return decide(table, count, self.aggregate, candidates, **how)
             domains, parts, turn = np.asarray(self.dataset.domain_ids), list[Decision](), 0
-            for domain, wanted in enumerate(domain_counts):
+            for domain, wanted in enumerate(domain_counts.tolist()):
                 among = np.flatnonzero(domains == domain)
-                parts.append(decide(table, int(wanted), self.aggregate, among, turn=turn, **how))
-                turn += int(wanted)
+                if candidates is not None:
+                    among = np.intersect1d(among, candidates)
+                self._enough(among, wanted, f"{source}: '{self.dataset.domain_names[domain]}'")
+                parts.append(decide(table, wanted, self.aggregate, among, turn=turn, **how))
+                turn += wanted
             return _joined(parts)
 
         found = dist.broadcast_object(dist.together(make))
         assert found is not None
         return found
+
+    def _enough(self, candidates: Ids | None, count: int, source: str) -> None:
+        """UserError where there are fewer candidates than ``count``."""
+        if candidates is not None and len(candidates) < count:
+            raise UserError(
+                f"{source}: {self.limit}: {len(candidates)} samples may be taken, {count} are asked for; raise it"
+            )
 
     @property
     def _advice(self) -> str:

@@ -26,6 +26,7 @@ from dataflex.core.registry import REGISTRY
 from dataflex.core.weights import StaticWeights
 from dataflex.data.pool import Pool, TrainingPool
 from dataflex.engine.folder.identity import weights_identity
+from dataflex.engine.models.embedder import Embedder
 from dataflex.engine.models.limits import check_limits
 from dataflex.engine.models.reference import open_reference
 from dataflex.engine.optimizer_state import read_moments
@@ -93,6 +94,7 @@ def attach(
     builder.runtime["open_reference"] = partial(
         open_reference, engine=engine, pool=pool, model=cfg.model, open_head=head_of
     )
+    builder.runtime["open_embedder"] = partial(Embedder, scorer=scorer, tokenizer=tokenizer, model=cfg.model)
     builder.runtime["open_head"] = partial(_known_head, fused, engine, collator([sample]))
     every = builder.hooks()
     if weights.any or any(isinstance(h, Weigher) for h in (*every, *hooks)):

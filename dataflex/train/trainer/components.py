@@ -37,6 +37,7 @@ RUNTIME = (
     "reference_model_path",
     "open_reference",
     "open_head",
+    "open_embedder",
 )
 
 
