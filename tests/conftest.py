@@ -1,6 +1,6 @@
 """Every test starts with the logger and the variables of a process that no launcher has started.
 
-The rooms whose modules take longest come first, so that no worker is left alone with one at the end.
+The modules that take longest come first, so that no worker is left alone with one at the end.
 """
 
 from __future__ import annotations
@@ -15,13 +15,52 @@ import pytest
 from dataflex.utils.logging import logger
 
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-LONGEST = ("driver", "scoring", "train", "engine")
+# Modules of ten seconds and more, the longest first (`make test` with --durations=80), and then rooms.
+LONGEST = (
+    "train/test_components",
+    "driver/test_campaign",
+    "scoring/test_less_on_engines",
+    "scoring/test_features",
+    "driver/test_score",
+    "driver/test_launch",
+    "driver/test_stops",
+    "driver/test_matrix",
+    "test_launcher",
+    "driver/test_resumed_scoring",
+    "engine/test_checkpoint",
+    "engine/test_skipped_steps",
+    "train/test_composition",
+    "native/test_nvcc",
+    "driver/test_bad_input",
+    "train/test_mixer_trajectories",
+    "scoring/test_sharded",
+    "engine/test_deepspeed_contract",
+    "engine/test_split",
+    "engine/test_mode",
+    "forward/test_fused_runs",
+    "train/test_weighting",
+    "engine/test_elastic",
+    "train/test_own_components",
+    "native/test_ext",
+    "train/test_planted",
+    "train/test_cluster_less",
+    "data/test_cache",
+    "driver/test_resumed_files",
+    "driver/test_streaming",
+    "asked/test_keys",
+    "test_initialize",
+    *("driver", "scoring", "train", "engine"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    rooms = {item: item.path.relative_to(here).parts[0] for item in items}
-    items.sort(key=lambda item: LONGEST.index(rooms[item]) if rooms[item] in LONGEST else len(LONGEST))
+    here, places = Path(__file__).parent, {name: place for place, name in enumerate(LONGEST)}
+
+    def place(item: pytest.Item) -> int:
+        module = item.path.relative_to(here).with_suffix("")
+        return places.get(module.as_posix(), places.get(module.parts[0], len(LONGEST)))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)

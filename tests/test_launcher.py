@@ -121,7 +121,13 @@ def test_the_workers_exit_code_comes_out(tmp_path: Path) -> None:
     assert "Traceback" not in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)),
+    ],
+)
 def test_a_signal_ends_every_rank_within_seconds(
     tmp_path: Path, number: signal.Signals, killed_at_the_end: list[subprocess.Popen[str]]
 ) -> None:
@@ -134,6 +140,22 @@ def test_a_signal_ends_every_rank_within_seconds(
     assert process.returncode == 128 + number
     assert out == f"dataflex: error: stopped by {number.name}\n"
     assert not any(runs(pid) for pid in workers)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_every_rank_is_sent_the_signal_that_the_command_got(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in (0, 1):
+        (tmp_path / f"pid.{rank}").write_text(f"{rank + 1000} 2")
+    before, sent, received = signal.getsignal(number), list[tuple[int, int]](), list[int]()
+    kill = os.kill
+    with processes._forwarding(4711, processes.Workers(tmp_path), received):
+        monkeypatch.setattr(processes.os, "kill", lambda *args: sent.append(args))
+        kill(os.getpid(), number)
+    assert sorted(sent) == [(1000, number), (1001, number)] and received == [number]
+    assert signal.getsignal(number) is before
+    assert outcome(Ended(1, received), tmp_path, ssh=False) == 128 + number
 
 
 def test_what_follows_a_signal_at_once_is_the_same_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,8 @@ TYPES = [
      "(did you mean 'wandb'?)"),
     ("tracker_options: {swanlab: {api_key: x}}", "tracker_options: swanlab.api_key is a secret, which config.yaml would "
      "hold: set it in the environment"),
+    ("tracker_options: {mlflow: {Password: x}}", "tracker_options: mlflow.Password is a secret, which config.yaml would "
+     "hold: set it in the environment"),
     ("tracker_options: {wandbb: {}}", "tracker_options: unknown tracker 'wandbb', expected tensorboard, wandb, csv, "
      "comet, swanlab, mlflow, trackio"),
     ("save_steps: 1.5", "save_steps: expected a whole number >= 1, or a share of all steps > 0 and < 1, got 1.5"),

@@ -55,7 +55,7 @@ def test_tool_formats_of_the_file_come_first(find: Find) -> None:
 TOOL_TURNS = [
     ("tools", '[{"type": "function", "function": {"name": "f"}}]'),
     ("user", "a"),
-    ("function", '{"name": "f", "arguments": {"x": 1}}'),
+    ("function", '{"name": "f", "arguments": {"x": "ü"}}'),
 ]
 
 
@@ -64,7 +64,7 @@ def test_jinja_of_a_file_writes_its_tools(tmp_path: Path) -> None:
         "templates: {mine: {user: '{content}>', answer: '{content}{eos}', call: '!{content}{eos}', tools: t}}\n"
         "tool_formats: {t: {described: '{{ tools[0].function.name }}:', called: '{{ calls[0].arguments|tojson }}'}}"
     )
-    assert rendered(f"{tmp_path}/own.yaml#mine", TOOL_TURNS) == 'f:a>⟦!{"x": 1}</s>⟧'
+    assert rendered(f"{tmp_path}/own.yaml#mine", TOOL_TURNS) == 'f:a>⟦!{"x": "ü"}</s>⟧'
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,11 @@ def test_jinja_that_fails(tmp_path: Path, called: str, text: str) -> None:
         ("templates: {mine: {user: '{contents}'}}", "mine.user: '{contents}' is not known (did you mean 'content'?)"),
         ("templates: {mine: {user: '{content}', prefix: '{content}'}}", "mine.prefix: prefix takes no {content}"),
         ("templates: {mine: {user: '{content}A', opens: B}}", "mine.user: expected to end with opens, 'B'"),
+        (
+            "templates: {mine: {user: '{content}A', opens: A, tool: '{content}'}}",
+            "mine.tool: expected to end with opens, ",
+        ),
+        ("templates: {mine: {user: '{content}{content}'}}", "mine.user: expected {content} once, got it 2 times"),
         ("templates: {mine: {user: '{content}', thought: [a]}}", "mine.thought: expected two texts: what opens"),
         (
             "templates: {mine: {user: '{content}', special_tokens: x}}",

@@ -23,7 +23,8 @@ STRIKES = 5  # of each kind: a start by the launcher takes its time; `test_long_
 
 
 def test_one_command_through_a_second_run_a_signal_and_a_kill(workspace: Path) -> None:
-    run = Campaign(workspace, "mix", "struck", overrides=())
+    short = ("max_steps=18",)
+    run = Campaign(workspace, "mix", "struck", short)
     first = run.start()
     try:
         assert run.reach(first, 2)
@@ -43,17 +44,17 @@ def test_one_command_through_a_second_run_a_signal_and_a_kill(workspace: Path) -
         text = first.communicate(timeout=PATIENCE_S)[0]
         assert first.returncode == 75 and all_end(everyone, 60)
         last = text.splitlines()[-1]
-        expected = r"stopped after step \d+ of 30 \(SIGUSR1\): saved .*; the same command goes on from there"
+        expected = r"stopped after step \d+ of 18 \(SIGUSR1\): saved .*; the same command goes on from there"
         assert re.fullmatch(expected, last), text
     finally:
         first.kill()
     code, _ = run.strike(run.step() + 2, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert "resumed from" in run.finish()
-    whole = Campaign(workspace, "mix", "unstruck")
+    whole = Campaign(workspace, "mix", "unstruck", short)
     whole.finish()
     assert run.result() == whole.result()
-    assert len(run.result()["log"]) == 30
+    assert len(run.result()["log"]) == 18
 
 
 @pytest.mark.slow

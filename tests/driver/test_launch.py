@@ -16,10 +16,11 @@ from dataflex.report.trainer_log import read_log
 from tests.distributed import PATIENCE_S
 from tests.driver.forked_runs import ForkedRun
 from tests.driver.run_files import contents
-from tests.driver.workspace import train, write_yaml
+from tests.driver.workspace import ZERO3, train, write_yaml
 
 OWN = str(Path(__file__).with_name("own_parts.py"))
 KEYS: dict[str, Any] = {
+    "deepspeed": ZERO3,
     "eval_dataset": ["target"],
     "train_type": ["dynamic_select", "dynamic_weight"],
     "component_name": {"select": "less", "weight": "mortal"},

@@ -141,6 +141,13 @@ def test_an_adapter_on_random_weights_cannot_be_merged(run: Path, tmp_path: Path
         export_model(load_config(run, keys, quiet=True, command="export"))
 
 
+def test_an_adapter_needs_lora_to_be_merged(run: Path, tmp_path: Path) -> None:
+    keys = [f"export_dir={tmp_path / 'out'}", "finetuning_type=full", f"adapter_name_or_path={run.parent}"]
+    with pytest.raises(UserError, match="adapter_name_or_path: needs finetuning_type: lora"):
+        export_model(load_config(run, keys, quiet=True, command="export"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_keys_that_export_and_eval_cannot_do_without(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="export_dir: missing, this key is required"):
         load_config({"model_name_or_path": "org/m"}, quiet=True, command="export")

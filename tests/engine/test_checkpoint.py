@@ -169,13 +169,12 @@ def after_a_broken_save(folder: Path) -> str:
 def everything(folder: str, world: int) -> dict[str, Any]:
     home = Path(folder, str(world))
     results: dict[str, Any] = {f"{kind}{stage}": resume(stage, kind, home / f"{kind}{stage}") for kind, stage in MODELS}
-    results["refusals"] = refusals(home)
-    if world == 2:
-        alone = Path(folder, "1", "full3")
-        results["world_size"] = message(lambda: build(micro=4).load_checkpoint(alone))
-    results["poisoned"] = poisoned()
-    results["all_masked"] = all_masked()
-    return results
+    if world == 1:
+        return results
+    alone = Path(folder, "1", "full3")
+    results["world_size"] = message(lambda: build(micro=4).load_checkpoint(alone))
+    said = {"refusals": refusals(home), "poisoned": poisoned(), "all_masked": all_masked()}
+    return results | said
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +184,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(home: Path) -> dict[int, list[dict[str, Any]]]:
-    """{world size: each rank's results}; the second run finds the first one's checkpoints."""
+    """{world size: each rank's results}; two ranks find the checkpoints of one, and say what is refused."""
     return {
         world: run_ranks("tests.engine.test_checkpoint:everything", world, folder=str(home), world=world)
         for world in (1, 2)
@@ -224,9 +223,8 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_another_run_is_refused_with_the_key_named(case: str, world_size: int, results: Any) -> None:
-    for rank in results[world_size]:
+def test_another_run_is_refused_with_the_key_named(case: str, results: Any) -> None:
+    for rank in results[2]:
         assert REFUSALS[case] in rank["refusals"][case]
 
 
@@ -240,9 +238,8 @@ def test_another_global_batch_is_refused_with_values_that_fit(results: Any) -> N
         )
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_loss_that_is_not_finite_names_step_and_samples(world_size: int, results: Any) -> None:
-    for rank in results[world_size]:
+def test_a_loss_that_is_not_finite_names_step_and_samples(results: Any) -> None:
+    for rank in results[2]:
         assert rank["poisoned"] == (
             "step 1: the losses of sample ids [3, 11] ('train' at 3, 'train' at 11) are not finite; "
             "nothing was saved over the last good checkpoint (nonfinite: skip goes on without such steps)"

@@ -14,6 +14,7 @@ from dataflex.core.plan import Plan, epoch_schedule
 from dataflex.engine import checkpoint
 from dataflex.engine.checkpoint import loading
 from dataflex.engine.checkpoint.state import identity, state_of
+from dataflex.engine.steps.skip import NonFinite
 from dataflex.utils.errors import UserError
 from dataflex.utils.records import FileRecord, write_sealed
 from tests.engine.test_many_checkpoints import whole
@@ -86,8 +87,14 @@ def loop_of(**changes: Any) -> Any:
     )
     state: dict[str, Any] = {"state_dict": lambda: {}, "load_state_dict": lambda saved: None}
     hooks = [SimpleNamespace(identity=name, compared=now["compared"], **state) for name in now["hooks"]]
-    plan = Plan(np.arange(4), np.ones(4))
-    return SimpleNamespace(run=run, hooks=hooks, plan=plan, planned_phase=0, planner=SimpleNamespace(decides=True))
+    return SimpleNamespace(
+        run=run,
+        hooks=hooks,
+        plan=Plan(np.arange(4), np.ones(4)),
+        planned_phase=0,
+        planner=SimpleNamespace(decides=True),
+        stepper=SimpleNamespace(nonfinite=NonFinite()),
+    )
 
 
 @pytest.fixture

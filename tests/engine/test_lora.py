@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dataflex.config import load_config
-from dataflex.engine.models.lora import with_lora
+from dataflex.engine.models.lora import _trained_whole, with_lora
 from dataflex.utils.errors import UserError
 from tests import families
 
@@ -67,6 +67,21 @@ def test_every_plain_linear_but_the_output(
 def test_a_target_that_cannot_have_an_adapter(family: str, target: str, text: str) -> None:
     with pytest.raises(UserError, match=text):
         with_lora(families.model(family), config(lora_target=target))
+
+
+@pytest.mark.parametrize(
+    ("keys", "whole"),
+    [
+        ({}, []),
+        ({"resize_vocab": True}, ["embed_tokens", "lm_head"]),
+        ({"resize_vocab": True, "additional_target": "norm"}, ["norm"]),
+        ({"new_special_tokens": "<x>", "additional_target": "norm"}, ["norm", "embed_tokens", "lm_head"]),
+        ({"new_special_tokens": "<x>", "additional_target": "lm_head"}, ["lm_head", "embed_tokens"]),
+    ],
+)
+def test_embeddings_are_trained_whole_where_there_are_new_tokens(keys: dict[str, Any], whole: list[str]) -> None:
+    net = families.model("llama")
+    assert _trained_whole(net, config(**keys)) == whole
 
 
 def test_layers_of_gpt2_can_be_named() -> None:

@@ -150,8 +150,8 @@ def kinds_of_nothing() -> dict[str, Any]:
     return found
 
 
-def nonfinite() -> dict[str, Any]:
-    """A step that is not finite: skipped, stopped at, and too many."""
+def nonfinite(folder: str) -> dict[str, Any]:
+    """A step that is not finite: skipped, stopped at, too many, and too many with a resume among them."""
     skip = {"nonfinite": "skip", "nonfinite_limit": 2}
     found: dict[str, Any] = {}
     for stage, bf16 in CASES:
@@ -166,12 +166,17 @@ def nonfinite() -> dict[str, Any]:
         ("stop", (AtStep(math.nan),), {}),
         ("gradient", (SpoiltGradient(),), {}),
         ("bound", (AtStep(math.nan, always=True),), skip),
+        ("resumed", (AtStep(math.nan, always=True),), skip),
     ):
         engine, states = build(pool_of(), 2, hooks=hooks, **flex), []
+        if name == "resumed":
+            engine.load_checkpoint(folder)
         try:
             for batch in engine.batches():
                 states.append(state_of(engine))
                 engine.training_step(batch)
+                if name == "bound" and engine.run.step == 1:
+                    engine.save_checkpoint(folder)
         except UserError as exc:
             said[name] = [str(exc), states[-1] == state_of(engine), engine.run.step]
     return found | {"said": said}
@@ -232,8 +237,9 @@ def test_whatever_leaves_nothing_to_train_is_such_a_step() -> None:
 
 
 @pytest.fixture(scope="module")
-def not_finite() -> dict[str, Any]:
-    result: dict[str, Any] = run_ranks("tests.engine.test_skipped_steps:nonfinite", 2)[0]
+def not_finite(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = str(tmp_path_factory.mktemp("nonfinite"))
+    result: dict[str, Any] = run_ranks("tests.engine.test_skipped_steps:nonfinite", 2, folder=folder)[0]
     return result
 
 
@@ -251,6 +257,7 @@ def test_a_step_that_is_not_finite_stops_before_it_changes_anything(not_finite: 
     assert said["gradient"][1:] == [True, LEFT_OUT]
     assert "step 3: " in said["bound"][0] and "2 steps before it were skipped" in said["bound"][0]
     assert said["bound"][1:] == [True, 2]
+    assert said["resumed"] == said["bound"], "a resume counts on"
 
 
 def test_what_is_not_finite_is_never_saved(tmp_path: Path) -> None:

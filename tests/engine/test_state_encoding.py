@@ -17,6 +17,7 @@ from dataflex.core.plan import Plan, epoch_schedule
 from dataflex.engine import checkpoint
 from dataflex.engine.checkpoint.state import check_identity, random_state, restore, set_random_state, state_of
 from dataflex.engine.steps.loop import Loop
+from dataflex.engine.steps.skip import NonFinite
 from dataflex.utils.errors import UserError
 
 STATE: dict[str, Any] = {
@@ -106,7 +107,8 @@ def loop_at(step: int) -> Loop:
         pool=SimpleNamespace(fingerprint="f00d"), packing=Packing(np.full(9, 2), 6),
         engine=SimpleNamespace(zero_optimization_stage=lambda: 2),
     )  # fmt: skip
-    return Loop(run, [Counting(), Hook()], None, None)  # type: ignore[arg-type]
+    stepper: Any = SimpleNamespace(nonfinite=NonFinite("skip"))
+    return Loop(run, [Counting(), Hook()], None, stepper)  # type: ignore[arg-type]
 
 
 def test_the_state_of_a_run_by_hand_and_back() -> None:
@@ -114,6 +116,7 @@ def test_the_state_of_a_run_by_hand_and_back() -> None:
     rows = np.array([0, 1, 4])
     loop.plan, loop.planned_phase = Plan(np.arange(5, 9), np.array([0.1, 0.2, 0.3, 0.4]), rows), 1
     loop.planner.count = 3  # type: ignore[attr-defined]
+    loop.stepper.nonfinite.in_a_row = 2
     state = state_of(loop)
     assert state["identity"] == {
         "micro_batch": 2,
@@ -127,8 +130,10 @@ def test_the_state_of_a_run_by_hand_and_back() -> None:
         "zero_stage": 2,
     }
     assert (state["step"], state["phase"], state["hooks"]) == (6, [1, 4, 4], [{"count": 3}, {}])
+    assert state["nonfinite"] == 2
     fresh = loop_at(step=0)
     restore(fresh, checkpoint.decode(checkpoint.encode(state)))
+    assert fresh.stepper.nonfinite.in_a_row == 2
     assert same(state_of(fresh), state) and state["starts"].tolist() == [0, 1, 4]
     loop.plan, loop.run.packing = Plan(np.arange(5, 9), np.ones(4)), None
     plain = state_of(loop)
@@ -139,3 +144,13 @@ def test_the_state_of_a_run_by_hand_and_back() -> None:
         restore(loop_at(step=0), state | {"phase": [1, 5, 3]})
     with pytest.raises(UserError, match="a phase of 3 steps from step 4; this run's schedule has 4 from 4 there"):
         restore(loop_at(step=0), state | {"phase": [1, 4, 3]})
+
+
+def test_a_checkpoint_that_counted_no_steps_that_are_not_finite_begins_the_count() -> None:
+    state = state_of(loop_at(step=6))
+    del state["nonfinite"]
+    fresh = loop_at(step=0)
+    fresh.planner.decides = False
+    fresh.stepper.nonfinite.in_a_row = 2
+    restore(fresh, state)
+    assert fresh.run.step == 6 and fresh.stepper.nonfinite.in_a_row == 0

@@ -11,7 +11,8 @@ import transformers
 
 import dataflex
 from dataflex.data.encoding.collate import Collator
-from dataflex.scoring.checks.model_check import check_model, check_packing
+from dataflex.scoring.checks.head_check import open_head
+from dataflex.scoring.checks.model_check import check_model, check_packing, refusal
 from dataflex.utils.errors import UserError
 from tests import families
 from tests import tiny_engine as tiny
@@ -162,6 +163,21 @@ def test_samples_of_one_row_must_not_see_each_other(family: str, apart: bool) ->
         return
     with pytest.raises(UserError, match=r"packing: \w+ does not keep samples of one row apart.*set packing: false"):
         check_packing(PlainEngine(net), packs, first)
+
+
+def test_looking_at_a_model_without_a_backward_checkpoints_nothing() -> None:
+    """Reentrant checkpointing warns (here: fails) where it is to keep what has no gradient."""
+    net: Any = tiny.model().train()
+    net.config.use_cache = False
+    net.enable_input_require_grads()
+    net.activation_checkpointing_enable({"use_reentrant": True})
+    sample = tiny.samples(1, 1)[0]
+    batch = Collator(0, packing=True, cutoff_len=64)([sample])
+    assert open_head("on", net, batch, 64, device=torch.device("cpu")) is not None
+    check_packing(PlainEngine(net), Collator(0, packing=True, cutoff_len=64), sample)
+    assert refusal(PlainEngine(net), 8) is None
+    check_model(PlainEngine(net), batch)
+    assert net.training and all(layer.training for layer in net.modules())
 
 
 def test_a_model_with_tokens_first_is_seen_through() -> None:

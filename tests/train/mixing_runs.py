@@ -21,6 +21,7 @@ from tests.tiny import tiny_llama
 
 SIZES = {"first": 14, "second": 9, "third": 20}
 BATCH, WARMUP, STEPS = 8, 2, 8
+GAS = {1: (2,), 2: (1, 2)}
 ETA, SMOOTHING, ALPHA = 2.0, 0.01, 0.7
 SHARES = [0.5, 0.2, 0.3]
 
@@ -123,10 +124,10 @@ def make_references(folder: Path) -> None:
 
 
 def every_run(folder: str, world: int) -> dict[str, Any]:
-    """{run: steps} of doremi with a model and a store, and odm, in both variants, with 1 and 2 micro-batches a step."""
+    """{run: steps} of doremi with a model and a store, and odm, in both variants, with `GAS` micro-batches a step."""
     where, found = Path(folder), {}
     make_references(where)
-    for gas in (1, 2):
+    for gas in GAS[world]:
         for kind in ("reference", "store"):
             params = {"reference_model_path": str(where / kind), "reweight_eta": ETA, "reweight_eps": SMOOTHING}
             flex = {"update_step": 3}

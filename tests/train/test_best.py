@@ -70,6 +70,21 @@ def test_the_best_checkpoint_stays_beside_the_newest(
     }
 
 
+def test_a_checkpoint_that_was_not_evaluated_is_not_the_best() -> None:
+    """One that is saved at a stop: the last figure is of weights before."""
+    log = log_of()
+    best = Best("eval_loss", False, log)
+    best.consider(1, "checkpoint-1")
+    assert best.step is None and best.said() == {}
+    log.history += [{"current_steps": 2, "eval_loss": 3.0}]
+    best.consider(2, "checkpoint-2")
+    log.history += [{"current_steps": 4, "eval_loss": 1.0}]
+    best.consider(5, "checkpoint-5")
+    log.history += [{"current_steps": 6, "loss": 0.5}]
+    best.consider(6, "checkpoint-6")
+    assert (best.step, best.value, best.folder) == (2, 3.0, "checkpoint-2")
+
+
 def test_a_resume_knows_the_best_and_where_it_lies(tmp_path: Path) -> None:
     _, saves = trained(tmp_path, [9, 5, 9, 4, 9, 6], keep=2)
     again = Best("eval_loss", False, log_of())

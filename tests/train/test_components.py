@@ -1,131 +1,27 @@
 """Every registered component, run the same way: two decisions, a resume in mid-phase, one rank and two.
 
-One rank makes logits, two do not (fused_head). And two ranks go on with what one has saved, and one with that of two,
-as the uninterrupted run went on; where the micro-batches of all ranks together change, what compares their samples is
-refused.
+One rank makes logits under ZeRO-2, two make none (fused_head) under ZeRO-3. And two ranks go on with what one has
+saved, and one with that of two, as the uninterrupted run went on; where the micro-batches of all ranks together change,
+what compares their samples is refused.
 """
 
 from __future__ import annotations
 
-import json
-import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
-import dataflex
 from dataflex.core.registry import KINDS, REGISTRY
-from dataflex.forward import fused
 from dataflex.train.trainer.components import load_components
-from dataflex.utils import dist
-from dataflex.utils.errors import UserError
-from tests import tiny_engine as tiny
-from tests.component_cases import BATCH, CASES, SIZES, TIMES, UPDATE, WARMUP, Case, Outcome, Recorder
+from tests.component_cases import BATCH, CASES, SIZES, UPDATE, WARMUP, Case, Outcome
 from tests.distributed import ROOT, run_ranks
-from tests.tiny import byte_tokenizer
+from tests.train.component_runs import SAVE_AT, SPREAD, STEPS, splits_of
 
-SAVE_AT = WARMUP + UPDATE - 1
-STEPS = WARMUP + UPDATE * TIMES
 # {saved by: (ranks, micro-batch, gradient accumulation) that go on}; the second has another group of samples.
 ELASTIC = {2: [(1, 4, 1), (1, 2, 2)], 1: [(2, 2, 1), (2, 1, 2)]}
-SPREAD = ("selector-less", "mixer-doremi", "weighter-loss")
-
-
-def build(
-    case: Case,
-    folder: Path,
-    world: int,
-    times: int = TIMES,
-    mode: str | None = None,
-    split: tuple[int, int] | None = None,
-) -> tuple[Any, Recorder]:
-    """A fresh engine with ``case``'s component, as a user's YAML and `dataflex.initialize` make it.
-
-    times: decisions; mode: of fused_head, by default one for each number of ranks: the run is the same. split: the
-    micro-batch and the steps of gradient accumulation, by default one step.
-    """
-    components = folder / f"components_{dist.rank()}.yaml"  # a file of its own: the other rank may be reading
-    folder.mkdir(parents=True, exist_ok=True)
-    params = case.params | case.prepare(folder)
-    components.write_text(yaml.safe_dump({f"{case.kind}s": {case.name: {"params": params}}}))
-    recorder = Recorder()
-    schedule = {"update_step": UPDATE, "update_times": times, "warmup_step": WARMUP}
-    if case.kind == "weighter":
-        schedule = {"warmup_step": WARMUP, "train_step": WARMUP + UPDATE * times}
-    micro, steps = split or (BATCH // world, 1)
-    config = tiny.ds_config(3, micro_batch=micro, accumulation=steps)
-    config["zero_optimization"] |= tiny.NEARBY
-    engine = dataflex.initialize(
-        model=tiny.model(case.model),
-        config=config,
-        dataflex={
-            "train_type": case.train_type,
-            "component_name": case.name,
-            "components_cfg_file": str(components),
-            "output_dir": str(folder),
-            "fused_head": mode or ("on" if world > 1 else "off"),
-            **schedule,
-        },
-        train_dataset={name: tiny.samples(size, seed=size) for name, size in SIZES.items()},
-        eval_dataset={"near": tiny.samples(3, seed=1), "far": tiny.samples(3, seed=2)},
-        tokenizer=byte_tokenizer(),
-        hooks=[recorder],
-    )
-    return engine, recorder
-
-
-def run(case: Case, folder: Path, world: int) -> dict[str, Any]:
-    """The uninterrupted run, and the tail of one that a fresh engine resumed from its checkpoint.
-
-    Every second case is resumed on one rank, the others on two.
-    """
-    engine, recorder = build(case, folder, world)
-    losses, ids, saved = [], [], None
-    for batch in engine.batches():
-        losses.append(engine.training_step(batch))
-        ids.append(batch.sample_ids.tolist())
-        if engine.run.step == SAVE_AT:
-            engine.save_checkpoint(folder)
-            saved = states(engine)
-    files = sorted((folder / "decisions").glob("*.json"), key=lambda p: int(p.stem.split("_")[1]))
-    decisions = [json.loads(f.read_text()) for f in files]
-    whole = [losses, recorder.phases, decisions, tiny.parameter_hash(engine)]
-    found = {"whole": whole, "ids": ids, "states": [saved, states(engine)]}
-    if CASES.index(case) % 2 + 1 != world:
-        return found
-    engine, recorder = build(case, folder, world)
-    assert engine.load_checkpoint(folder)[1] == {}
-    tail = [engine.training_step(batch) for batch in engine.batches()]
-    return found | {"tail": [tail, recorder.phases, tiny.parameter_hash(engine)]}
-
-
-def states(engine: Any) -> Any:
-    """What the hooks would save, as JSON holds it."""
-    return plain([hook.state_dict() for hook in engine._loop.hooks])
-
-
-def plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value.tolist() if isinstance(value, torch.Tensor | np.ndarray | np.generic) else value
-
-
-def all_cases(folder: str, world: int) -> dict[str, Any]:
-    """Every case in one process group. A case that fails is reported as its text, and by its own test."""
-    results: dict[str, Any] = {}
-    fused.CHUNK_TOKENS = {"cpu": 16, "cuda": 16}
-    for case in CASES:
-        try:
-            results[case.id] = run(case, Path(folder, case.id), world)
-        except Exception:
-            results[case.id] = traceback.format_exc()
-    return results
 
 
 @pytest.fixture(scope="module")
@@ -134,32 +30,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     folders = {world: tmp_path_factory.mktemp(f"components{world}") for world in (1, 2)}
     found: dict[Any, Any] = {"folders": folders}
     for world, folder in folders.items():
-        found[world] = run_ranks("tests.train.test_components:all_cases", world, folder=str(folder), world=world)
+        found[world] = run_ranks("tests.train.component_runs:all_cases", world, folder=str(folder), world=world)
     return found
-
-
-def elastic(folder: str, saved: str, names: list[str], splits: list[tuple[int, int, int]]) -> dict[str, Any]:
-    """Each case of ``names`` that goes on with its checkpoint in ``saved``, in each split; or what refuses it."""
-    found: dict[str, Any] = {}
-    for case in (case for case in CASES if case.id in names):
-        for world, micro, steps in splits_of(case, splits):
-            key = f"{case.id} {micro} x {steps} x {world}"
-            try:
-                engine, _ = build(case, Path(folder, key), world, split=(micro, steps))
-                engine.load_checkpoint(Path(saved, case.id))
-                loaded, losses, ids = states(engine), [], []
-                for batch in engine.batches():
-                    losses.append(engine.training_step(batch))
-                    ids.append(batch.sample_ids.tolist())
-                found[key] = {"losses": losses, "ids": ids, "states": [loaded, states(engine)]}
-            except UserError as error:
-                found[key] = str(error)
-    return found
-
-
-def splits_of(case: Case, splits: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """What is tried: everything, but where time counts, of what compares nothing."""
-    return splits[:1] if case.id in SPREAD and not case.compared else splits
 
 
 def go_on_elsewhere(results: Any, folder: Path, names: list[str]) -> dict[str, Any]:
@@ -167,7 +39,7 @@ def go_on_elsewhere(results: Any, folder: Path, names: list[str]) -> dict[str, A
     found: dict[str, Any] = {}
     for saved_by, splits in ELASTIC.items():
         found |= run_ranks(
-            "tests.train.test_components:elastic",
+            "tests.train.component_runs:elastic",
             splits[0][0],
             folder=str(folder),
             saved=str(results["folders"][saved_by]),
@@ -240,23 +112,10 @@ def test_component(case: Case, results: dict[Any, Any]) -> None:
         np.testing.assert_allclose(other.losses, one.losses, rtol=0, atol=1e-5)
 
 
-def without_and_with_logits(folder: str, times: int) -> dict[str, Any]:
-    """Of every case: losses and the samples of each phase, by fused_head."""
-    fused.CHUNK_TOKENS = {"cpu": 16, "cuda": 16}
-    found: dict[str, Any] = {}
-    for case in CASES:
-        found[case.id] = {}
-        for mode in ("on", "off"):
-            engine, recorder = build(case, Path(folder, case.id, mode), 1, times, mode)
-            losses = [engine.training_step(batch) for batch in engine.batches()]
-            found[case.id][mode] = losses, recorder.phases
-    return found
-
-
 @pytest.mark.slow
 def test_twenty_steps_with_and_without_logits_are_the_same(tmp_path: Path) -> None:
     times = -(-(20 - WARMUP) // UPDATE)
-    (found,) = run_ranks("tests.train.test_components:without_and_with_logits", 1, folder=str(tmp_path), times=times)
+    (found,) = run_ranks("tests.train.component_runs:without_and_with_logits", 1, folder=str(tmp_path), times=times)
     assert set(found) == {case.id for case in CASES}
     for name, ((losses, phases), (others, other_phases)) in ((n, (f["on"], f["off"])) for n, f in found.items()):
         assert len(losses) >= 20 and phases == other_phases, name

@@ -19,7 +19,10 @@ from dataflex.utils.errors import UserError, cut, shown
 
 @with_config(ConfigDict(arbitrary_types_allowed=True, strict=True, extra="allow"))
 class SavedState(TypedDict):
-    """What `dataflex_state.pt` holds. sample_ids, probabilities, starts: of the phase's plan (starts: if packed)."""
+    """What `dataflex_state.pt` holds. sample_ids, probabilities, starts: of the phase's plan (starts: if packed).
+
+    nonfinite: how many steps up to here were skipped one after the other, because they were not finite.
+    """
 
     identity: dict[str, Any]
     step: Annotated[int, Field(ge=0)]
@@ -27,6 +30,7 @@ class SavedState(TypedDict):
     sample_ids: np.ndarray
     probabilities: np.ndarray
     starts: NotRequired[np.ndarray]
+    nonfinite: NotRequired[Annotated[int, Field(ge=0)]]
     hooks: list[dict[Any, Any]]
     client_state: dict[Any, Any]
     frozen: bool
@@ -80,6 +84,7 @@ def state_of(loop: Loop) -> dict[str, Any]:
         "sample_ids": np.empty(0, dtype=np.int64) if plan is None else plan.sample_ids,
         "probabilities": np.empty(0) if plan is None else plan.probabilities,
         **({} if plan is None or plan.starts is None else {"starts": plan.starts}),
+        "nonfinite": loop.stepper.nonfinite.in_a_row,
         "hooks": [hook.state_dict() for hook in loop.hooks],
     }
 
@@ -89,6 +94,7 @@ def restore(loop: Loop, state: dict[str, Any]) -> None:
     if len(state["hooks"]) != len(loop.hooks):
         raise UserError(f"the checkpoint has the state of {len(state['hooks'])} hooks, this run has {len(loop.hooks)}")
     run.step = state["step"]
+    loop.stepper.nonfinite.in_a_row = state.get("nonfinite", 0)
     for hook, saved in zip(loop.hooks, state["hooks"], strict=True):
         try:
             hook.load_state_dict(saved)

@@ -74,7 +74,7 @@ def _tried(
     """With the scale and softcap of the model; UnknownHead unless its losses are those of the logits."""
     inputs, labels, _, cu_seqlens = split_batch(batch, device)
     counted = Counted(labels, cu_seqlens)
-    with probing(module, device, []), torch.no_grad():
+    with probing(module, device):
         logits = logits_of(module(**inputs))
         largest = float(logits.abs().amax())
         wanted = losses_of(logits, counted)

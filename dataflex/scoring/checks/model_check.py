@@ -51,7 +51,7 @@ def refusal(engine: Any, tokens: int) -> str | None:
     device = torch.device(engine.device)
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=device)
     why = None
-    with probing(engine.module, device, []), torch.no_grad():
+    with probing(engine.module, device):
         try:
             engine.module(input_ids=ids, attention_mask=torch.ones_like(ids))
         except torch.OutOfMemoryError:
@@ -63,9 +63,13 @@ def refusal(engine: Any, tokens: int) -> str | None:
 
 
 @contextmanager
-def probing(module: nn.Module, device: torch.device, leaves: list[Tensor]) -> Iterator[None]:
-    """Scoring mode; the random state stays as it is. ``leaves`` takes the embeddings, where the model has any."""
-    embeds = any(isinstance(m, nn.Embedding) for m in module.modules())
+def probing(module: nn.Module, device: torch.device, leaves: list[Tensor] | None = None) -> Iterator[None]:
+    """Scoring mode; the random state stays as it is.
+
+    leaves: takes the embeddings, where the model has any; without it, or with a model of none, there is no gradient,
+    and no checkpointing of activations that a backward would need.
+    """
+    embeds = leaves is not None and any(isinstance(m, nn.Embedding) for m in module.modules())
     watched = leaf_embeddings(module, leaves) if embeds else nullcontext()
     modes = (evaluating(module, gradients=embeds), frozen(module), torch.set_grad_enabled(embeds), watched)
     with ExitStack() as stack:
@@ -156,7 +160,7 @@ def check_packing(engine: Any, collator: Callable[[list[Any]], dict[str, Any]], 
     module, device = engine.module, torch.device(engine.device)
     name, size = _name(module), len(sample["input_ids"])
     alone, packed = (split_batch(made, device).inputs for made in (collator([sample]), batch))
-    with probing(module, device, []), torch.no_grad():
+    with probing(module, device):
         wanted = logits_of(module(**alone))[0, :size].float()
     release_gathered(engine)
     leaves: list[Tensor] = []
