@@ -13,6 +13,7 @@ import pytest
 
 from dataflex.core.run_files import RUN_FILES
 from dataflex.data import cache
+from dataflex.data.chosen import CHOSEN
 from dataflex.data.sources.info import INFO_FILE
 from dataflex.data.sources.read import FILE_TYPES
 from dataflex.driver import scores
@@ -29,8 +30,8 @@ REFERENCE = re.compile(r"`([\w/]*\.py)?::(test_\w+)(?:\[([^\]`]+)\])?`(?P<slow> 
 # Beside the files of a run folder: what lies in those that are folders, what is read, and what is kept elsewhere.
 OTHER_FILES = [
     *(checkpoint.MANIFEST, checkpoint.STATE, random_state_file(0).replace("0", "*"), "*_states.pt"),
-    *(store.MANIFEST, "*.npy", cache.MANIFEST, scores.FACTS, scores.ARRAY, scores.LINES, lock.LOCK, lock.HEARTBEAT),
-    *(INFO_FILE, *(f"*{ending}" for ending in FILE_TYPES), GENERATION, "*.so", "*.o", "*.sha256"),
+    *(store.MANIFEST, "*.npy", cache.MANIFEST, scores.FACTS, scores.TABLE, scores.HELD_OUT, CHOSEN, lock.LOCK),
+    *(lock.HEARTBEAT, INFO_FILE, *(f"*{ending}" for ending in FILE_TYPES), GENERATION, "*.so", "*.o", "*.sha256"),
     *("YAML that is run", "DeepSpeed file", "components_cfg_file", "sample_weight", "class_weights", "tokenized_path"),
 ]
 

@@ -13,12 +13,12 @@ TRAIN, SCORE, DECIDE, SAVE, EVALUATE = PARTS = ("train", "score", "decide", "sav
 class Clock:
     """Wall time of this process in seconds, by part; what lies in none of them while it runs is ``train``.
 
-    The parts add up to the whole: one inside another stops the outer one's count. scored: samples that went through
+    The parts add up to the whole: one inside another stops the outer one's count. scored, tokens: what went through
     scoring passes in the part ``score``, targets included, counted over all ranks.
     """
 
     def __init__(self) -> None:
-        self.scored = 0
+        self.scored = self.tokens = 0
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._part: str | None = None
         self._since = 0.0
@@ -41,10 +41,11 @@ class Clock:
         finally:
             self._switch(outer)
 
-    def add_scored(self, samples: int) -> None:
-        """Count ``samples`` that a scoring pass went over, where a component asked for it."""
+    def add_scored(self, samples: int, tokens: int = 0) -> None:
+        """Count what a scoring pass went over, where a component asked for it."""
         if self._part == SCORE:
             self.scored += samples
+            self.tokens += tokens
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -66,10 +67,10 @@ class Clock:
         return before
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "scored": self.scored}
+        return {"seconds": self.seconds, "scored": self.scored, "tokens": self.tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what an earlier start had counted."""
         self._switch(self._part)
         self._seconds = dict.fromkeys(PARTS, 0.0) | state["seconds"]
-        self.scored = state["scored"]
+        self.scored, self.tokens = state["scored"], state.get("tokens", 0)

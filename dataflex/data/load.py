@@ -147,7 +147,11 @@ class _Loader:
             raise UserError("subtask_column: a packed block of stage pt has no one value; set packing: false")
         if not names:
             raise UserError(f"{key}: names no dataset; valid are the entries of {self.dataset_dir}")
-        found = [self._domain(info, kept) for info in read_dataset_infos(names, self.dataset_dir, key)]
+        infos = read_dataset_infos(names, self.dataset_dir, key)
+        for info in infos:
+            if info.num_samples == 0:
+                raise UserError(f"{info.where}.num_samples: {key} cannot do without rows, and 0 are drawn")
+        found = [self._domain(info, kept) for info in infos]
         if self.weight_file is not None:
             self.weight_file.check_used()
         return found

@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 from dataflex.config import Config
 from dataflex.config.components import component_params
 from dataflex.config.yaml_reader import read_mapping
+from dataflex.data.chosen import with_chosen_data
 from dataflex.driver.setup import with_components
 from dataflex.driver.training import train
 from dataflex.engine.folder import run_folder
@@ -42,7 +43,7 @@ def three_runs(cfg: Config) -> None:
     model_name_or_path and is sampled by the proxy's mean weights. A collective.
     """
     check(cfg)
-    folder = Path(cfg.output.output_dir)
+    cfg, folder = with_chosen_data(cfg), Path(cfg.output.output_dir)
     _stage("reference", reference_run(cfg))
     _stage("proxy", proxy_run(cfg))
     weights = read_weights(folder / "proxy", cfg.data.dataset)

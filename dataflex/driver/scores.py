@@ -1,32 +1,40 @@
-"""The files of `dataflex-cli score`: scores.npy and scores.jsonl, and scores.json that says what they are of."""
+"""The files of `dataflex-cli score`: scores.parquet, a row for each sample, and scores.json: what they are of.
+
+Where val_size held a part of the data out, held_out.parquet names its rows.
+"""
 
 from __future__ import annotations
 
-import json
-import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from dataflex import __version__
+from dataflex.data.chosen import Cost
 from dataflex.data.pool import Pool
+from dataflex.report.decision_table import SCORE, pool_columns, read_columns, score_columns, write_table
 from dataflex.utils.errors import UserError, cut
 from dataflex.utils.records import DamagedError, FileRecord, Record, read_sealed, write_sealed
 
-FACTS, ARRAY, LINES = "scores.json", "scores.npy", "scores.jsonl"
-RECORD = np.dtype([("id", "<i8"), ("domain", "<i4"), ("row", "<i8"), ("score", "<f4")])
+if TYPE_CHECKING:
+    import pandas as pd
+
+FACTS, TABLE, HELD_OUT = "scores.json", "scores.parquet", "held_out.parquet"
+OLD = "scores.npy"
+PLACE = ("sample_id", "dataset", "file", "row")
 
 
 class Facts(Record):
-    """What was scored, and with which weights.
+    """What was scored, with which weights, and what that took.
 
     pool: its fingerprint. domains: names, in the order of the ids. contents: of each domain's raw data. step,
     learning_rate: of the checkpoint, where there was one; the rate is the mean since the checkpoint before it.
-    features: the store of the samples' features, where they were kept. array: `ARRAY` as it was written. dataflex: the
-    version.
+    features: the store of the samples' features, where they were kept. table, held_out: the files as they were written.
+    dataflex: the version.
     """
 
     pool: str
@@ -37,53 +45,115 @@ class Facts(Record):
     step: int
     learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     features: str | None
-    array: FileRecord | None = None
+    cost: Cost
+    table: FileRecord | None = None
+    held_out: FileRecord | None = None
     dataflex: str = __version__
 
 
-def write(folder: Path, facts: Facts, pool: Pool, scores: NDArray[np.float32]) -> None:
-    """Write the three files; ``row`` is -1 where samples are not made from one row each."""
-    table = np.zeros(len(pool), dtype=RECORD)
-    table["id"], table["domain"], table["score"] = np.arange(len(pool)), pool.domain_ids, scores
-    table["row"] = -1 if pool.rows is None else pool.rows
+@dataclass(frozen=True)
+class Places:
+    """Where samples were read. domains: int64 [n], places in the list of names. files: names or None [n].
+
+    rows: int64 [n], in the file from 0 (without a file in the dataset); -1 for what is not made from one row.
+    """
+
+    domains: NDArray[np.int64]
+    files: NDArray[Any]
+    rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A folder with scores. score: float64 [n], by sample id."""
+
+    folder: Path
+    facts: Facts
+    places: Places
+    score: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+
+def write(folder: Path, facts: Facts, pool: Pool, scores: NDArray[np.float32], held_out: Pool | None = None) -> None:
+    """Write the files; held_out: of the same datasets, what was not scored because it is the target."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{ARRAY}.tmp"
-    with partial.open("wb") as handle:
-        np.save(handle, table, allow_pickle=False)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, folder / ARRAY)
-    partial = folder / f".{LINES}.tmp"
-    with partial.open("w", encoding="utf-8") as lines:
-        for record in table:
-            line = {"id": int(record["id"]), "domain": facts.domains[record["domain"]], "row": int(record["row"])}
-            lines.write(json.dumps(line | {"score": float(record["score"])}, ensure_ascii=False) + "\n")
-    os.replace(partial, folder / LINES)
-    written = facts.model_copy(update={"array": FileRecord.of(folder / ARRAY)})
-    write_sealed(folder / FACTS, written.model_dump())
+    (folder / FACTS).unlink(missing_ok=True)  # what it says is of the files that are written over
+    columns = [*pool_columns(pool), *score_columns({SCORE: scores}, len(pool), facts.component)]
+    write_table(folder / TABLE, columns, len(pool))
+    changes = {"table": FileRecord.of(folder / TABLE)}
+    if held_out is not None and held_out.rows is not None:
+        write_table(folder / HELD_OUT, pool_columns(held_out), len(held_out))
+        changes["held_out"] = FileRecord.of(folder / HELD_OUT)
+    write_sealed(folder / FACTS, facts.model_copy(update=changes).model_dump())
 
 
-def read(folder: Path) -> tuple[Facts, NDArray[Any]]:
-    """Facts and table (dtype `RECORD` [n], memory-mapped) of a folder. UserError where they are not there."""
-    missing = [name for name in (FACTS, ARRAY) if not (folder / name).is_file()]
+def with_earlier_cost(folder: Path, facts: Facts) -> Facts:
+    """``facts`` with the cost of the earlier start that wrote the folder's scores of the same, where its shards served.
+
+    Those of a start that was ended before stay `Cost.samples_taken_up`.
+    """
+    if not facts.cost.samples_taken_up:
+        return facts
+    try:
+        before = read_sealed(folder / FACTS, Facts)
+    except DamagedError:
+        return facts
+    same = ("pool", "component", "checkpoint", "step")
+    if any(getattr(before, key) != getattr(facts, key) for key in same):
+        return facts
+    own_s = max(0.0, facts.cost.selection_seconds - facts.cost.warmup_seconds)
+    own = {"selection_seconds": own_s, "warmup_seconds": 0.0, "samples_taken_up": 0}
+    return facts.model_copy(update={"cost": before.cost.plus(facts.cost.model_copy(update=own))})
+
+
+def read(folder: Path) -> Scored:
+    """The scores of a folder. UserError where they are not there, or not as they were written."""
+    made_by = f"make it with: dataflex-cli score CFG output_dir={folder}"
+    if not (folder / TABLE).is_file() and (folder / OLD).is_file():
+        raise UserError(f"select_from: {folder} has {OLD} of an older version, and no {TABLE}; {made_by}")
+    missing = [name for name in (FACTS, TABLE) if not (folder / name).is_file()]
     if missing:
-        raise UserError(
-            f"select_from: {folder} has no {missing[0]}; make it with: dataflex-cli score CFG output_dir={folder}"
-        )
+        raise UserError(f"select_from: {folder} has no {missing[0]}; {made_by}")
     try:
         facts = read_sealed(folder / FACTS, Facts)
-        problem = "it names no array" if facts.array is None else facts.array.differs(folder / ARRAY)
-        if problem:
-            raise DamagedError(problem)
-        table = np.load(folder / ARRAY, mmap_mode="r", allow_pickle=False)
-    except (DamagedError, ValueError, EOFError, OSError) as error:
-        raise UserError(f"select_from: {folder}: {cut(str(error), 200)}; score again") from None
-    if table.dtype != RECORD or table.ndim != 1 or _strange(table, len(facts.domains)):
-        raise UserError(f"select_from: {folder / ARRAY}: expected the columns {', '.join(RECORD.names or ())}")
-    return facts, table
+        columns = read_columns(_checked(folder / TABLE, facts.table), [*PLACE, SCORE])
+        ids, score = columns["sample_id"].to_numpy(), columns[SCORE].to_numpy(dtype=np.float64)
+        if not np.array_equal(ids, np.arange(len(ids))):
+            raise DamagedError(f"{TABLE}: its samples are not 0 to {len(ids) - 1}, in order")
+        return Scored(folder, facts, _places(columns, facts.domains), score)
+    except (DamagedError, UserError) as error:
+        raise _refusal(folder, error) from None
 
 
-def _strange(table: NDArray[Any], domains: int) -> bool:
-    """Whether a domain or an id is none of the pool's."""
-    ids = np.arange(len(table))
-    return bool((table["id"] != ids).any() or (table["domain"] < 0).any() or (table["domain"] >= domains).any())
+def read_held_out(scored: Scored) -> Places | None:
+    """The rows that val_size held out of the datasets that were scored; None where it did not."""
+    record, folder = scored.facts.held_out, scored.folder
+    if record is None:
+        return None
+    try:
+        return _places(read_columns(_checked(folder / HELD_OUT, record), PLACE), scored.facts.domains)
+    except (DamagedError, UserError) as error:
+        raise _refusal(folder, error) from None
+
+
+def _refusal(folder: Path, error: Exception) -> UserError:
+    where = "" if isinstance(error, UserError) else f"{folder}: "  # which names its file
+    return UserError(f"select_from: {where}{cut(str(error), 400)}; score again")
+
+
+def _checked(path: Path, record: FileRecord | None) -> Path:
+    problem = f"it does not name {path.name}" if record is None else record.differs(path)
+    if problem:
+        raise DamagedError(problem)
+    return path
+
+
+def _places(columns: pd.DataFrame, names: list[str]) -> Places:
+    domains = columns["dataset"].map({name: number for number, name in enumerate(names)}).to_numpy(dtype=np.float64)
+    unknown = np.flatnonzero(np.isnan(domains))
+    if len(unknown):
+        raise DamagedError(f"'{columns['dataset'].iloc[unknown[0]]}' is none of the datasets that were scored")
+    rows = columns["row"].fillna(-1).to_numpy(dtype=np.int64)
+    return Places(domains.astype(np.int64), columns["file"].to_numpy(dtype=object), rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,21 @@ import numpy as np
 
 from dataflex.config import Config
 from dataflex.config.rules.streaming import needs_known_data
+from dataflex.core.clock import SCORE
+from dataflex.data.chosen import Cost
 from dataflex.data.pool import Pool
 from dataflex.data.sources.info import find_dataset_dir, read_dataset_infos
 from dataflex.data.sources.rows import content_of
 from dataflex.driver import scores
 from dataflex.driver.estimate import estimate
-from dataflex.driver.setup import build_engine, read_inputs, stop_of, with_components
+from dataflex.driver.setup import Inputs, build_engine, read_inputs, stop_of, with_components
 from dataflex.engine import checkpoint
+from dataflex.engine.checkpoint.loading import read_state
 from dataflex.engine.folder.identity import weights_identity
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.report.trainer_log import read_log
 from dataflex.scoring.kept.token_losses import write_token_losses
+from dataflex.scoring.progress import peak_memory_mib
 from dataflex.train.trainer.select_trainer import SelectPlanner
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -39,6 +44,7 @@ def score(cfg: Config) -> None:
 
 
 def _score(cfg: Config) -> None:
+    started = time.monotonic()
     inputs = read_inputs(cfg)
     pool = inputs.data.train
     assert isinstance(pool, Pool)
@@ -58,7 +64,7 @@ def _score(cfg: Config) -> None:
         write_token_losses(engine.scorer, pool, where, parts, cfg.score.score_shard_samples, engine.run.stop)
         logger.info(f"token losses of {len(pool):,} samples: {where}")
         return
-    _write_scores(cfg, pool, engine, start, folder)
+    _write_scores(inputs, pool, engine, start, started)
 
 
 def asked_checkpoint(cfg: Config) -> Path | None:
@@ -74,16 +80,32 @@ def asked_checkpoint(cfg: Config) -> Path | None:
     return newest
 
 
-def _write_scores(cfg: Config, pool: Pool, engine: DataflexEngine, start: Path | None, folder: Path) -> None:
+def _write_scores(inputs: Inputs, pool: Pool, engine: DataflexEngine, start: Path | None, started: float) -> None:
+    """started: when the command began with this, of time.monotonic()."""
+    cfg, clock = inputs.cfg, engine.run.clock
     name = str(cfg.flex.component("select"))
     selector = _selector(engine, name)
     if start is None and hasattr(selector, "use_plain_gradient") and selector.use_plain_gradient():
         logger.info(f"{name}: gradient_type: sgd, since Adam's moments come only with resume_from_checkpoint")
-    found = np.asarray(selector.scores(), dtype=np.float32)
+    clock.start()
+    with clock.part(SCORE):
+        found = np.asarray(selector.scores(), dtype=np.float32)
+    peak_mib = max(dist.gather_objects(peak_memory_mib()))
     if dist.is_main():
-        passes = getattr(selector, "passes", None)
+        folder, passes = Path(cfg.output.output_dir), getattr(selector, "passes", None)
         features = None if passes is None or passes.features is None else str(passes.features.resolve())
         infos = read_dataset_infos(pool.domain_names, find_dataset_dir(cfg.data.dataset_dir, cfg.source))
+        warmup_s = 0.0 if start is None else seconds_before(start)
+        cost = Cost(
+            selection_seconds=round(time.monotonic() - started + warmup_s, 3),
+            warmup_seconds=round(warmup_s, 3),
+            samples_scored=clock.scored,
+            samples_scored_per_second=round(clock.scored / max(clock.seconds[SCORE], 1e-9), 3),
+            tokens_scored=clock.tokens,
+            samples_taken_up=0 if passes is None else passes.taken_up,
+            peak_memory_mib=round(peak_mib, 1),
+            processes=dist.world_size(),
+        )
         facts = scores.Facts(
             pool=pool.fingerprint,
             domains=pool.domain_names,
@@ -93,10 +115,19 @@ def _write_scores(cfg: Config, pool: Pool, engine: DataflexEngine, start: Path |
             step=engine.run.step,
             learning_rate=None if start is None else _learning_rate(start),
             features=features,
+            cost=cost,
         )
-        scores.write(folder, facts, pool, found)
-        logger.info(f"scores of {len(pool):,} samples: {folder / scores.ARRAY}, {folder / scores.LINES}")
+        facts = scores.with_earlier_cost(folder, facts)
+        scores.write(folder, facts, pool, found, inputs.data.eval if cfg.data.val_size else None)
+        logger.info(f"scores of {len(pool):,} samples: {folder / scores.TABLE}")
+        logger.info(facts.cost.line)
     dist.barrier()
+
+
+def seconds_before(start: Path) -> float:
+    """Seconds of training that led to a checkpoint, over all starts of its run; 0 where the run had no clock."""
+    clocks = [hook["clock"] for hook in read_state(start)["hooks"] if "clock" in hook]
+    return float(sum(clocks[0]["seconds"].values())) if clocks else 0.0
 
 
 def _selector(engine: DataflexEngine, name: str) -> Any:

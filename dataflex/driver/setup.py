@@ -20,9 +20,11 @@ from dataflex.core.hook import Hook
 from dataflex.core.packing import Packing
 from dataflex.core.plan import Schedule
 from dataflex.core.registry import REGISTRY
+from dataflex.data.chosen import Chosen, read_chosen, with_chosen_data
 from dataflex.data.encoding.collate import Collator
 from dataflex.data.load import LoadedData, load_data, load_pool
 from dataflex.data.pool import Pool, describe_sample
+from dataflex.data.sources.info import find_dataset_dir
 from dataflex.engine.ds_config import check_accepted, deepspeed_config, zero_stage
 from dataflex.engine.models.adapter import with_adapter_keys
 from dataflex.engine.models.handover import Handover, handover
@@ -39,7 +41,10 @@ from dataflex.utils.stopping import Stop
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads before its model: everything that can be wrong is found here."""
+    """What a run reads before its model: everything that can be wrong is found here.
+
+    chosen: what `dataflex-cli select` says of the data, where it is its.
+    """
 
     cfg: Config
     tokenizer: Any
@@ -48,15 +53,16 @@ class Inputs:
     schedule: Schedule
     handover: Handover
     packing: Packing | None = None
+    chosen: Chosen | None = None
 
 
 def with_components(cfg: Config) -> Config:
     """Register the components and fill in their params; an adapter brings its own keys.
 
-    model_name_or_path may mean a packaged model folder.
+    model_name_or_path may mean a packaged model folder, and dataset_dir a folder of `dataflex-cli select`.
     """
     load_components(cfg.flex.component_modules)
-    return with_adapter_keys(_with_attention(with_packaged_model(with_effective_params(cfg))))
+    return with_chosen_data(with_adapter_keys(_with_attention(with_packaged_model(with_effective_params(cfg)))))
 
 
 def read_inputs(cfg: Config) -> Inputs:
@@ -68,7 +74,8 @@ def read_inputs(cfg: Config) -> Inputs:
     pool_rows = data.train.size if packing is None else packing.pool.rows
     schedule = _schedule(cfg, pass_rows(cfg, data.train, packing), pool_rows)
     _say_data(data, tokenizer)
-    return Inputs(cfg, tokenizer, model_config, data, schedule, handover(cfg, model_config), packing)
+    chosen = read_chosen(find_dataset_dir(cfg.data.dataset_dir, cfg.source))
+    return Inputs(cfg, tokenizer, model_config, data, schedule, handover(cfg, model_config), packing, chosen)
 
 
 def stop_of(cfg: Config) -> Stop:

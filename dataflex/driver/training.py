@@ -61,7 +61,7 @@ def _train(cfg: Config) -> Stop | None:
     _resume(engine, cfg, start, best)
     if _complete(engine, cfg):
         return None
-    _say_run(cfg, engine)
+    _say_run(inputs, engine)
     try:
         for batch in engine.batches():
             engine.training_step(batch)
@@ -117,7 +117,10 @@ def _complete(engine: DataflexEngine, cfg: Config) -> bool:
     return True
 
 
-def _say_run(cfg: Config, engine: DataflexEngine) -> None:
+def _say_run(inputs: Inputs, engine: DataflexEngine) -> None:
+    cfg = inputs.cfg
+    if inputs.chosen is not None:
+        logger.info(inputs.chosen.cost.line)
     named = {kind: cfg.flex.component(kind) or "fixed shares" for kind in cfg.flex.kinds}
     deciders = ", ".join(f"{kind} by {name}" for kind, name in named.items()) or "static"
     for line in opening_lines(engine.run, deciders, engine.zero_optimization_stage()):
@@ -132,6 +135,8 @@ def _finish(inputs: Inputs, engine: DataflexEngine, log: LogHook, best: Best | N
         step = hand_over(engine, inputs.handover, best, cfg.output.save_only_model)
     if dist.is_main():
         results: dict[str, float] = log.summary(engine.run)
+        if inputs.chosen is not None:
+            results |= inputs.chosen.cost.of_run(results)
         evaluations = [e for e in log.history if "eval_loss" in e and e["current_steps"] <= step]
         if evaluations:
             results |= {k: v for k, v in evaluations[-1].items() if k.startswith("eval_")}

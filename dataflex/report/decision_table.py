@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.data.pool import Pool
-from dataflex.utils.errors import UserError, cut
+from dataflex.utils.errors import UserError, cut, listed, nearest
 from dataflex.utils.records import fitted
 
 if TYPE_CHECKING:
@@ -47,13 +47,17 @@ class Column:
     values: Callable[[slice], Any]
 
 
-def write_table(path: Path, columns: list[Column], rows: int, facts: Facts) -> None:
-    """Write ``rows`` rows in groups of `ROW_GROUP`, through a temporary file and a rename; makes the folder."""
+def write_table(path: Path, columns: list[Column], rows: int, facts: Facts | None = None) -> None:
+    """Write ``rows`` rows in groups of `ROW_GROUP`, through a temporary file and a rename; makes the folder.
+
+    facts: None where they stand elsewhere.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pa.schema([(column.name, column.type) for column in columns])
-    schema = schema.with_metadata({FACTS: json.dumps(asdict(facts), sort_keys=True).encode()})
+    if facts is not None:
+        schema = schema.with_metadata({FACTS: json.dumps(asdict(facts), sort_keys=True).encode()})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as handle:
@@ -166,5 +170,21 @@ def read_parts(path: Path) -> Iterator[pd.DataFrame]:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=ROW_GROUP):
                 yield batch.to_pandas()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+def read_columns(path: Path, names: Sequence[str]) -> pd.DataFrame:
+    """These columns of a table. UserError where it cannot be read, or does not have them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            there = file.schema_arrow.names
+            missing = [name for name in names if name not in there]
+            if missing:
+                raise UserError(f"{path}: no column '{missing[0]}'{nearest(missing[0], there)}; it has {listed(there)}")
+            return file.read(list(names)).to_pandas()
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None

@@ -81,13 +81,18 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def memory_in_use() -> str:
+def peak_memory_mib() -> float:
     """This process's highest memory so far: the device's, or on a CPU the process's own."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB of the device"
+        return torch.cuda.max_memory_allocated() / 2**20
     import resource
 
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def memory_in_use() -> str:
+    """`peak_memory_mib` for people."""
+    return f"{peak_memory_mib():,.0f} MiB" + (" of the device" if torch.cuda.is_available() else "")
 
 
 def counted(count: int, noun: str, plural: str = "s") -> str:

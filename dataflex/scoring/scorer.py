@@ -47,8 +47,8 @@ class Scorer:
     engine: a DeepSpeed engine, any ZeRO stage. collator: list of samples to a padded batch. moments: gives
     Adam's moments of named parameters, each read when it is looked up (a collective under ZeRO), and the constants.
     forward: makes the losses, of logits where it is not given. watch: called with the samples and
-    tokens of each of this rank's batches, where it is set; else each pass is logged. tally: called with the samples of
-    each pass, those of all ranks.
+    tokens of each of this rank's batches, where it is set; else each pass is logged. tally: called with the samples and
+    tokens of each pass, those of all ranks.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Scorer:
         self.forward = forward or Forward()
         self._kept: dict[tuple[str, ...], tuple[Moments, Transform]] | None = None
         self.watch: Callable[[int, int], None] | None = None
-        self.tally: Callable[[int], None] = lambda samples: None
+        self.tally: Callable[..., None] = lambda samples, tokens=0: None
 
     @property
     def device(self) -> torch.device:
@@ -270,7 +270,7 @@ class Scorer:
             yield (places if counts else None), batch
             if self.watch is not None and counts:
                 self.watch(len(places), int(lengths[places].sum()))
-        self.tally(len(ids))
+        self.tally(len(ids), int(lengths.sum()))
         if self.watch is not None:
             return
         seconds = time.monotonic() - started

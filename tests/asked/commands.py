@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from dataflex import driver
+from dataflex.data.chosen import Cost
 from dataflex.data.load import load_data
 from dataflex.data.sources.info import find_dataset_dir, read_dataset_infos
 from dataflex.data.sources.rows import content_of
@@ -72,8 +73,7 @@ def chosen(b: Built) -> list[int]:
     found = []
     for name in b.cfg.data.dataset:
         path = Path(b.cfg.score.select_dir or "") / f"{name}.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        found += [json.loads(line)["dataflex_id"] for line in lines]
+        found += [json.loads(line)["dataflex_id"] for line in path.read_text().splitlines()]
     return found
 
 
@@ -100,6 +100,7 @@ def write_scores(build: Build, workspace: Path) -> None:
             step=0,
             learning_rate=None,
             features=str(workspace / "one/features") if name == "one" else None,
+            cost=Cost(selection_seconds=1.0),
         )
         scores.write(workspace / name, facts, pool, values.astype(np.float32))
 

@@ -57,7 +57,7 @@ def test_a_resumed_clock_goes_on(now: list[float]) -> None:
     first.start()
     with first.part(SCORE):
         now[0] += 3
-        first.add_scored(7)
+        first.add_scored(7, 70)
     saved = first.state_dict()
     now[0] += 1000
     second = Clock()
@@ -66,8 +66,8 @@ def test_a_resumed_clock_goes_on(now: list[float]) -> None:
     second.start()
     with second.part(SCORE):
         now[0] += 5
-        second.add_scored(2)
-    assert (second.seconds[SCORE], second.total, second.scored) == (8, 8, 9)
+        second.add_scored(2, 20)
+    assert (second.seconds[SCORE], second.total, second.scored, second.tokens) == (8, 8, 9, 90)
 
 
 def test_nothing_counts_before_the_start(now: list[float]) -> None:

@@ -78,7 +78,7 @@ def test_an_absolute_path_is_on_purpose(data_dir: Path) -> None:
         ({"file_name": "a.json", "tags": {"usr_tag": "t"}}, "'usr_tag' (did you mean 'user_tag'?)"),
         ({"file_name": "a.json", "tags": {"user_tag": "gpt"}}, "tags: two roles have the same tag"),
         ({"file_name": "a.json", "formatting": "alpacca"}, "(did you mean 'alpaca'?); valid: alpaca, "),
-        ({"file_name": "a.json", "num_samples": 0}, "num_samples: expected a whole number above 0, got 0"),
+        ({"file_name": "a.json", "num_samples": -1}, "num_samples: expected a whole number >= 0, got -1"),
         ({"file_name": "a.json", "subset": "s"}, "x.subset: only a dataset of the hub"),
         ({"file_name": "a.json", "split": "test"}, "x.split: a local file has only 'train'"),
         ({"file_name": "../a.json"}, "x.file_name: '../a.json' leads out of"),

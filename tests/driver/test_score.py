@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -52,6 +53,7 @@ def _cases(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
         "at 4": ("score", keys("at4", resume_from_checkpoint=str(folder / "run/checkpoint-4"), keep_features=True)),
         "again": ("score", keys("at4", resume_from_checkpoint=str(folder / "run/checkpoint-4"), keep_features=True)),
         "base": ("score", keys("base")),
+        "held out": ("score", keys("held", val_size=8, eval_dataset=None)),
         "score dry": ("score", keys("score_dry", dry_run=True, keep_features=True, **checkpoint)),
         "tokens": ("score", keys("base", score_token_losses=True, train_type="static", component_name=None)),
         "no kind": ("score", keys("no", train_type="static", component_name=None)),
@@ -75,34 +77,63 @@ Scored = tuple[Path, dict[str, Any]]
 
 def test_offline_scores_are_those_of_the_decision(scored: Scored) -> None:
     folder, said = scored
-    facts, table = scores.read(folder / "at2")
+    scored_at_2 = scores.read(folder / "at2")
+    facts, table = scored_at_2.facts, pd.read_parquet(folder / "at2/scores.parquet")
     decision = json.loads((folder / "run/decisions/step_2.json").read_text())
-    assert table["score"][decision["indices"]].tolist() == pytest.approx(decision["metric"]["score"], abs=0)
+    assert scored_at_2.score[decision["indices"]].tolist() == pytest.approx(decision["metric"]["score"], abs=0)
     assert (facts.step, facts.domains, facts.features) == (2, ["a", "b"], None)
     assert facts.learning_rate == pytest.approx(np.mean([1e-3 * (1 + np.cos(np.pi * s / 4)) / 2 for s in (0, 1)]))
-    lines = [json.loads(line) for line in (folder / "at2" / scores.LINES).read_text().splitlines()]
-    assert [line["id"] for line in lines] == list(range(64))
-    assert [line["domain"] for line in lines] == ["a"] * 40 + ["b"] * 24
-    assert [line["row"] for line in lines] == [*range(40), *range(24)]
-    assert [line["score"] for line in lines] == table["score"].tolist()
+    assert table["sample_id"].tolist() == list(range(64))
+    assert table["dataset"].tolist() == ["a"] * 40 + ["b"] * 24
+    assert table["file"].tolist() == ["a.json"] * 40 + ["b.json"] * 24
+    assert table["row"].tolist() == [*range(40), *range(24)]
+    assert table["score"].tolist() == scored_at_2.score.tolist()
+    assert table["rank"][table["score"].idxmax()] == 1 and sorted(table["rank"]) == list(range(1, 65))
+
+
+def test_what_scoring_took_is_said_and_kept(scored: Scored) -> None:
+    folder, said = scored
+    cost = json.loads((folder / "at2/scores.json").read_text())["cost"]
+    lengths = re.search(r"scores of 64 samples, ([\d,]+) tokens", "\n".join(said["at 2"]))
+    assert lengths is not None
+    assert (cost["samples_scored"], cost["samples_taken_up"], cost["processes"]) == (64 + 8, 0, 2)
+    assert cost["tokens_scored"] > int(lengths[1].replace(",", ""))
+    assert 0 < cost["warmup_seconds"] < cost["selection_seconds"] < 600
+    assert 72 / cost["samples_scored_per_second"] < cost["selection_seconds"] - cost["warmup_seconds"]
+    assert 50 < cost["peak_memory_mib"] < 50_000
+    assert said["at 2"][-1].startswith("cost of the selection: ") and "72 samples, " in said["at 2"][-1]
+    once = re.search(r"cost of the selection: ([\d.]+) s, ([\d.]+) of them", said["at 4"][-1])
+    again = json.loads((folder / "at4/scores.json").read_text())["cost"]  # of two starts; the second one's is little
+    assert once is not None and again["selection_seconds"] > float(once[1])
+    assert again["warmup_seconds"] == pytest.approx(float(once[2]), abs=0.06)
+    assert (again["samples_scored"], again["samples_taken_up"]) == (64 + 8 + 8, 0)
+    assert json.loads((folder / "base/scores.json").read_text())["cost"]["warmup_seconds"] == 0
 
 
 def test_features_are_kept_and_used_again(scored: Scored) -> None:
     folder, said = scored
-    facts, table = scores.read(folder / "at4")
-    store = StoreReader(Path(facts.features or ""))
+    at_4 = scores.read(folder / "at4")
+    store = StoreReader(Path(at_4.facts.features or ""))
     assert store.read(0, "features").dtype == np.float16 and store.count == 64
     assert any("in 3 shards, 3 of them taken up" in line for line in said["again"])
     assert not [line for line in said["at 4"] if "taken up" in line]
-    assert np.unique(table["score"]).size == 64
+    assert np.unique(at_4.score).size == 64
 
 
 def test_without_a_checkpoint_the_plain_gradient_is_used_and_said(scored: Scored) -> None:
     folder, said = scored
     assert "less: gradient_type: sgd, since Adam's moments come only with resume_from_checkpoint" in said["base"]
-    facts, _ = scores.read(folder / "base")
+    facts = scores.read(folder / "base").facts
     assert (facts.step, facts.checkpoint, facts.learning_rate) == (0, None, None)
     assert (folder / "base/token_losses/manifest.json").exists()
+
+
+def test_with_val_size_the_rows_of_the_target_are_kept_beside_the_scores(scored: Scored) -> None:
+    folder, _ = scored
+    parts = [pd.read_parquet(folder / "held" / name) for name in ("scores.parquet", "held_out.parquet")]
+    assert [part["dataset"].value_counts().to_dict() for part in parts] == [{"a": 35, "b": 21}, {"a": 5, "b": 3}]
+    rows = pd.concat(parts).groupby("dataset")["row"]
+    assert {name: sorted(own) for name, own in rows} == {"a": list(range(40)), "b": list(range(24))}
 
 
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(scored: Scored) -> None:
@@ -160,30 +191,26 @@ def _rows(where: Path, name: str) -> list[dict[str, Any]]:
 def test_the_best_rows_are_written_as_they_were(scored: Scored) -> None:
     folder, _ = scored
     lines, where = choose(folder, "best", select_from=[str(folder / "at2")], select_fraction=0.25)
-    table = scores.read(folder / "at2")[1]
-    best = np.argsort(-table["score"], kind="stable")[:16]
+    score = scores.read(folder / "at2").score
+    best = np.argsort(-score, kind="stable")[:16]
     raw = {name: json.loads((folder / f"data/{name}.json").read_text()) for name in "ab"}
-    found = [row for name in "ab" if (where / f"{name}.jsonl").exists() for row in _rows(where, name)]
+    found = [row for name in "ab" for row in _rows(where, name)]
     assert sorted(row["dataflex_id"] for row in found) == sorted(best.tolist())
     for row in found:
         place = row.pop("dataflex_id")
-        assert row.pop("dataflex_score") == pytest.approx(float(table["score"][place]))
+        assert row.pop("dataflex_score") == pytest.approx(float(score[place]))
         assert row == (raw["a"] + raw["b"])[place]
-    assert lines[-1].startswith("chose 16 of 64 samples (a ")
-    from dataflex.data.sources.info import read_dataset_infos
-
-    assert {i.name for i in read_dataset_infos(json.loads((where / "dataset_info.json").read_text()), where)} <= {
-        "a",
-        "b",
-    }
+    assert lines[-2].startswith("chose 16 of 64 samples (a ")
+    assert lines[-1].startswith("cost of the selection: ")
+    assert json.loads((where / "dataset_info.json").read_text()).keys() == {"a", "b", "target"}
 
 
 def test_several_checkpoints_are_summed_by_learning_rate(scored: Scored) -> None:
     folder, _ = scored
     both = [str(folder / "at2"), str(folder / "at4")]
     lines, where = choose(folder, "sum", select_from=both, select_count=10, select_quotas={"a": 3, "b": 1})
-    (one, first), (two, second) = (scores.read(Path(name)) for name in both)
-    total = one.learning_rate * first["score"].astype(float) + two.learning_rate * second["score"].astype(float)
+    one, two = (scores.read(Path(name)) for name in both)
+    total = one.facts.learning_rate * one.score + two.facts.learning_rate * two.score
     assert any(line.startswith("weights, by learning rate: ") for line in lines)
     for name, ids, count in (("a", range(40), 8), ("b", range(40, 64), 2)):
         expected = sorted(ids, key=lambda i: -total[i])[:count]
@@ -195,10 +222,8 @@ def test_near_duplicates_are_passed_over(scored: Scored) -> None:
     folder, _ = scored
     keys = {"select_from": [str(folder / "at4")], "select_count": 12}
     lines, where = choose(folder, "alike", **keys, select_duplicates=0.5)
-    ids = sorted(
-        row["dataflex_id"] for name in "ab" if (where / f"{name}.jsonl").exists() for row in _rows(where, name)
-    )
-    store = StoreReader(Path(scores.read(folder / "at4")[0].features or ""))
+    ids = sorted(row["dataflex_id"] for name in "ab" for row in _rows(where, name))
+    store = StoreReader(Path(scores.read(folder / "at4").facts.features or ""))
     rows = store.rows("features", np.array(ids)).astype(np.float64)
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     assert (unit @ unit.T - np.eye(len(ids))).max() < 0.501
@@ -232,7 +257,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "itself": ({"select_dir": "{f}/data"}, "select_dir: .*data is dataset_dir, whose data it would write over"),
     "broken": (
         {"select_from": ["{f}/cut"]},
-        "select_from: .*cut: scores.npy differs from what was written",
+        "select_from: .*cut: scores.parquet differs from what was written",
     ),
 }
 
@@ -245,7 +270,7 @@ def test_wrong_selections_are_one_line(scored: Scored, name: str) -> None:
     facts = json.loads((folder / "other/scores.json").read_text())
     del facts["seal"]
     write_sealed(folder / "other/scores.json", facts | {"pool": "another"})
-    (folder / "cut/scores.npy").write_bytes(b"\x93NUMPY")
+    (folder / "cut/scores.parquet").write_bytes(b"PAR1")
     keys, text = WRONG[name]
     filled = json.loads(json.dumps(keys).replace("{f}", str(folder)))
     with pytest.raises(UserError, match=text) as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from tests.distributed import run_ranks
@@ -145,5 +147,9 @@ def test_a_stopped_pass_goes_on_to_the_same_choice(runs: dict[str, Any], root: P
     assert len(runs["chosen"]["decisions"]["step_1.json"]) == 8
     assert runs["pass again"]["decisions"] == runs["chosen"]["decisions"]
     assert runs["pass again"]["weights"] == runs["chosen"]["weights"]
-    assert "scores.npy" in runs["score again"]["files"]
+    assert "scores.parquet" in runs["score again"]["files"]
+    cost = json.loads((root / "score/scores.json").read_text())["cost"]
+    pool = pd.read_parquet(root / "score/scores.parquet")
+    assert 0 < cost["samples_taken_up"] == -(-len(pool) // 4)
+    assert cost["samples_scored"] < len(pool)
     assert len(list((root / "tokens/token_losses").glob("values-*.npy"))) == 4

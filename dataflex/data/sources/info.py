@@ -73,7 +73,11 @@ _OPENAI_TAGS = Tags("role", "content", "user", "assistant", "tool", "function", 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """One entry of dataset_info.json. ``where`` names it in errors; exactly one of path and hub_id is set."""
+    """One entry of dataset_info.json. ``where`` names it in errors; exactly one of path and hub_id is set.
+
+    num_samples: how many rows are drawn; of a dataset to train on with 0 nothing is read
+    (`dataflex.data.chosen.with_chosen_data`).
+    """
 
     name: str
     where: str
@@ -258,6 +262,6 @@ def _text(entry: Mapping[str, Any], key: str, where: str) -> str | None:
 
 def _count(entry: Mapping[str, Any], key: str, where: str) -> int | None:
     value = entry.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise UserError(f"{where}.{key}: expected a whole number above 0, got {shown(value)}")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise UserError(f"{where}.{key}: expected a whole number >= 0, got {shown(value)}")
     return value

@@ -51,8 +51,8 @@ class ScoringPasses:
     weights: reads the parts of a fingerprint that name the weights as they are now (with Adam's moments where its
     argument is true); a collective. keep_features: write the features too, in fp16, and score those. features_dir:
     where, by default ``features`` in ``folder``. step: optimizer steps done, for the screen. features: on rank 0, the
-    store of the last pass that kept features. probe: where it is set, nothing is kept and there is no table. stop:
-    of the run as it is now.
+    store of the last pass that kept features. taken_up: on rank 0, samples in shards of earlier starts. probe: where it
+    is set, nothing is kept and there is no table. stop: of the run as it is now.
     """
 
     folder: Path | None = None
@@ -63,6 +63,7 @@ class ScoringPasses:
     features_dir: Path | None = None
     step: Callable[[], int] = lambda: 0
     features: Path | None = None
+    taken_up: int = 0
     probe: Probe | None = None
     stop: Callable[[], Stop] = Stop
     _said: bool = False
@@ -233,6 +234,7 @@ class ScoringPasses:
         """Find the shards that are there already, on rank 0."""
         if dist.is_main() and self._parent(kind) is not None:
             store.resume(kind)
+            self.taken_up += sum(shard.samples[1] - shard.samples[0] for shard in store.shards.values())
 
     def _parent(self, kind: str) -> Path | None:
         if kind == FEATURES and self.features_dir is not None:

@@ -54,7 +54,7 @@ def expert_loads(scorer: Scorer, dataset: Any, ids: Ids, groups: Ids, count: int
                 loads.index_add_(0, *_real_tokens(chosen, cu_seqlens, real, group))
     assert loads is not None
     scorer.release()
-    scorer.tally(len(ids))
+    scorer.tally(len(ids), int(lengths.sum()))
     total = dist.all_reduce(loads)
     return (total / total.sum(-1, keepdim=True).clamp(min=1)).cpu().numpy()
 

@@ -84,7 +84,7 @@ def attach(
     fused = head_of(engine.module, release=partial(release_gathered, engine))
     scoring = Forward(fused, keeps_logits=False)
     scorer = Scorer(engine, collator, budget, lambda names: read_moments(engine, names), scoring)
-    scorer.tally = lambda samples: run.clock.add_scored(samples)
+    scorer.tally = lambda samples, tokens=0: run.clock.add_scored(samples, tokens)
     device = torch.device(engine.device)
     weights = static_weights(cfg.weighting, pool, tokenizer, _vocabulary(engine.module), device)
     builder = HookBuilder(run, cfg, weights, collator, tokenizer)
