@@ -44,6 +44,8 @@ class Cost(Record):
         """The cost for people."""
         warmup = f", {self.warmup_seconds:,.1f} of them training that came before" if self.warmup_seconds else ""
         shards = f"; {self.samples_taken_up:,} samples taken up, their time is not counted"
+        if not self.samples_scored + self.samples_taken_up:
+            return f"cost of the selection: {self.selection_seconds:,.1f} s"
         rate, each = f"{self.samples_scored_per_second:,.1f} samples/s", f"{self.peak_memory_mib:,.0f} MiB"
         return (
             f"cost of the selection: {self.selection_seconds:,.1f} s{warmup}; {self.samples_scored:,} samples, "

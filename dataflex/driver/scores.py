@@ -33,8 +33,9 @@ class Facts(Record):
 
     pool: its fingerprint. domains: names, in the order of the ids. contents: of each domain's raw data. step,
     learning_rate: of the checkpoint, where there was one; the rate is the mean since the checkpoint before it.
-    features: the store of the samples' features, where they were kept. table, held_out: the files as they were written.
-    dataflex: the version.
+    subtasks: of the target, where there is a score for each (in `column_of` it), and aggregate: the rule that the
+    component takes by. features: the store of the samples' features, where they were kept. table, held_out: the files
+    as they were written. dataflex: the version.
     """
 
     pool: str
@@ -46,6 +47,8 @@ class Facts(Record):
     learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     features: str | None
     cost: Cost
+    subtasks: list[str] = []
+    aggregate: str = "max"
     table: FileRecord | None = None
     held_out: FileRecord | None = None
     dataflex: str = __version__
@@ -65,22 +68,50 @@ class Places:
 
 @dataclass(frozen=True)
 class Scored:
-    """A folder with scores. score: float64 [n], by sample id."""
+    """A folder with scores.
+
+    score: float64 [n], by sample id. each: float32 [n, subtasks], where there is more than one.
+    """
 
     folder: Path
     facts: Facts
     places: Places
     score: NDArray[np.float64]
+    each: NDArray[np.float32] | None
 
     def __len__(self) -> int:
         return len(self.score)
 
+    @property
+    def table(self) -> NDArray[np.float64]:
+        """What is chosen by, float64 [n, M]: the subtasks' scores, else the score."""
+        return (self.score[:, None] if self.each is None else self.each).astype(np.float64)
 
-def write(folder: Path, facts: Facts, pool: Pool, scores: NDArray[np.float32], held_out: Pool | None = None) -> None:
-    """Write the files; held_out: of the same datasets, what was not scored because it is the target."""
+
+def column_of(subtask: str) -> str:
+    """The column that a subtask's scores are in."""
+    return f"{SCORE}: {subtask}"
+
+
+def write(
+    folder: Path,
+    facts: Facts,
+    pool: Pool,
+    scores: NDArray[np.float32],
+    held_out: Pool | None = None,
+    each: NDArray[np.float32] | None = None,
+) -> None:
+    """Write the files.
+
+    scores: [n]. each: [n, subtasks], where there is more than one. held_out: of the same datasets, what was not scored
+    because it is the target.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FACTS).unlink(missing_ok=True)  # what it says is of the files that are written over
-    columns = [*pool_columns(pool), *score_columns({SCORE: scores}, len(pool), facts.component)]
+    scored: dict[str, NDArray[Any]] = {SCORE: scores}
+    if each is not None:
+        scored |= {column_of(name): each[:, j] for j, name in enumerate(facts.subtasks)}
+    columns = [*pool_columns(pool), *score_columns(scored, len(pool), facts.component)]
     write_table(folder / TABLE, columns, len(pool))
     changes = {"table": FileRecord.of(folder / TABLE)}
     if held_out is not None and held_out.rows is not None:
@@ -118,11 +149,13 @@ def read(folder: Path) -> Scored:
         raise UserError(f"select_from: {folder} has no {missing[0]}; {made_by}")
     try:
         facts = read_sealed(folder / FACTS, Facts)
-        columns = read_columns(_checked(folder / TABLE, facts.table), [*PLACE, SCORE])
+        several = [column_of(name) for name in facts.subtasks] if len(facts.subtasks) > 1 else []
+        columns = read_columns(_checked(folder / TABLE, facts.table), [*PLACE, SCORE, *several])
         ids, score = columns["sample_id"].to_numpy(), columns[SCORE].to_numpy(dtype=np.float64)
         if not np.array_equal(ids, np.arange(len(ids))):
             raise DamagedError(f"{TABLE}: its samples are not 0 to {len(ids) - 1}, in order")
-        return Scored(folder, facts, _places(columns, facts.domains), score)
+        each = columns[several].to_numpy(dtype=np.float32) if several else None
+        return Scored(folder, facts, _places(columns, facts.domains), score, each)
     except (DamagedError, UserError) as error:
         raise _refusal(folder, error) from None
 

@@ -38,9 +38,15 @@ def score(cfg: Config) -> None:
     if not cfg.score.score_token_losses and "select" not in cfg.flex.kinds:
         raise UserError("score: needs train_type: dynamic_select with a component_name, or score_token_losses: true")
     needs_known_data(cfg, "score")
-    cfg = with_components(cfg)
+    cfg = with_components(_without_steps(cfg))
     with held(Path(cfg.output.output_dir)) if not cfg.score.dry_run else nullcontext():
         _score(cfg)
+
+
+def _without_steps(cfg: Config) -> Config:
+    """``cfg`` with a schedule of one step, which any pool has enough samples for: scoring takes none."""
+    flex = cfg.flex.model_copy(update={"warmup_step": 0, "update_step": 1, "update_times": 1, "train_step": None})
+    return cfg.model_copy(update={"flex": flex, "train": cfg.train.model_copy(update={"max_steps": -1})})
 
 
 def _score(cfg: Config) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +16,27 @@ from dataflex.config.rules.streaming import needs_known_data
 from dataflex.data.chosen import Chosen, Cost, read_chosen, with_chosen_data
 from dataflex.data.sources.info import DatasetInfo, find_dataset_dir, read_dataset_infos
 from dataflex.data.sources.rows import content_of
-from dataflex.driver import scores
+from dataflex.driver import index_files, scores
 from dataflex.driver.chosen_folder import Picked, write_folder
-from dataflex.driver.scores import Scored
+from dataflex.driver.scores import Places, Scored
 from dataflex.report.decision_table import SCORE
 from dataflex.scoring.decide.choose import choose, domain_quotas
+from dataflex.scoring.decide.rules import check_rule
+from dataflex.scoring.decide.table import ArrayTable
 from dataflex.scoring.decide.topk import FEATURES
 from dataflex.scoring.kept.store import StoreReader
-from dataflex.utils.errors import UserError
+from dataflex.utils.errors import UserError, listed
 from dataflex.utils.logging import logger
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was decided, by which rule, and what it took to get there but for choosing."""
+
+    picked: Picked
+    held_out: Places | None
+    cost: Cost
+    aggregate: str
 
 
 def select(cfg: Config) -> None:
@@ -32,49 +46,103 @@ def select(cfg: Config) -> None:
     dataset_dir = find_dataset_dir(cfg.data.dataset_dir, cfg.source)
     before, cfg = read_chosen(dataset_dir), with_chosen_data(cfg)
     wanted = cfg.score
-    folders = [Path(name).expanduser() for name in wanted.select_from or (cfg.output.output_dir,)]
-    found = [scores.read(folder) for folder in folders]
-    first = found[0]
-    infos = _infos(cfg, first, dataset_dir)
-    total = _summed(wanted.select_weights, found)
-    picks = _picks(cfg, found, total)
-    names = first.facts.domains
-    shares = np.bincount(first.places.domains[picks], minlength=len(names)).tolist()
-    cost = _cost(found, time.monotonic() - started)
+    sources = [Path(name).expanduser() for name in wanted.select_from or (cfg.output.output_dir,)]
+    by_file = any(source.suffix == index_files.ENDING for source in sources)
+    made = (_by_file if by_file else _by_scores)(cfg, sources, dataset_dir)
+    picked, names = made.picked, [info.name for info in made.picked.infos]
+    shares = np.bincount(picked.places.domains[picked.picks], minlength=len(names)).tolist()
+    cost = made.cost if before is None else made.cost.plus(before.cost)
     chosen = Chosen(
         picked=dict(zip(names, shares, strict=True)),
         held_out=[] if before is None else before.held_out,
-        made_from=[str(folder) for folder in folders],
-        cost=cost if before is None else cost.plus(before.cost),
+        aggregate=made.aggregate,
+        made_from=[str(source) for source in sources],
+        cost=cost.plus(Cost(selection_seconds=time.monotonic() - started)),
     )
     folder = Path(wanted.select_dir or Path(cfg.output.output_dir) / "selected")
-    picked = Picked(infos, first.places, picks, {SCORE: total})
-    write_folder(folder, cfg, dataset_dir, picked, scores.read_held_out(first), chosen)
+    write_folder(folder, cfg, dataset_dir, picked, made.held_out, chosen)
     named = ", ".join(f"{name} {n:,}" for name, n in chosen.picked.items())
-    logger.info(f"chose {len(picks):,} of {len(total):,} samples ({named}): {folder}")
+    logger.info(f"chose {len(picked.picks):,} of {len(picked.places.rows):,} samples ({named}): {folder}")
     logger.info(chosen.cost.line)
 
 
-def _picks(cfg: Config, found: list[Scored], total: NDArray[np.float64]) -> NDArray[np.int64]:
+def _by_scores(cfg: Config, folders: list[Path], dataset_dir: Path) -> Made:
+    found = [scores.read(folder) for folder in folders]
+    first = found[0]
+    infos = _infos(cfg, first, dataset_dir)
+    rule = _rule(cfg, first)
+    total = _summed(cfg.score.select_weights, found)
+    picks = _picks(cfg, found, total, rule)
+    scored: dict[str, NDArray[Any]] = {SCORE: total.mean(axis=1) if rule == "mean" else total.max(axis=1)}
+    if total.shape[1] > 1:
+        scored |= {scores.column_of(name): total[:, j] for j, name in enumerate(first.facts.subtasks)}
+    picked = Picked(infos, first.places, picks, scored)
+    return Made(picked, scores.read_held_out(first), _cost(found), rule)
+
+
+def _by_file(cfg: Config, sources: list[Path], dataset_dir: Path) -> Made:
+    """By neighbours of targets or probabilities that somebody wrote; beside scores they are of the same samples."""
+    path = next(source for source in sources if source.suffix == index_files.ENDING)
+    if len(sources) > 1:
+        raise UserError(f"{index_files.KEY}: {path} cannot be summed with other scores; give it alone")
+    for key in ("select_weights", "select_aggregate", "select_quotas", "select_duplicates"):
+        if getattr(cfg.score, key) is not None:
+            raise UserError(f"{key}: is of scores, and {path} says itself who is taken; drop it")
+    held_out, cost = None, Cost(selection_seconds=0.0)
+    if (path.parent / scores.FACTS).exists():
+        scored = scores.read(path.parent)
+        infos, places = _infos(cfg, scored, dataset_dir), scored.places
+        held_out, cost = scores.read_held_out(scored), _cost([scored])
+    else:
+        infos = read_dataset_infos(cfg.data.dataset, dataset_dir)
+        places = index_files.raw_places(infos)
+        logger.info(
+            f"{path}: no {scores.FACTS} beside it, so its samples are the rows of {', '.join(cfg.data.dataset)}"
+        )
+    size = len(places.rows)
+    found, count = index_files.read_index_file(path, size), _count(cfg, size)
+    if found.ndim == 2:
+        picks, score, rule = index_files.in_turn(found, count, path), index_files.nearness(found, size), "round_robin"
+    else:
+        picks, score, rule = index_files.drawn(found, count, cfg.train.seed), found, "draw"
+    return Made(Picked(infos, places, picks, {SCORE: score}, replacement=rule == "draw"), held_out, cost, rule)
+
+
+def _rule(cfg: Config, first: Scored) -> str:
+    """The rule that is asked for, else that of the component that scored."""
+    asked, facts = cfg.score.select_aggregate, first.facts
+    if asked is None:
+        return facts.aggregate
+    check_rule(asked, "select_aggregate")
+    if not facts.subtasks and asked != "max":
+        raise UserError(
+            f"select_aggregate: {asked} chooses between subtasks, and {first.folder} has one score for each sample "
+            f"(of {facts.component}); score with a selector that compares with a target, such as less"
+        )
+    return asked
+
+
+def _picks(cfg: Config, found: list[Scored], total: NDArray[np.float64], rule: str) -> NDArray[np.int64]:
     wanted, first = cfg.score, found[0]
     domains, names = first.places.domains, first.facts.domains
     count = _count(cfg, len(total))
     quotas = domain_quotas(wanted.select_quotas, count, names, np.bincount(domains, minlength=len(names)))
+    table = ArrayTable(total.astype(np.float32))
     if wanted.select_duplicates is None:
-        return choose(total, domains, count, quotas)
+        return choose(table, domains, count, quotas, rule=rule).picks
     store = _features(found[-1])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows_of = lambda ids: store.rows(FEATURES, ids)  # noqa: E731
-    picks = choose(total, domains, count, quotas, rows_of, wanted.select_duplicates, device)
+    picks = choose(table, domains, count, quotas, rows_of, wanted.select_duplicates, device, rule).picks
     if len(picks) < count:
         logger.warning(f"select_duplicates: only {len(picks):,} of {count:,} samples are unlike enough")
     return picks
 
 
-def _cost(found: list[Scored], own_s: float) -> Cost:
-    """Of all scores and of choosing; a run whose checkpoints scored counts once, up to the last of them."""
+def _cost(found: list[Scored]) -> Cost:
+    """Of all scores; a run whose checkpoints scored counts once, up to the last of them."""
     trained: dict[Path, float] = {}
-    cost = Cost(selection_seconds=round(own_s, 3))
+    cost = Cost(selection_seconds=0.0)
     for one in found:
         part, checkpoint = one.facts.cost, one.facts.checkpoint
         if checkpoint is not None:
@@ -102,12 +170,17 @@ def _infos(cfg: Config, scored: Scored, dataset_dir: Path) -> list[DatasetInfo]:
 
 
 def _summed(weights: tuple[float, ...] | None, found: list[Scored]) -> NDArray[np.float64]:
-    """Scores [n] summed over the folders with their weights: as given, else each checkpoint's learning rate."""
+    """Scores [n, M] of each subtask summed over the folders with their weights: as given, else by learning rate."""
     first = found[0]
     for one in found:
         if one.facts.pool != first.facts.pool or len(one) != len(first):
             raise UserError(
                 f"select_from: {one.folder} and {first.folder} have scores of different pools; score one pool"
+            )
+        if one.facts.subtasks != first.facts.subtasks:
+            raise UserError(
+                f"select_from: {one.folder} has scores of the subtasks {listed(one.facts.subtasks) or 'none'}, "
+                f"{first.folder} of {listed(first.facts.subtasks) or 'none'}; score for one target"
             )
     if weights is not None and len(weights) != len(found):
         raise UserError(f"select_weights: expected one for each folder ({len(found)}), got {len(weights)}")
@@ -117,9 +190,9 @@ def _summed(weights: tuple[float, ...] | None, found: list[Scored]) -> NDArray[n
             raise UserError(f"select_weights: needed, since the learning rate of {unknown[0]} is not known")
         weights = tuple(one.facts.learning_rate or 0.0 for one in found)
         logger.info("weights, by learning rate: " + ", ".join(f"{w:.3g}" for w in weights))
-    total = np.zeros(len(first), dtype=np.float64)
+    total = np.zeros_like(first.table)
     for one, weight in zip(found, weights or (1.0,), strict=True):
-        total += weight * one.score
+        total += weight * one.table
     return total
 
 

@@ -78,7 +78,8 @@ def chosen(b: Built) -> list[int]:
 
 
 def write_scores(build: Build, workspace: Path) -> None:
-    """Two folders of scores of a and b. one: each sample's id. two: 100 for ids 39 and 63, else 0.
+    """Folders of scores of a and b. one: each sample's id. two: 100 for ids 39 and 63, else 0. three: of two subtasks,
+    as one, and 1 for id 5.
 
     The features of the first are all different, but for those of 62 and 63.
     """
@@ -90,7 +91,8 @@ def write_scores(build: Build, workspace: Path) -> None:
     features[62] = features[63]
     store.write(0, {FEATURES: features})
     infos = read_dataset_infos(pool.domain_names, find_dataset_dir(cfg.data.dataset_dir, cfg.source))
-    for name, values in (("one", ids), ("two", np.where(np.isin(ids, (39, 63)), 100, 0))):
+    each = np.stack([ids, ids == 5], axis=1).astype(np.float32)
+    for name, values in (("one", ids), ("two", np.where(np.isin(ids, (39, 63)), 100, 0)), ("three", ids)):
         facts = scores.Facts(
             pool=pool.fingerprint,
             domains=pool.domain_names,
@@ -101,8 +103,9 @@ def write_scores(build: Build, workspace: Path) -> None:
             learning_rate=None,
             features=str(workspace / "one/features") if name == "one" else None,
             cost=Cost(selection_seconds=1.0),
+            subtasks=["x", "y"] if name == "three" else [],
         )
-        scores.write(workspace / name, facts, pool, values.astype(np.float32))
+        scores.write(workspace / name, facts, pool, values.astype(np.float32), each=each if name == "three" else None)
 
 
 START = Build(
@@ -183,4 +186,9 @@ UNLIKE = Build(
     ),
     {"select_from": ["one"], "select_dir": "unlike"},
 )
-BUILDS = (START, GROWN, MERGED, PROXY, CHOOSE, UNLIKE)
+IN_TURN = Build(
+    "in turn",
+    (Row("select_aggregate", "round_robin", chosen, [5, 63]),),
+    {"select_from": ["three"], "select_count": 2, "select_dir": "in_turn"},
+)
+BUILDS = (START, GROWN, MERGED, PROXY, CHOOSE, UNLIKE, IN_TURN)

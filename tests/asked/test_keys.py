@@ -100,7 +100,7 @@ def test_what_is_asked_is_in_the_run_folder(run_folders: None, workspace: Path, 
 
 @pytest.mark.parametrize("build", commands.BUILDS, ids=lambda build: build.name)
 def test_what_is_asked_is_what_a_command_does(private_cache: None, workspace: Path, build: Build) -> None:
-    if build in (commands.CHOOSE, commands.UNLIKE) and not (workspace / "one").exists():
+    if build in (commands.CHOOSE, commands.UNLIKE, commands.IN_TURN) and not (workspace / "one").exists():
         commands.write_scores(build, workspace)
     built = Built(build.config(workspace), workspace)
     for row in build.rows:

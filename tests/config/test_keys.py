@@ -178,6 +178,7 @@ KEYS: list[tuple[str, str, Any]] = [
     ("score_token_losses: true", "score", True),
     ("dry_run: true", "score", True),
     ("select_from: [one, two]", "score", ("one", "two")),
+    ("select_aggregate: round_robin", "score", "round_robin"),
     ("select_weights: [1e-5, 2]", "score", (1e-5, 2.0)),
     ("select_weights: 1, 2", "score", (1.0, 2.0)),
     ("select_count: 100", "score", 100),

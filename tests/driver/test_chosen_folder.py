@@ -77,8 +77,8 @@ def texts(pool: Any) -> dict[str, list[str]]:
     return found
 
 
-def write(root: Path, cfg: Config, values: list[float], name: str = "scores", **facts: Any) -> None:
-    """Scores of the config's pool, as `score` writes them."""
+def write(root: Path, cfg: Config, values: list[float], name: str = "scores", each: Any = None, **facts: Any) -> None:
+    """Scores of the config's pool, as `score` writes them. each: [n, subtasks]."""
     data = load(cfg)
     pool = data.train
     assert isinstance(pool, Pool)
@@ -94,7 +94,8 @@ def write(root: Path, cfg: Config, values: list[float], name: str = "scores", **
         "cost": Cost(selection_seconds=1.0),
     }
     held_out = data.eval if cfg.data.val_size else None
-    scores.write(root / name, scores.Facts(**{**given, **facts}), pool, np.array(values, np.float32), held_out)
+    own = None if each is None else np.array(each, np.float32)
+    scores.write(root / name, scores.Facts(**{**given, **facts}), pool, np.array(values, np.float32), held_out, own)
 
 
 def test_a_dataset_without_picks_and_those_to_evaluate_on_are_there_wherever_it_is_moved(root: Path) -> None:
@@ -222,6 +223,77 @@ def test_the_cost_of_all_scores_is_carried_on_and_a_warm_up_counts_once(root: Pa
         peak_memory_mib=400,
         processes=2,
     )
+
+
+# a0 to a5 and b0 to b4 for three subtasks: the first one's scores are large, the last one's small.
+EACH = [[9, 0, 0], [8, 0, 0], [7, 0, 0], [6, 0, 0.1], [5, 0, 0], [4, 0.2, 0], *[[0, 2 - i / 2, 0] for i in range(4)]]
+EACH = [*EACH, [0, 0, 0.3]]
+SUBTASKS = ["long", "middle", "short"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "picked"),
+    [
+        ({}, ["a0", "a1", "a2", "a3", "a4"]),
+        ({"select_aggregate": "mean"}, ["a0", "a1", "a2", "a3", "a4"]),
+        ({"select_aggregate": "round_robin"}, ["a0", "b0", "b4", "a1", "b1"]),
+        ({"select_aggregate": "round_robin", "select_quotas": {"a": 3, "b": 2}}, ["a0", "a5", "a3", "b0", "b1"]),
+        ({"select_aggregate": "doubly_greedy"}, ["a0", "b0", "b4", "a1", "b1"]),
+    ],
+)
+def test_a_rule_is_chosen_after_scoring(root: Path, keys: dict[str, Any], picked: list[str]) -> None:
+    cfg = config(root, {"select_count": 5, **keys})
+    write(root, cfg, [max(row) for row in EACH], each=EACH, subtasks=SUBTASKS)
+    select(cfg)
+    folder = root / "chosen/selected"
+    table = pd.read_parquet(folder / "scores.parquet")
+    names = [f"{row.dataset}{i if row.dataset == 'a' else i - 6}" for i, row in enumerate(table.itertuples())]
+    assert sorted(name for name, taken in zip(names, table["picked"], strict=True) if taken) == sorted(picked)
+    written = [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()]
+    assert [row["instruction"] for row in written] == [name for name in picked if name.startswith("a")]
+    assert table[[f"score: {name}" for name in SUBTASKS]].to_numpy().tolist() == np.array(EACH, np.float32).tolist()
+    mean = keys.get("select_aggregate") == "mean"
+    each = np.array(EACH, np.float32).astype(np.float64)
+    assert table["score"].tolist() == pytest.approx((each.mean(1) if mean else each.max(1)).tolist(), rel=1e-12)
+    chosen = read_chosen(folder)
+    assert chosen is not None and chosen.aggregate == keys.get("select_aggregate", "max")
+
+
+def test_the_component_s_own_rule_is_the_default(root: Path) -> None:
+    cfg = config(root, {"select_count": 3})
+    write(root, cfg, [max(row) for row in EACH], each=EACH, subtasks=SUBTASKS, aggregate="round_robin")
+    select(cfg)
+    picked = pd.read_parquet(root / "chosen/selected/scores.parquet").query("picked")["sample_id"]
+    assert picked.tolist() == [0, 6, 10]
+
+
+def test_checkpoints_are_summed_for_each_subtask_before_the_rule(root: Path) -> None:
+    cfg = config(root, {"select_count": 1, "select_from": (str(root / "s1"), str(root / "s2"))})
+    nothing = [[0.0, 0.0]] * 8
+    one, two = [[4, 0], [3, 0], [0, 0], *nothing], [[0, 4], [3, 0], [0, 0], *nothing]  # sums of maxima: 8 and 6
+    for name, each in (("s1", one), ("s2", two)):
+        write(root, cfg, [max(row) for row in each], name, each=each, subtasks=["x", "y"])
+    select(cfg)
+    table = pd.read_parquet(root / "chosen/selected/scores.parquet")
+    assert table["score"].tolist()[:3] == [2.0, 3.0, 0.0]  # half of each
+    assert np.flatnonzero(table["picked"]).tolist() == [1]
+
+
+def test_rules_that_cannot_be_are_one_line(root: Path) -> None:
+    cfg = config(root, {"select_count": 1, "select_aggregate": "round_robbin"})
+    write(root, cfg, [0.0] * 11, component="loss")
+    with pytest.raises(UserError, match=r"^select_aggregate: 'round_robbin' \(did you mean 'round_robin'\?\); valid"):
+        select(cfg)
+    plain = (
+        "^select_aggregate: mean chooses between subtasks, and .*scores has one score for each sample .of loss.; score"
+    )
+    with pytest.raises(UserError, match=plain):
+        select(config(root, {"select_count": 1, "select_aggregate": "mean"}))
+    select(config(root, {"select_count": 1, "select_aggregate": "max"}))
+    write(root, cfg, [0.0] * 11, "other", subtasks=["x"])
+    both = (str(root / "scores"), str(root / "other"))
+    with pytest.raises(UserError, match="other has scores of the subtasks x, .*scores of none; score for one target$"):
+        select(config(root, {"select_count": 1, "select_from": both}))
 
 
 WRONG = {

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.scoring.decide import choose as choosing
-from dataflex.scoring.decide.choose import BLOCK, choose
+from dataflex.scoring.decide.choose import BLOCK
+from tests.scoring.one_column import choose
 
 ALIKE = 0.9
 

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.scoring.decide.choose import choose, domain_quotas
+from dataflex.scoring.decide.choose import domain_quotas
 from dataflex.scoring.decide.topk import FEATURES, blocks, cosine_top_k, stream_scores
 from dataflex.scoring.kept.store import ShardStore, StoreReader
 from dataflex.utils.errors import UserError
+from tests.scoring.one_column import choose
 
 CPU = torch.device("cpu")
 
@@ -136,5 +137,5 @@ def test_planted_near_duplicates_are_taken_once(with_quotas: bool) -> None:
 
 
 def test_scores_that_are_not_finite_are_named() -> None:
-    with pytest.raises(UserError, match=r"scores of sample ids \[1, 3\] are not finite"):
+    with pytest.raises(UserError, match=r"^select: scores of sample ids \[1, 3\] are not finite"):
         choose(np.array([0, np.nan, 1, np.inf]), np.zeros(4, dtype=int), 2)

@@ -46,8 +46,9 @@ def problems(cfg: Config, embedded: bool, command: str) -> Iterator[Problem]:
     yield from _data(cfg)
     yield from _train(cfg)
     yield from _deepspeed(cfg)
-    yield from _length(cfg)
-    yield from _schedule(cfg)
+    if command not in commands.NO_STEPS:
+        yield from _length(cfg)
+        yield from _schedule(cfg)
     yield from _mixing(cfg)
     for keys, text in weighting.problems(cfg.weighting, cfg.data, cfg.flex.kinds, embedded):
         yield Problem(keys, text)
@@ -137,8 +138,6 @@ def _length(cfg: Config) -> Iterator[Problem]:
 
 def _schedule(cfg: Config) -> Iterator[Problem]:
     flex = cfg.flex
-    if "static" in flex.train_type and len(flex.train_type) > 1:
-        yield Problem(("train_type",), "static cannot be combined with a dynamic type")
     for kind in ("select", "mix"):
         needs = kind in flex.kinds and not (kind == "mix" and flex.mixes_fixed)
         if needs and not flex.update_step:
@@ -171,6 +170,8 @@ def _mixing(cfg: Config) -> Iterator[Problem]:
 
 def _components(cfg: Config, embedded: bool) -> Iterator[Problem]:
     flex = cfg.flex
+    if "static" in flex.train_type and len(flex.train_type) > 1:
+        yield Problem(("train_type",), "static cannot be combined with a dynamic type")
     one_name_for_all = isinstance(flex.component_name, str)
     if one_name_for_all and len(flex.kinds) > 1:
         mapping = ", ".join(f"{kind}: ..." for kind in flex.kinds)

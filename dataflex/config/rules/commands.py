@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 # These look at a model and train nothing, so that most of a run's keys say nothing.
 ONLY_LOOK = ("eval", "export")
+# These take a selector of the config, and have no steps.
+NO_STEPS = ("score", "select")
 
 
 def missing(cfg: Config, command: str) -> Iterator[str]:

@@ -51,6 +51,7 @@ class ScoreSection(Section):
     score_token_losses: Flag = False
     dry_run: Flag = False
     select_from: Names = ()
+    select_aggregate: OptionalText = None
     select_weights: Annotated[tuple[float, ...] | None, BeforeValidator(_to_weights)] = None
     select_count: OptionalPositive = None
     select_fraction: Annotated[float | None, real(0, 1, above=True)] = None

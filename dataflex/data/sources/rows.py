@@ -45,6 +45,15 @@ def rows_in_files(
     return found
 
 
+def places_of(info: DatasetInfo) -> Iterator[tuple[str | None, int]]:
+    """(file name, row in that file from 0) of every row, in order; on the hub (None, row)."""
+    if info.path is None:
+        yield from ((None, number) for number in range(len(load_from_hub(info))))
+        return
+    for path in list_files(info.path, say=False):
+        yield from ((path.name, number) for number, _ in enumerate(read_rows(path, column_names(path) or ())))
+
+
 def _every_row(info: DatasetInfo) -> Iterator[dict[str, Any]]:
     if info.path is None:
         yield from load_from_hub(info)

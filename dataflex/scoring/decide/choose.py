@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from dataflex.core.plan import largest_remainder
 from dataflex.scoring.batches import Ids
+from dataflex.scoring.decide.rules import Decision, decide
+from dataflex.scoring.decide.table import ScoreTable
 from dataflex.utils.errors import UserError, nearest
 
 RowsOf = Callable[[Ids], NDArray[Any]]
@@ -41,37 +43,56 @@ def domain_quotas(
     return counts
 
 
-def best_first(scores: NDArray[Any]) -> Ids:
-    """Positions by score, best first; ties by position. UserError where a score is not finite."""
-    bad = np.flatnonzero(~np.isfinite(scores))
-    if len(bad):
-        raise UserError(f"scores of sample ids {bad[:16].tolist()} are not finite")
-    return np.argsort(-scores, kind="stable").astype(np.int64)
+class Choice(NamedTuple):
+    """picks: int64 [k] sample ids, best first. column: int64 [k], the table's column that each of them serves."""
+
+    picks: Ids
+    column: Ids
 
 
 def choose(
-    scores: NDArray[Any],
+    table: ScoreTable,
     domains: NDArray[Any],
     count: int,
     quotas: NDArray[np.int64] | None = None,
     rows_of: RowsOf | None = None,
     alike: float = 1.0,
     device: torch.device | str = "cpu",
-) -> Ids:
-    """Positions of at most ``count`` samples, best first.
+    rule: str = "max",
+) -> Choice:
+    """At most ``count`` samples by a rule of `decide`.
 
-    scores, domains: [n]. quotas: at most so many of each domain. rows_of: features [k, d] of positions [k]; with it
-    a sample is passed over where its cosine with a better one that was taken is ``alike`` or more, which may leave
-    fewer than ``count``.
+    domains: [N]. quotas: so many of each domain, by the rule within it. rows_of: features [k, d] of sample ids [k];
+    with it a sample is passed over where its cosine with a better one that was taken is ``alike`` or more, which may
+    leave fewer than ``count``. UserError for scores that are not finite.
     """
-    order = best_first(scores)
+    parts: list[tuple[Ids | None, int]] = [(None, count)]
+    if quotas is not None:
+        parts = [(np.flatnonzero(domains == d), int(quota)) for d, quota in enumerate(quotas)]
+    decisions = []
+    for among, wanted in parts:
+        size = len(domains) if among is None else len(among)
+        share = wanted / size if rule == "vote" and wanted else None
+        most = size if rows_of is not None and wanted else wanted
+        decisions.append(decide(table, most, rule, among, vote_share=share, source="select"))
+    order = _in_order(decisions, by_score=rule in ("max", "mean"))
     if rows_of is None:
-        if quotas is None:
-            return order[:count]
-        place = domains[order]
-        picks = [order[place == d][:quota] for d, quota in enumerate(quotas)]
-        return order[np.isin(order, np.concatenate(picks))]
-    return _without_duplicates(order, domains, count, quotas, _Taken(rows_of, alike, torch.device(device)))
+        return order
+    kept = _without_duplicates(order.picks, domains, count, quotas, _Taken(rows_of, alike, torch.device(device)))
+    at = np.argsort(order.picks)
+    return Choice(kept, order.column[at[np.searchsorted(order.picks[at], kept)]])
+
+
+def _in_order(decisions: Sequence[Decision], by_score: bool) -> Choice:
+    """The picks of several decisions, best first: by score, or by how early each was taken."""
+    picks, column, score = (
+        np.concatenate([getattr(one, of) for one in decisions]) for of in ("picks", "column", "score")
+    )
+    if len(decisions) == 1:
+        return Choice(picks, column)
+    place = np.concatenate([(np.arange(len(one.picks)) + 0.5) / max(1, len(one.picks)) for one in decisions])
+    order = np.lexsort((picks, -score if by_score else place))
+    return Choice(picks[order], column[order])
 
 
 def _without_duplicates(
