@@ -93,24 +93,23 @@ def column_of(subtask: str) -> str:
     return f"{SCORE}: {subtask}"
 
 
-def write(
-    folder: Path,
-    facts: Facts,
-    pool: Pool,
-    scores: NDArray[np.float32],
-    held_out: Pool | None = None,
-    each: NDArray[np.float32] | None = None,
-) -> None:
+def by_rule(table: NDArray[Any], rule: str) -> NDArray[Any]:
+    """The score of each sample [n] out of its scores [n, M]: their mean if the rule goes by it, else the largest."""
+    found: NDArray[Any] = table.mean(axis=1) if rule == "mean" else table.max(axis=1)
+    return found
+
+
+def write(folder: Path, facts: Facts, pool: Pool, table: NDArray[np.float32], held_out: Pool | None = None) -> None:
     """Write the files.
 
-    scores: [n]. each: [n, subtasks], where there is more than one. held_out: of the same datasets, what was not scored
+    table: [n, M], a column for each of the facts' subtasks, or one. held_out: of the same datasets, what was not scored
     because it is the target.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FACTS).unlink(missing_ok=True)  # what it says is of the files that are written over
-    scored: dict[str, NDArray[Any]] = {SCORE: scores}
-    if each is not None:
-        scored |= {column_of(name): each[:, j] for j, name in enumerate(facts.subtasks)}
+    scored: dict[str, NDArray[Any]] = {SCORE: by_rule(table, facts.aggregate)}
+    if table.shape[1] > 1:
+        scored |= {column_of(name): table[:, j] for j, name in enumerate(facts.subtasks)}
     columns = [*pool_columns(pool), *score_columns(scored, len(pool), facts.component)]
     write_table(folder / TABLE, columns, len(pool))
     changes = {"table": FileRecord.of(folder / TABLE)}

@@ -26,6 +26,7 @@ from dataflex.engine.plugin import DataflexEngine
 from dataflex.report.trainer_log import read_log
 from dataflex.scoring.kept.token_losses import write_token_losses
 from dataflex.scoring.progress import peak_memory_mib
+from dataflex.train.selector.target_selector import TargetSelector
 from dataflex.train.trainer.select_trainer import SelectPlanner
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
@@ -94,8 +95,9 @@ def _write_scores(inputs: Inputs, pool: Pool, engine: DataflexEngine, start: Pat
     if start is None and hasattr(selector, "use_plain_gradient") and selector.use_plain_gradient():
         logger.info(f"{name}: gradient_type: sgd, since Adam's moments come only with resume_from_checkpoint")
     clock.start()
+    aims = isinstance(selector, TargetSelector)
     with clock.part(SCORE):
-        found = np.asarray(selector.scores(), dtype=np.float32)
+        found = selector.each() if aims else np.asarray(selector.scores(), dtype=np.float32)[:, None]
     peak_mib = max(dist.gather_objects(peak_memory_mib()))
     if dist.is_main():
         folder, passes = Path(cfg.output.output_dir), getattr(selector, "passes", None)
@@ -122,6 +124,8 @@ def _write_scores(inputs: Inputs, pool: Pool, engine: DataflexEngine, start: Pat
             learning_rate=None if start is None else _learning_rate(start),
             features=features,
             cost=cost,
+            subtasks=selector.names if aims else [],
+            aggregate=selector.aggregate if aims else "max",
         )
         facts = scores.with_earlier_cost(folder, facts)
         scores.write(folder, facts, pool, found, inputs.data.eval if cfg.data.val_size else None)

@@ -20,11 +20,13 @@ from dataflex.driver import index_files, scores
 from dataflex.driver.chosen_folder import Picked, write_folder
 from dataflex.driver.scores import Places, Scored
 from dataflex.report.decision_table import SCORE
-from dataflex.scoring.decide.choose import choose, domain_quotas
+from dataflex.scoring.decide.choose import Choice, choose, domain_quotas
 from dataflex.scoring.decide.rules import check_rule
 from dataflex.scoring.decide.table import ArrayTable
 from dataflex.scoring.decide.topk import FEATURES
 from dataflex.scoring.kept.store import StoreReader
+from dataflex.train.selector.base_selector import Served
+from dataflex.train.trainer.served import of_subtasks, starved
 from dataflex.utils.errors import UserError, listed
 from dataflex.utils.logging import logger
 
@@ -72,10 +74,14 @@ def _by_scores(cfg: Config, folders: list[Path], dataset_dir: Path) -> Made:
     infos = _infos(cfg, first, dataset_dir)
     rule = _rule(cfg, first)
     total = _summed(cfg.score.select_weights, found)
-    picks = _picks(cfg, found, total, rule)
-    scored: dict[str, NDArray[Any]] = {SCORE: total.mean(axis=1) if rule == "mean" else total.max(axis=1)}
-    if total.shape[1] > 1:
-        scored |= {scores.column_of(name): total[:, j] for j, name in enumerate(first.facts.subtasks)}
+    picks, column = _picks(cfg, found, total, rule)
+    scored: dict[str, NDArray[Any]] = {SCORE: scores.by_rule(total, rule)}
+    names = first.facts.subtasks
+    if len(names) > 1:
+        scored |= {scores.column_of(name): total[:, j] for j, name in enumerate(names)}
+        scored["serves"] = np.full(len(total), None, dtype=object)
+        scored["serves"][picks] = np.array(names, dtype=object)[column]
+        _say_served(Served(names, column, total[picks, column], "try select_aggregate=round_robin"), picks)
     picked = Picked(infos, first.places, picks, scored)
     return Made(picked, scores.read_held_out(first), _cost(found), rule)
 
@@ -122,21 +128,34 @@ def _rule(cfg: Config, first: Scored) -> str:
     return asked
 
 
-def _picks(cfg: Config, found: list[Scored], total: NDArray[np.float64], rule: str) -> NDArray[np.int64]:
+def _say_served(served: Served, picks: NDArray[np.int64]) -> None:
+    """How many picks serve each subtask, and whom few serve."""
+    subtasks = of_subtasks(served, picks, np.empty(0, dtype=np.int64))
+    counts = [f"{name} {facts['picks']:,}" for name, facts in subtasks.items()]
+    logger.info(f"picks that serve each subtask: {listed(counts)}")
+    poor = starved(subtasks)
+    if poor:
+        logger.warning(
+            f"select: few picks serve {listed(poor)}: less than a fifth of an equal share, "
+            f"{len(picks) / len(subtasks):,.0f}; {served.advice}"
+        )
+
+
+def _picks(cfg: Config, found: list[Scored], total: NDArray[np.float64], rule: str) -> Choice:
     wanted, first = cfg.score, found[0]
     domains, names = first.places.domains, first.facts.domains
     count = _count(cfg, len(total))
     quotas = domain_quotas(wanted.select_quotas, count, names, np.bincount(domains, minlength=len(names)))
     table = ArrayTable(total.astype(np.float32))
     if wanted.select_duplicates is None:
-        return choose(table, domains, count, quotas, rule=rule).picks
+        return choose(table, domains, count, quotas, rule=rule)
     store = _features(found[-1])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows_of = lambda ids: store.rows(FEATURES, ids)  # noqa: E731
-    picks = choose(table, domains, count, quotas, rows_of, wanted.select_duplicates, device, rule).picks
-    if len(picks) < count:
-        logger.warning(f"select_duplicates: only {len(picks):,} of {count:,} samples are unlike enough")
-    return picks
+    choice = choose(table, domains, count, quotas, rows_of, wanted.select_duplicates, device, rule)
+    if len(choice.picks) < count:
+        logger.warning(f"select_duplicates: only {len(choice.picks):,} of {count:,} samples are unlike enough")
+    return choice
 
 
 def _cost(found: list[Scored]) -> Cost:

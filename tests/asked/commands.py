@@ -105,7 +105,7 @@ def write_scores(build: Build, workspace: Path) -> None:
             cost=Cost(selection_seconds=1.0),
             subtasks=["x", "y"] if name == "three" else [],
         )
-        scores.write(workspace / name, facts, pool, values.astype(np.float32), each=each if name == "three" else None)
+        scores.write(workspace / name, facts, pool, each if name == "three" else values.astype(np.float32)[:, None])
 
 
 START = Build(

@@ -94,8 +94,8 @@ def write(root: Path, cfg: Config, values: list[float], name: str = "scores", ea
         "cost": Cost(selection_seconds=1.0),
     }
     held_out = data.eval if cfg.data.val_size else None
-    own = None if each is None else np.array(each, np.float32)
-    scores.write(root / name, scores.Facts(**{**given, **facts}), pool, np.array(values, np.float32), held_out, own)
+    table = np.array(values, np.float32)[:, None] if each is None else np.array(each, np.float32)
+    scores.write(root / name, scores.Facts(**{**given, **facts}), pool, table, held_out)
 
 
 def test_a_dataset_without_picks_and_those_to_evaluate_on_are_there_wherever_it_is_moved(root: Path) -> None:
@@ -255,6 +255,10 @@ def test_a_rule_is_chosen_after_scoring(root: Path, keys: dict[str, Any], picked
     mean = keys.get("select_aggregate") == "mean"
     each = np.array(EACH, np.float32).astype(np.float64)
     assert table["score"].tolist() == pytest.approx((each.mean(1) if mean else each.max(1)).tolist(), rel=1e-12)
+    served = {"a0": "long", "b0": "middle", "b4": "short", "a1": "long", "b1": "middle", "a5": "middle", "a3": "short"}
+    rule = keys.get("select_aggregate", "max")
+    expected = {name: served[name] if rule in ("round_robin", "doubly_greedy") else "long" for name in picked}
+    assert {n: s for n, s in zip(names, table["serves"], strict=True) if isinstance(s, str)} == expected
     chosen = read_chosen(folder)
     assert chosen is not None and chosen.aggregate == keys.get("select_aggregate", "max")
 

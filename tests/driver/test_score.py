@@ -53,6 +53,11 @@ def _cases(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
         "at 4": ("score", keys("at4", resume_from_checkpoint=str(folder / "run/checkpoint-4"), keep_features=True)),
         "again": ("score", keys("at4", resume_from_checkpoint=str(folder / "run/checkpoint-4"), keep_features=True)),
         "base": ("score", keys("base", update_step=1000)),  # no step is taken, so no schedule must fit the pool
+        "two": ("score", keys("two", eval_dataset=["target", "b"], **checkpoint)),
+        "each": (
+            "score",
+            keys("each", component_params={"select": {"per": "target", "aggregate": "mean"}}, **checkpoint),
+        ),
         "held out": ("score", keys("held", val_size=8, eval_dataset=None)),
         "score dry": ("score", keys("score_dry", dry_run=True, keep_features=True, **checkpoint)),
         "tokens": ("score", keys("base", score_token_losses=True, train_type="static", component_name=None)),
@@ -126,6 +131,19 @@ def test_without_a_checkpoint_the_plain_gradient_is_used_and_said(scored: Scored
     facts = scores.read(folder / "base").facts
     assert (facts.step, facts.checkpoint, facts.learning_rate) == (0, None, None)
     assert (folder / "base/token_losses/manifest.json").exists()
+
+
+def test_each_subtask_has_a_column_of_its_own(scored: Scored) -> None:
+    folder, _ = scored
+    two, each = (scores.read(folder / name) for name in ("two", "each"))
+    table = pd.read_parquet(folder / "two/scores.parquet")
+    assert (two.facts.subtasks, two.facts.aggregate) == (["target", "b"], "max")
+    assert table["score"].tolist() == table[["score: target", "score: b"]].max(axis=1).tolist()
+    assert table["score: target"].tolist() == scores.read(folder / "at2").score.tolist()
+    assert (table["score"] == table["score: b"]).sum() not in (0, 64)
+    assert (each.facts.subtasks, each.facts.aggregate) == ([f"target[{i}]" for i in range(8)], "mean")
+    assert each.each is not None and each.each.mean(axis=1).tolist() == pytest.approx(each.score.tolist(), rel=1e-6)
+    assert each.score.tolist() == pytest.approx(table["score: target"].tolist(), abs=1e-5)  # a mean of cosines
 
 
 def test_with_val_size_the_rows_of_the_target_are_kept_beside_the_scores(scored: Scored) -> None:

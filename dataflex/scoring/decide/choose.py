@@ -67,14 +67,16 @@ def choose(
     leave fewer than ``count``. UserError for scores that are not finite.
     """
     parts: list[tuple[Ids | None, int]] = [(None, count)]
+    turn = 0
     if quotas is not None:
         parts = [(np.flatnonzero(domains == d), int(quota)) for d, quota in enumerate(quotas)]
-    decisions = []
+    decisions: list[Decision] = []
     for among, wanted in parts:
         size = len(domains) if among is None else len(among)
         share = wanted / size if rule == "vote" and wanted else None
         most = size if rows_of is not None and wanted else wanted
-        decisions.append(decide(table, most, rule, among, vote_share=share, source="select"))
+        decisions.append(decide(table, most, rule, among, vote_share=share, turn=turn, source="select"))
+        turn += wanted
     order = _in_order(decisions, by_score=rule in ("max", "mean"))
     if rows_of is None:
         return order

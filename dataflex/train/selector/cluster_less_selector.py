@@ -127,10 +127,15 @@ class ClusterLessSelector(LessSelector):
         self.metric["serves"] = [self.subtasks.names[k] for k in serves]
         return picks.tolist()
 
-    def scores(self) -> Floats:
-        """Score of every sample of the pool, that of its cluster, float32 [n]."""
+    def each(self) -> Floats:
+        """Scores of every sample of the pool, those of its cluster, float32 [n, `width`]."""
         clusters, rows = self._scored()
-        best: Floats = rows.max(axis=1)[clusters.of]
+        found: Floats = rows[clusters.of]
+        return found
+
+    def scores(self) -> Floats:
+        """The largest of them, float32 [n]."""
+        best: Floats = self.each().max(axis=1)
         return best
 
     def _scored(self) -> tuple[Clusters, Floats]:

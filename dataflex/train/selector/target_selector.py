@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dataflex.core.plan import Ids
 from dataflex.data.subtasks import Subtasks
 from dataflex.scoring.decide.rules import Decision, check_rule, decide
-from dataflex.scoring.decide.table import ScoreTable
+from dataflex.scoring.decide.table import ScoreTable, whole
 from dataflex.train.selector.base_selector import Selector, Served
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError, nearest
@@ -94,6 +94,18 @@ class TargetSelector(Selector):
     def candidates(self) -> Ids | None:
         """The samples that a decision may take, ascending; None: all. A collective."""
         return None
+
+    def each(self) -> NDArray[np.float32] | None:
+        """`table` in memory, float32 [N, `width`], on rank 0 at least: what is kept of an offline scoring; a collective."""
+        table = self.table()
+        return None if table is None else whole(table)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the table's columns; a single sample of the target is SUBTASK[PLACE]."""
+        if self.per == "subtask":
+            return self.subtasks.names
+        return [f"{self.subtasks.names[kind]}[{place}]" for place, kind in enumerate(self.subtasks.ids)]
 
     def table_at(self, step_id: int) -> ScoreTable | None:
         """What a decision is made from; made once for it."""
