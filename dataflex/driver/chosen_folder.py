@@ -101,19 +101,18 @@ def _write_rows(path: Path, info: DatasetInfo, places: Places, more: Sequence[di
 
 def _carried(cfg: Config, dataset_dir: Path, folder: Path, taken: Iterable[str]) -> dict[str, Any]:
     """Entries of the datasets that are evaluated on, their files copied; those of the hub stay where they are."""
-    keys = {"eval_dataset": cfg.data.eval_dataset, "mixer_eval_dataset": cfg.flex.mixer_eval_dataset}
-    names = {name: key for key, listed in keys.items() for name in listed}
-    for name in [name for name in names if name in taken]:
-        logger.warning(
-            f"{names.pop(name)}: '{name}' is chosen from too, so in {folder} it is its chosen rows; give the whole of "
-            "it another name to evaluate on that"
-        )
-    entries = read_entries(dataset_dir / INFO_FILE)
-    carried = {}
-    for info in read_dataset_infos(names, dataset_dir):
-        carried[info.name] = dict(entries[info.name])
-        if info.path is not None:
-            carried[info.name]["file_name"] = _copied(info.path, folder, _own(info.name))
+    entries, carried = read_entries(dataset_dir / INFO_FILE), dict[str, Any]()
+    for key, names in (("eval_dataset", cfg.data.eval_dataset), ("mixer_eval_dataset", cfg.flex.mixer_eval_dataset)):
+        for info in read_dataset_infos(names, dataset_dir, key):
+            if info.name in taken:
+                logger.warning(
+                    f"{key}: '{info.name}' is chosen from too, so in {folder} it is its chosen rows; give the whole of "
+                    "it another name to evaluate on that"
+                )
+            elif info.name not in carried:
+                carried[info.name] = dict(entries[info.name])
+                if info.path is not None:
+                    carried[info.name]["file_name"] = _copied(info.path, folder, _own(info.name))
     return carried
 
 
