@@ -34,8 +34,8 @@ class Facts(Record):
     pool: its fingerprint. domains: names, in the order of the ids. contents: of each domain's raw data. step,
     learning_rate: of the checkpoint, where there was one; the rate is the mean since the checkpoint before it.
     subtasks: of the target, where there is a score for each (in `column_of` it), and aggregate: the rule that the
-    component takes by. features: the store of the samples' features, where they were kept. table, held_out: the files
-    as they were written. dataflex: the version.
+    component takes by. order: of the subtasks in a round robin, where it is the component's own. features: the store of
+    the samples' features, where they were kept. table, held_out: the files as they were written. dataflex: the version.
     """
 
     pool: str
@@ -48,6 +48,7 @@ class Facts(Record):
     features: str | None
     cost: Cost
     subtasks: list[str] = []
+    order: list[int] | None = None
     aggregate: str = "max"
     table: FileRecord | None = None
     held_out: FileRecord | None = None

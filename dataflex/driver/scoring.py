@@ -125,6 +125,7 @@ def _write_scores(inputs: Inputs, pool: Pool, engine: DataflexEngine, start: Pat
             features=features,
             cost=cost,
             subtasks=selector.names if aims else [],
+            order=selector.order.tolist() if aims and selector.order is not None else None,
             aggregate=selector.aggregate if aims else "max",
         )
         facts = scores.with_earlier_cost(folder, facts)

@@ -59,8 +59,9 @@ def choose(
     alike: float = 1.0,
     device: torch.device | str = "cpu",
     rule: str = "max",
+    columns: Ids | None = None,
 ) -> Choice:
-    """At most ``count`` samples by a rule of `decide`.
+    """At most ``count`` samples by a rule of `decide`. columns: its order of the columns.
 
     domains: [N]. quotas: so many of each domain, by the rule within it. rows_of: features [k, d] of sample ids [k];
     with it a sample is passed over where its cosine with a better one that was taken is ``alike`` or more, which may
@@ -75,7 +76,7 @@ def choose(
         size = len(domains) if among is None else len(among)
         share = wanted / size if rule == "vote" and wanted else None
         most = size if rows_of is not None and wanted else wanted
-        decisions.append(decide(table, most, rule, among, vote_share=share, turn=turn, source="select"))
+        decisions.append(decide(table, most, rule, among, vote_share=share, turn=turn, order=columns, source="select"))
         turn += wanted
     order = _in_order(decisions, by_score=rule in ("max", "mean"))
     if rows_of is None:

@@ -96,7 +96,7 @@ class TargetSelector(Selector):
         return None
 
     def each(self) -> NDArray[np.float32] | None:
-        """`table` in memory, float32 [N, `width`], on rank 0 at least: what is kept of an offline scoring; a collective."""
+        """`table` in memory, float32 [N, `width`], on rank 0 at least: what `score` keeps; a collective."""
         table = self.table()
         return None if table is None else whole(table)
 
