@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Copies copies = copies_of<T>(call, place);
     __syncthreads();  // the tile before is folded, its hashes are no longer needed
     if (call.dim) hash_tile(call, place, shape, shared);
-    Part moment, square, sum = {};
+    Part moment = {}, square = {}, sum = {};
     read_moments(call, mine, moment, square);
     Cursor at = start_of(shared.bounds, 0, samples), ahead = at;
     constexpr uint32_t kStageBytes = sizeof(Stage<T>), kAllStages = kStages * kStageBytes;

@@ -161,7 +161,9 @@ __device__ __forceinline__ bool inside(const Mine& mine, int i, int half, int j)
   return (mine.rows_inside >> (2 * i + half) & 1) && (mine.columns_inside >> j & 1);
 }
 
+// Without Adam there are no moments, and nothing of ``first`` and ``second`` is read.
 __device__ __forceinline__ void read_moments(const ProjectCall& call, const Mine& mine, Part& first, Part& second) {
+  if (!call.adam.on) return;
 #pragma unroll
   for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -172,7 +174,7 @@ __device__ __forceinline__ void read_moments(const ProjectCall& call, const Mine
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         float2 m = make_float2(0.0f, 0.0f), v = make_float2(1.0f, 1.0f);
-        if (call.adam.on && inside(mine, i, half, j)) {
+        if (inside(mine, i, half, j)) {
           m = __ldg(moments + 4 * j), v = __ldg(squares + 4 * j);
           m.x *= call.adam.a, m.y *= call.adam.a;
           v.x = call.adam.b * v.x + call.adam.inside, v.y = call.adam.b * v.y + call.adam.inside;
