@@ -23,21 +23,20 @@ from dataflex.utils.errors import UserError
 from tests import tiny_engine as tiny
 from tests.distributed import run_ranks
 from tests.forward import models
+from tests.forward.pairs import every_pair
 
 POOL = tiny.samples(7, seed=5)
-# kind of model, ZeRO stage, what is offloaded, dtype, activation checkpointing
+# kind of model, ZeRO stage and what is offloaded, dtype, activation checkpointing
 FEW = [
-    ("full", 0, "", "float32", None),
-    ("tied", 3, "", "float32", "non-reentrant"),
-    ("lora head", 3, "", "float32", None),
+    ("full", (0, ""), "float32", None),
+    ("tied", (3, ""), "float32", "non-reentrant"),
+    ("lora head", (3, ""), "float32", None),
 ]
-CASES = [
-    *FEW,
-    ("tied", 2, "optimizer", "bfloat16", None),
-    ("full", 3, "optimizer param", "float32", None),
-    ("lora", 1, "", "float32", "reentrant"),
-    ("saved head", 3, "", "float32", "reentrant"),
-]
+KINDS = ("full", "tied", "lora", "lora head", "saved head")
+STAGES = tuple((stage, "") for stage in range(4)) + tuple((stage, "optimizer") for stage in (1, 2, 3))
+PAIRS = every_pair(
+    (KINDS, (*STAGES, (3, "optimizer param")), ("float32", "bfloat16"), (None, "non-reentrant", "reentrant"))
+)
 
 
 def net_of(kind: str, dtype: torch.dtype) -> Any:
@@ -51,7 +50,7 @@ def net_of(kind: str, dtype: torch.dtype) -> Any:
 
 
 def engine_of(case: Any, mode: str) -> Any:
-    kind, stage, offload, dtype, checkpointing = case
+    kind, (stage, offload), dtype, checkpointing = case
     net = net_of(kind, getattr(torch, dtype))
     tiny.checkpoint_activations(net, checkpointing)
     config = tiny.ds_config(stage, micro_batch=2, accumulation=2)
@@ -81,7 +80,7 @@ def figures(case: Any, mode: str) -> dict[str, list[float]]:
     dots, square = exact_dots(engine.scorer, POOL, directions, adam="adam")
     found = {"evaluation": np.array(list(engine.evaluate().values())), "dots": dots, "square": square}
     found |= {"plain features": features[0], "adam features": features[1]}
-    if mode == "on" and case[0] in ("tied", "lora head") and case[1] == 3:
+    if mode == "on" and case[0] in ("tied", "lora head") and case[1][0] == 3:
         spec = FeatureSpec(adam="adam_less", proj_dim=64)
         verdicts = self_check.check_scoring(engine.scorer, POOL, np.arange(2), spec)
         assert all(verdict.ok for verdict in verdicts), [verdict.line for verdict in verdicts]
@@ -94,7 +93,11 @@ def both(cases: list[Any]) -> list[Any]:
     return [[case, *(figures(case, mode) for mode in ("off", "on"))] for case in cases]
 
 
-@pytest.mark.parametrize("cases", [FEW, pytest.param(CASES, marks=pytest.mark.slow)], ids=["few", "every"])
+@pytest.mark.parametrize(
+    "cases",
+    [FEW, *(pytest.param([row for row in PAIRS if row[0] == kind], marks=pytest.mark.slow) for kind in KINDS)],
+    ids=["few", *KINDS],
+)
 def test_runs_with_and_without_logits_agree(cases: list[Any]) -> None:
     for rank in run_ranks("tests.forward.test_fused_runs:both", 2, cases=cases):
         assert len(rank) == len(cases)
@@ -158,7 +161,7 @@ def alone() -> dict[str, Any]:
     rule.CHUNK_TOKENS = {"cpu": 5, "cuda": 5}
     found, pool = {}, Pool.from_datasets(POOL)
     for mode in ("auto", "off", "on"):
-        scorer = engine_of(CASES[0], mode).scorer
+        scorer = engine_of(FEW[0], mode).scorer
         kept: list[Any] = []
         scorer.stream_losses(pool, np.arange(len(pool)), lambda _, losses, __, to=kept: to.append(losses.token_loss))
         found[mode] = scorer.forward.fused is not None, [t.tolist() for t in kept]
