@@ -49,7 +49,7 @@ struct Place {
 
 // The 16 bytes of the rows and twice of the columns that this thread copies of a step, worked out once for a tile.
 struct Copies {
-  const char *row, *col[2];       // of token 0; the second half of the columns is 16 tokens on
+  uint64_t row, col[2];           // addresses for token 0, which may be outside; the second half is 16 tokens on
   uint32_t to_row, to_col;        // in a stage, in bytes
   uint32_t row_token, col_token;  // of the 32; none of them for what lies outside
 };
@@ -58,13 +58,14 @@ __device__ __forceinline__ Copies copies_of(const ProjectCall& call, const Place
   constexpr uint32_t kNone = INT32_MAX - kDepth;
   const int t = threadIdx.x / 8, u = threadIdx.x / 16, piece = threadIdx.x % 8, wide = threadIdx.x % 16;
   const int64_t i = place.i + piece * 8, j = place.j + wide * 8;
-  const char *row = static_cast<const char*>(call.row), *col = static_cast<const char*>(call.col);
+  const auto row = reinterpret_cast<uint64_t>(call.row), col = reinterpret_cast<uint64_t>(call.col);
   Copies mine;
   mine.row_token = kept(i >= 0 && i < call.m ? static_cast<uint32_t>(t) : kNone);
   mine.col_token = kept(j >= 0 && j < call.k ? static_cast<uint32_t>(u) : kNone);
-  mine.row = kept(row + (t * call.row_stride + i) * 2);
+  mine.row = kept_address(row + static_cast<uint64_t>((t * call.row_stride + i) * 2));
 #pragma unroll
-  for (int half = 0; half < 2; half++) mine.col[half] = kept(col + ((u + 16 * half) * call.col_stride + j) * 2);
+  for (int half = 0; half < 2; half++)
+    mine.col[half] = kept_address(col + static_cast<uint64_t>(((u + 16 * half) * call.col_stride + j) * 2));
   mine.to_row = kept((t * kTileRows + (piece ^ (t & 7)) * 8) * 2);
   mine.to_col = kept(offsetof(Stage<T>, col) + (u * kTileColumns + (wide ^ (u & 7)) * 8) * 2);
   return mine;
@@ -78,10 +79,12 @@ __device__ __forceinline__ void fetch(const Grid& grid, const Copies& mine, Curs
     auto* to = reinterpret_cast<char*>(shared.stage) + stage;
     const auto token = static_cast<uint64_t>(static_cast<uint32_t>(at.token));
     const int left = at.end - at.token;
-    cp_async<16>(to + mine.to_row, mine.row + token * grid.row_bytes, static_cast<int>(mine.row_token) < left);
+    cp_async<16>(to + mine.to_row, reinterpret_cast<const char*>(mine.row + token * grid.row_bytes),
+                 static_cast<int>(mine.row_token) < left);
 #pragma unroll
     for (int half = 0; half < 2; half++)
-      cp_async<16>(to + mine.to_col + half * 16 * kTileColumns * 2, mine.col[half] + token * grid.col_bytes,
+      cp_async<16>(to + mine.to_col + half * 16 * kTileColumns * 2,
+                   reinterpret_cast<const char*>(mine.col[half] + token * grid.col_bytes),
                    static_cast<int>(mine.col_token) + 16 * half < left);
     if (ends_sample(at)) at = start_of(shared.bounds, at.sample + 1, samples);
     else at.token += kDepth;

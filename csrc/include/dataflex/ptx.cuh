@@ -18,7 +18,7 @@ DATAFLEX_PTX uint32_t kept(uint32_t value) {
 #endif
   return value;
 }
-DATAFLEX_PTX const char* kept(const char* value) {
+DATAFLEX_PTX uint64_t kept_address(uint64_t value) {
 #ifndef DATAFLEX_EMU
   asm volatile("" : "+l"(value));
 #endif
