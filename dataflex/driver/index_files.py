@@ -19,6 +19,7 @@ from dataflex.data.sources.info import DatasetInfo
 from dataflex.data.sources.rows import places_of
 from dataflex.data.weight_file import read_array
 from dataflex.driver.scores import Places
+from dataflex.scoring.kept.neighbour_files import read_probabilities, read_top_indices
 from dataflex.utils.errors import UserError
 
 ENDING = ".npy"
@@ -28,38 +29,12 @@ KEY = "select_from"
 def read_index_file(path: Path, size: int) -> NDArray[Any]:
     """Neighbours int64 [M, K], ids below ``size``, or probabilities float64 [size] of sum 1. UserError for others."""
     array = read_array(str(path), KEY)
-    shape = f"{array.dtype} {list(array.shape)}"
-    if array.ndim == 2 and array.dtype.kind in "iu" and array.size:
-        return _checked_ids(path, array, size)
-    if array.ndim == 1 and array.dtype.kind == "f":
-        return _checked_probabilities(path, array, size)
-    raise UserError(
-        f"{KEY}: {path}: {shape} is neither neighbours (integers [targets, neighbours]) nor probabilities (numbers "
-        "[samples])"
-    )
-
-
-def _checked_ids(path: Path, array: NDArray[Any], size: int) -> Ids:
-    ids = array.astype(np.int64)
-    bad = np.argwhere((ids < 0) | (ids >= size))
-    if len(bad):
-        target, place = bad[0]
+    if array.ndim not in (1, 2):
         raise UserError(
-            f"{KEY}: {path}: [{target}, {place}] is {ids[target, place]}, the samples are 0 to {size - 1:,}"
+            f"{KEY}: {path}: {array.dtype} {list(array.shape)} is neither neighbours (integers [targets, neighbours]) "
+            "nor probabilities (numbers [samples])"
         )
-    return ids
-
-
-def _checked_probabilities(path: Path, array: NDArray[Any], size: int) -> NDArray[np.float64]:
-    found = array.astype(np.float64)
-    if len(found) != size:
-        raise UserError(f"{KEY}: {path}: {len(found):,} probabilities for {size:,} samples")
-    bad = np.flatnonzero(~(np.isfinite(found) & (found >= 0)))
-    if len(bad):
-        raise UserError(f"{KEY}: {path}: [{bad[0]}] is {found[bad[0]]:g}, expected numbers >= 0")
-    if abs(found.sum() - 1) > 1e-3:
-        raise UserError(f"{KEY}: {path}: the probabilities sum to {found.sum():.6g}, expected 1")
-    return found
+    return read_top_indices(path, size) if array.ndim == 2 else read_probabilities(path, size)
 
 
 def in_turn(neighbours: Ids, count: int, path: Path) -> Ids:

@@ -84,20 +84,20 @@ def test_each_turn_is_a_loop_over_ranks_and_targets() -> None:
 
 
 WRONG: list[tuple[Any, int, dict[str, Any], str]] = [
-    ([[0, 7]], 1, {}, r"select_from: .*file.npy: \[0, 1\] is 7, the samples are 0 to 6$"),
-    ([[0, -1]], 1, {}, r"select_from: .*file.npy: \[0, 1\] is -1, the samples are 0 to 6$"),
+    ([[0, 7]], 1, {}, ".*file.npy: has the sample id 7; valid: 0 to 6, "),
+    ([[0, -1]], 1, {}, ".*file.npy: has the sample id -1; valid: 0 to 6, "),
     (
         [[0, 1], [1, 0]],
         3,
         {},
         "select_count: 3 samples are asked for, .*file.npy names 2 different ones; ask",
     ),
-    ([0.5, 0.5], 1, {}, "select_from: .*file.npy: 2 probabilities for 7 samples$"),
-    ([1.0] * 7, 1, {}, "select_from: .*file.npy: the probabilities sum to 7, expected 1$"),
-    ([2.0, -1.0, 0, 0, 0, 0, 0], 1, {}, r"select_from: .*file.npy: \[1\] is -1, expected numbers >= 0$"),
-    ([np.nan] * 7, 1, {}, r"select_from: .*file.npy: \[0\] is nan, expected numbers >= 0$"),
-    ([1, 2, 3], 1, {}, r"select_from: .*file.npy: int64 \[3\] is neither neighbours .* nor probabilities"),
-    (["a"], 1, {}, "select_from: .*file.npy: <U1 .* is neither neighbours"),
+    ([0.5, 0.5], 1, {}, ".*file.npy: has 2 probabilities; valid: one for each of 7 samples$"),
+    ([1.0] * 7, 1, {}, ".*file.npy: the probabilities sum to 7; valid: 1$"),
+    ([2.0, -1.0, 0, 0, 0, 0, 0], 1, {}, ".*file.npy: the probability of sample 1 is -1.0; valid: numbers >= 0$"),
+    ([np.nan] * 7, 1, {}, ".*file.npy: the probability of sample 0 is nan; valid: numbers >= 0$"),
+    ([1, 2, 3], 1, {}, r".*file.npy: holds int64 \(3,\); valid: float \[samples\]$"),
+    ([[[0]]], 1, {}, r"select_from: .*file.npy: int64 \[1, 1, 1\] is neither neighbours .* nor probabilities"),
     ([[0, 1]], 8, {}, "select_count: 8 samples are asked for, 7 are scored"),
     ([[0, 1]], 1, {"select_quotas": "equal"}, "select_quotas: is of scores, and .*file.npy says itself who is taken; "),
     ([[0, 1]], 1, {"select_from": ("file.npy", "x")}, "select_from: file.npy cannot be summed with other scores; give"),
