@@ -18,7 +18,6 @@ OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 # Modules of ten seconds and more, the longest first (`make test` with --durations=80), and then rooms.
 LONGEST = (
     "train/test_components",
-    "driver/test_campaign",
     "scoring/test_less_on_engines",
     "scoring/test_features",
     "driver/test_score",

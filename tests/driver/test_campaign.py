@@ -22,6 +22,7 @@ from tests.processes import PATIENCE_S, all_end, descendants
 STRIKES = 5  # of each kind: a start by the launcher takes its time; `test_long_campaign` has more
 
 
+@pytest.mark.slow
 def test_one_command_through_a_second_run_a_signal_and_a_kill(workspace: Path) -> None:
     short = ("max_steps=18",)
     run = Campaign(workspace, "mix", "struck", short)

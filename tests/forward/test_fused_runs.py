@@ -30,7 +30,6 @@ POOL = tiny.samples(7, seed=5)
 FEW = [
     ("full", (0, ""), "float32", None),
     ("tied", (3, ""), "float32", "non-reentrant"),
-    ("lora head", (3, ""), "float32", None),
 ]
 KINDS = ("full", "tied", "lora", "lora head", "saved head")
 STAGES = tuple((stage, "") for stage in range(4)) + tuple((stage, "optimizer") for stage in (1, 2, 3))

@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_said() -> None:
         def unknown() -> Any:
             raise UnknownHead("the output layer is a Odd with a forward of its own")
 
-        given = {"scorer": None, "eval_dataset": [1], "open_head": unknown, **more}
+        given = {"scorer": None, "eval_dataset": POOL, "open_head": unknown, **more}
         return LessHeadSelector([1], None, None, None, **given)
 
     for more, text in (

@@ -71,9 +71,9 @@ def next_step(engine: Any) -> list[Any]:
 
 
 def all_scores(more: bool) -> dict[str, Any]:
-    """Of each case; with ``more`` of experts and of bf16 too."""
+    """Of each case, or of ZeRO-3 alone; with ``more`` of all, and of experts and bf16 too."""
     results: dict[str, Any] = {"parts": parts_of(torch.distributed.get_world_size())}
-    for kind, stage in CASES:
+    for kind, stage in CASES if more else CASES[1::2]:  # one rank divides nothing: ZeRO-3 alone
         engine = engine_of(kind, stage, ckpt="reentrant" if kind == "lora" else "non-reentrant")
         for name, params in SCORINGS.items():
             results[f"{kind} {stage} {name}"] = scores_of(engine, **params).tolist()
@@ -116,7 +116,9 @@ def results() -> list[dict[str, Any]]:
 def test_scores_are_the_same_everywhere(results: list[dict[str, Any]]) -> None:
     for kind in ("lora", "full"):
         for name in SCORINGS:
-            found = np.array([rank[f"{kind} {stage} {name}"] for rank in results for stage in STAGES[kind]])
+            places = [f"{kind} {stage} {name}" for stage in STAGES[kind]]
+            found = np.array([rank[place] for rank in results for place in places if place in rank])
+            assert len(found) == 5
             assert np.ptp(found[0]) > 0.01
             np.testing.assert_allclose(found, np.broadcast_to(found[0], found.shape), rtol=1e-4, atol=0)
         exact, projected = (np.array(results[0][f"{kind} 3 {name}"]) for name in ("exact", "projected"))
@@ -131,7 +133,7 @@ def test_large_directions_are_divided_over_the_ranks(results: list[dict[str, Any
         kept, (nothing, total) = rank["parts"]
         assert kept == {1: 2 * 4 * 7, 2: 2 * 4 * 4}[world], number
         assert nothing == [0.0] * 7 and total == [2.0 * (1, 3)[world - 1] * i for i in range(1, 8)]
-        for kind, stage in CASES:
+        for kind, stage in CASES if world == 2 else CASES[1::2]:
             whole, parts = (np.array(rank[f"{kind} {stage} {name}"]) for name in ("exact", "in parts"))
             np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
