@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dataflex.data.pool import Pool
 from dataflex.forward import fused as rule
 from dataflex.forward.head import UnknownHead, find_head
 from dataflex.ops import Projection, Sums, project_per_sample_grad_, tensor_id
@@ -16,6 +17,7 @@ from dataflex.scoring.checks.head_check import known_head
 from dataflex.scoring.passes.head_pass import PROJECTED, SKETCH, HeadFeatures
 from dataflex.train.selector.less_head_selector import LessHeadSelector
 from dataflex.utils.errors import UserError
+from tests import tiny_engine as tiny
 from tests.forward import models
 
 K1, PROJ, SEED = 64, 512, 5
@@ -93,7 +95,7 @@ def test_what_does_not_fit_is_said() -> None:
         def unknown() -> Any:
             raise UnknownHead("the output layer is a Odd with a forward of its own")
 
-        given = {"scorer": None, "eval_dataset": POOL, "open_head": unknown, **more}
+        given = {"scorer": None, "eval_dataset": Pool.from_datasets(tiny.samples(1, seed=1)), "open_head": unknown, **more}
         return LessHeadSelector([1], None, None, None, **given)
 
     for more, text in (

@@ -104,7 +104,7 @@ def _best_products(
 def filled(rows: Floats, size: int) -> Tensor:
     """``rows`` and rows of zeros below, [size, d] float32."""
     out = torch.zeros(size, rows.shape[1])
-    out[: len(rows)] = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
+    out.numpy()[: len(rows)] = rows  # which may be of a file, and not writable
     return out
 
 
