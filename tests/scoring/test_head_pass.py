@@ -95,7 +95,8 @@ def test_what_does_not_fit_is_said() -> None:
         def unknown() -> Any:
             raise UnknownHead("the output layer is a Odd with a forward of its own")
 
-        given = {"scorer": None, "eval_dataset": Pool.from_datasets(tiny.samples(1, seed=1)), "open_head": unknown, **more}
+        target = Pool.from_datasets(tiny.samples(1, seed=1))
+        given = {"scorer": None, "eval_dataset": target, "open_head": unknown, **more}
         return LessHeadSelector([1], None, None, None, **given)
 
     for more, text in (
