@@ -137,6 +137,16 @@ def test_too_few_samples_are_spread_over_the_rows() -> None:
     assert plan.starts is not None and (np.diff(plan.starts) > 0).all()
 
 
+def test_rows_that_are_nine_tenths_full_are_asked_for_again() -> None:
+    """Of the pool's 880 tokens 11 rows are full, so that 4 can hold 40 samples of 8; a mean sample says 37."""
+    packing, draw = Packing(np.array([8] * 70 + [10] * 32), 80), Draws(40)
+    draw.order = np.arange(40)
+    assert packing.fill(packing.pool) == 1.0
+    plan = packing.filled(draw, 4)
+    assert draw.asked == [37, 40], "half a row more, and no more than as many of the shortest as fit"
+    assert np.diff(plan.starts).tolist() == [10] * 4 and packing.fill(plan) == 1.0
+
+
 def test_what_costs_much_is_asked_seldom() -> None:
     packing = Packing(np.random.default_rng(0).integers(4, 40, 3000), 64)
     draw = Draws(3000)

@@ -225,6 +225,35 @@ def test_the_cost_of_all_scores_is_carried_on_and_a_warm_up_counts_once(root: Pa
     )
 
 
+def test_a_second_start_of_score_adds_what_it_took_to_the_first_ones(root: Path) -> None:
+    """Its shards were made by the first, whose training came before it too; of another checkpoint nothing is known."""
+    first = Cost(
+        selection_seconds=10.0,
+        warmup_seconds=4.0,
+        samples_scored=20,
+        samples_scored_per_second=10.0,
+        tokens_scored=90,
+        samples_taken_up=2,
+        peak_memory_mib=7.0,
+        processes=2,
+    )
+    write(root, config(root), [0.0] * 11, checkpoint="runs/checkpoint-4", step=4, cost=first)
+    own = {"selection_seconds": 5.0, "samples_scored": 8, "tokens_scored": 30, "peak_memory_mib": 9.0, "processes": 1}
+    second = first.model_copy(update=own | {"samples_scored_per_second": 4.0, "samples_taken_up": 12})
+    facts = scores.read(root / "scores").facts.model_copy(update={"cost": second})
+    both = {"selection_seconds": 11.0, "samples_scored": 28, "samples_scored_per_second": 7.0, "tokens_scored": 120}
+    found = scores.with_earlier_cost(root / "scores", facts)
+    assert found.cost == first.model_copy(update=both | {"peak_memory_mib": 9.0})
+    assert found.model_copy(update={"cost": second}) == facts
+    for key, value in (("pool", "x"), ("component", "loss"), ("checkpoint", None), ("step", 5)):
+        other = facts.model_copy(update={key: value})
+        assert scores.with_earlier_cost(root / "scores", other) == other, key
+    anew = facts.model_copy(update={"cost": second.model_copy(update={"samples_taken_up": 0})})
+    assert scores.with_earlier_cost(root / "scores", anew) == anew
+    (root / "scores/scores.json").write_text("{")
+    assert scores.with_earlier_cost(root / "scores", facts) == facts
+
+
 # a0 to a5 and b0 to b4 for three subtasks: the first one's scores are large, the last one's small.
 EACH = [[9, 0, 0], [8, 0, 0], [7, 0, 0], [6, 0, 0.1], [5, 0, 0], [4, 0.2, 0], *[[0, 2 - i / 2, 0] for i in range(4)]]
 EACH = [*EACH, [0, 0, 0.3]]

@@ -186,6 +186,15 @@ def test_another_global_batch_names_what_would_fit() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("now", "advised"), [(Split(8, 4, 1), (8, 2)), (Split(1, 4, 2), (2, 4)), (Split(3, 5, 1), (2, 8))]
+)
+def test_the_advised_micro_batch_is_as_large_as_any_that_was_run(now: Split, advised: tuple[int, int]) -> None:
+    text = said(now)
+    words = f"per_device_train_batch_size: {advised[0]} and gradient_accumulation_steps: {advised[1]}"
+    assert text is not None and f"--num_processes {now.world_size} set {words}, or go on with" in text
+
+
 def test_a_count_that_cannot_hold_the_global_batch_names_those_that_can() -> None:
     text = said(Split(2, 4, 3))
     assert text is not None and "; --num_processes 3 does not fit; valid: 1, 2, 4, 8, 16; or go on with" in text

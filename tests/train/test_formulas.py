@@ -13,7 +13,7 @@ import torch
 from dataflex.core.plan import generator
 from dataflex.core.sampling import weighted_draw
 from dataflex.scoring.decide.table import ArrayTable
-from dataflex.scoring.gradients.cosines import cosines, mean_unit_rows
+from dataflex.scoring.gradients.cosines import cosines, exact_cosines, mean_unit_rows
 from dataflex.train.mixer.mixture import MixtureManager
 from dataflex.train.mixer.random_mixer import RandomMixer
 from dataflex.train.mixer.static_mixer import StaticMixer
@@ -176,13 +176,17 @@ def test_less_scores_are_the_largest_mean_cosine_over_subtasks() -> None:
         max(np.mean([cosine(f, t) for t, k in zip(targets, subtasks, strict=True) if k == task]) for task in (0, 2, 5))
         for f in features
     ]
-    got = cosines(torch.from_numpy(features), mean_unit_rows(targets, subtasks))
+    directions = mean_unit_rows(targets, subtasks)
+    got = cosines(torch.from_numpy(features), directions)
     np.testing.assert_allclose(got.numpy().max(axis=1), want, rtol=1e-12)
+    exact = exact_cosines(features @ directions.numpy().T, np.square(features).sum(axis=1))
+    np.testing.assert_allclose(exact, got.numpy(), rtol=1e-12)
 
 
 def test_a_feature_of_zeros_scores_zero() -> None:
     directions = mean_unit_rows(np.eye(2, 4, dtype=np.float32), np.array([0, 1]))
     assert cosines(torch.zeros(1, 4), directions).tolist() == [[0.0, 0.0]]
+    assert exact_cosines(np.zeros((1, 2), np.float32), np.zeros(1, np.float32)).tolist() == [[0.0, 0.0]]
 
 
 def test_random_picks_change_with_seed_and_step_only() -> None:
