@@ -165,6 +165,35 @@ def test_samples_of_one_row_must_not_see_each_other(family: str, apart: bool) ->
         check_packing(PlainEngine(net), packs, first)
 
 
+class Differs(Bigram):
+    """Its logits are ``by`` of themselves larger where a second sample begins in the row, without a gradient."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **_: Any) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(input_ids) * (1 + self.by * int((position_ids == 0).sum() > 1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "by", "apart"),
+    [
+        (torch.float32, 0.002, True),
+        (torch.float32, 0.05, False),
+        (torch.bfloat16, 0.05, True),
+        (torch.bfloat16, 0.5, False),
+    ],
+)
+def test_logits_of_one_row_may_differ_by_what_their_dtype_rounds(dtype: torch.dtype, by: float, apart: bool) -> None:
+    how = (PlainEngine(Differs(by).to(dtype)), Collator(0, packing=True, cutoff_len=64), tiny.samples(1, 1)[0])
+    if apart:
+        check_packing(*how)
+        return
+    with pytest.raises(UserError, match="packing: Differs does not keep samples of one row apart"):
+        check_packing(*how)
+
+
 def test_looking_at_a_model_without_a_backward_checkpoints_nothing() -> None:
     """Reentrant checkpointing warns (here: fails) where it is to keep what has no gradient."""
     net: Any = tiny.model().train()
