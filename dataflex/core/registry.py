@@ -11,14 +11,23 @@ import hashlib
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dataflex.utils.errors import UserError, nearest
+from dataflex.utils.errors import UserError, nearest, shown
 from dataflex.utils.logging import logger
 
 C = TypeVar("C", bound=type)
 KINDS = ("selector", "mixer", "weighter")
+PLAIN: dict[str, tuple[Any, str]] = {
+    "bool": (bool, "true or false"),
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "str": (str, "text"),
+    "None": (type(None), "null"),
+}
+"""Of annotations that a param's value is held against: its types, and what they are in words."""
 
 
 class Registry:
@@ -90,6 +99,12 @@ class Registry:
                     f"components: {kind} '{name}': unknown param '{key}'{nearest(key, own)}; "
                     f"valid: {', '.join(own) or 'none'}"
                 )
+        for p in _parameters(cls):
+            valid = _misfit(p, given[p.name]) if p.name in given else None
+            if valid is not None:
+                raise UserError(
+                    f"components: {kind} '{name}': {p.name}: expected {valid}, got {shown(given[p.name])}"
+                )
         arguments = {k: v for k, v in runtime.items() if k in accepted} | given
         missing = [a for a in required if a not in arguments]
         if missing:
@@ -121,6 +136,20 @@ def _init_arguments(cls: type) -> tuple[list[str], list[str]]:
         if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     ]
     return [p.name for p in named], [p.name for p in named if p.default is inspect.Parameter.empty]
+
+
+def _misfit(param: inspect.Parameter, value: Any) -> str | None:
+    """What ``value`` should be, in words, where it is not of the param's annotation; None where it is.
+
+    Annotations of true or false, numbers and text are read, alone or with ``| None``; others are the component's own
+    to check, and so are the values. A param's default is right whatever it is.
+    """
+    hint = param.annotation if isinstance(param.annotation, str) else inspect.formatannotation(param.annotation)
+    kinds = [kind.strip() for kind in hint.split("|")]
+    if not PLAIN.keys() >= set(kinds) or (value is None and param.default is None):
+        return None
+    fits = any(isinstance(value, PLAIN[kind][0]) and (kind == "bool" or not isinstance(value, bool)) for kind in kinds)
+    return None if fits else " or ".join(PLAIN[kind][1] for kind in kinds)
 
 
 REGISTRY = Registry()

@@ -34,8 +34,9 @@ class Facts(Record):
     pool: its fingerprint. domains: names, in the order of the ids. contents: of each domain's raw data. step,
     learning_rate: of the checkpoint, where there was one; the rate is the mean since the checkpoint before it.
     subtasks: of the target, where there is a score for each (in `column_of` it), and aggregate: the rule that the
-    component takes by. order: of the subtasks in a round robin, where it is the component's own. features: the store of
-    the samples' features, where they were kept. table, held_out: the files as they were written. dataflex: the version.
+    component takes by. order: of the subtasks in a round robin, where it is the component's own. vote_share: its share of
+    the pool that a subtask votes for. features: the store of the samples' features, where they were kept. table,
+    held_out: the files as they were written. dataflex: the version.
     """
 
     pool: str
@@ -50,6 +51,7 @@ class Facts(Record):
     subtasks: list[str] = []
     order: list[int] | None = None
     aggregate: str = "max"
+    vote_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     table: FileRecord | None = None
     held_out: FileRecord | None = None
     dataflex: str = __version__

@@ -127,6 +127,7 @@ def _write_scores(inputs: Inputs, pool: Pool, engine: DataflexEngine, start: Pat
             subtasks=selector.names if aims else [],
             order=selector.order.tolist() if aims and selector.order is not None else None,
             aggregate=selector.aggregate if aims else "max",
+            vote_share=selector.vote_share if aims else None,
         )
         facts = scores.with_earlier_cost(folder, facts)
         scores.write(folder, facts, pool, found, inputs.data.eval if cfg.data.val_size else None)

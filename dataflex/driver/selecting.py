@@ -147,13 +147,17 @@ def _picks(cfg: Config, found: list[Scored], total: NDArray[np.float64], rule: s
     count = _count(cfg, len(total))
     quotas = domain_quotas(wanted.select_quotas, count, names, np.bincount(domains, minlength=len(names)))
     table, order = ArrayTable(total.astype(np.float32)), first.facts.order
-    turns = None if order is None else np.array(order, dtype=np.int64)
+    how: dict[str, Any] = {
+        "rule": rule,
+        "columns": None if order is None else np.array(order, dtype=np.int64),
+        "vote_share": first.facts.vote_share,
+    }
     if wanted.select_duplicates is None:
-        return choose(table, domains, count, quotas, rule=rule, columns=turns)
+        return choose(table, domains, count, quotas, **how)
     store = _features(found[-1])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows_of = lambda ids: store.rows(FEATURES, ids)  # noqa: E731
-    choice = choose(table, domains, count, quotas, rows_of, wanted.select_duplicates, device, rule, turns)
+    choice = choose(table, domains, count, quotas, rows_of, wanted.select_duplicates, device, **how)
     if len(choice.picks) < count:
         logger.warning(f"select_duplicates: only {len(choice.picks):,} of {count:,} samples are unlike enough")
     return choice

@@ -13,7 +13,7 @@ from dataflex.utils.errors import UserError
 class Plain:
     """A component with one required and one optional param of its own."""
 
-    def __init__(self, dataset: Any, depth: int, focus: str = "high", *, cache_dir: str = "") -> None:
+    def __init__(self, dataset: Any, depth: int | None, focus: str = "high", *, cache_dir: str = "") -> None:
         self.got = {"dataset": dataset, "depth": depth, "focus": focus, "cache_dir": cache_dir}
 
 
@@ -66,6 +66,36 @@ def test_a_param_wins_over_the_runtime_object_and_null_leaves_it(registry: Regis
 
 def test_null_for_a_param_of_its_own_is_none(registry: Registry) -> None:
     assert build(registry, "plain", depth=None)["depth"] is None
+
+
+class Typed:
+    """Params of the kinds that YAML has."""
+
+    def __init__(
+        self, on: bool = False, count: int = 1, share: float | None = 0.5, names: Any = (), late: int = None  # type: ignore[assignment]
+    ) -> None:
+        self.got = {"on": on, "count": count, "share": share, "names": names, "late": late}
+
+
+def test_a_value_of_another_kind_than_the_param_is_refused(registry: Registry) -> None:
+    registry.register("selector", "typed")(Typed)
+    right: dict[str, Any] = {"on": True, "count": 3, "share": 1, "names": "x", "late": None}
+    assert build(registry, "typed", **right) == right
+    assert build(registry, "typed", share=None, late=2)["late"] == 2
+    wrong: list[tuple[str, Any, str]] = [
+        ("on", "no", "expected true or false, got 'no'"),  # YAML 1.2 has no as text, and text is true in Python
+        ("on", 0, "expected true or false, got 0"),
+        ("on", None, "expected true or false, got None"),
+        ("count", 2.0, "expected a whole number, got 2.0"),
+        ("count", True, "expected a whole number, got True"),
+        ("share", "0.5", "expected a number or null, got '0.5'"),
+        ("share", [0.5], "expected a number or null, got [0.5]"),
+        ("share", False, "expected a number or null, got False"),
+    ]
+    for key, value, text in wrong:
+        with pytest.raises(UserError) as failure:
+            build(registry, "typed", **{key: value})
+        assert str(failure.value) == f"components: selector 'typed': {key}: {text}"
 
 
 def test_a_component_without_params(registry: Registry) -> None:

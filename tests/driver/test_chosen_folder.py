@@ -301,6 +301,18 @@ def test_the_component_s_own_rule_is_the_default(root: Path) -> None:
     assert picked.tolist() == [0, 6, 10]
 
 
+def test_a_vote_share_of_the_component_holds_offline_too(root: Path) -> None:
+    cfg = config(root, {"select_count": 1})
+    one = [10.0, 0, 7, 8, 9, 1, 2, 3, 4, -1, 6]
+    other = [0.0, 10, 1, 2, 3, 7, 8, 9, -1, 4, 6]  # 10 is the fifth of both
+    each = [list(row) for row in zip(one, other, strict=True)]
+    for share, picked in ((None, 0), (0.5, 10)):  # the best of a column alone, or the six best of each, votes
+        how = {"each": each, "subtasks": ["x", "y"], "aggregate": "vote", "vote_share": share}
+        write(root, cfg, [max(row) for row in each], **how)
+        select(cfg)
+        assert pd.read_parquet(root / "chosen/selected/scores.parquet").query("picked")["sample_id"].tolist() == [picked]
+
+
 def test_checkpoints_are_summed_for_each_subtask_before_the_rule(root: Path) -> None:
     cfg = config(root, {"select_count": 1, "select_from": (str(root / "s1"), str(root / "s2"))})
     nothing = [[0.0, 0.0]] * 8

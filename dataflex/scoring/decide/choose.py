@@ -60,8 +60,9 @@ def choose(
     device: torch.device | str = "cpu",
     rule: str = "max",
     columns: Ids | None = None,
+    vote_share: float | None = None,
 ) -> Choice:
-    """At most ``count`` samples by a rule of `decide`. columns: its order of the columns.
+    """At most ``count`` samples by a rule of `decide`. columns: its order of the columns. vote_share: as it takes it.
 
     domains: [N]. quotas: so many of each domain, by the rule within it. rows_of: features [k, d] of sample ids [k];
     with it a sample is passed over where its cosine with a better one that was taken is ``alike`` or more, which may
@@ -74,7 +75,7 @@ def choose(
     decisions: list[Decision] = []
     for among, wanted in parts:
         size = len(domains) if among is None else len(among)
-        share = wanted / size if rule == "vote" and wanted else None
+        share = (vote_share or wanted / size) if rule == "vote" and wanted else None
         most = size if rows_of is not None and wanted else wanted
         decisions.append(decide(table, most, rule, among, vote_share=share, turn=turn, order=columns, source="select"))
         turn += wanted
