@@ -61,9 +61,12 @@ def nearness(neighbours: Ids, size: int) -> NDArray[np.float64]:
     return found
 
 
-def drawn(probabilities: NDArray[np.float64], count: int, seed: int) -> Ids:
-    """``count`` draws with replacement, likeliest samples first and each as often as it was drawn, int64 [count]."""
-    picks = weighted_draw(probabilities, count, replacement=True, draw=generator(seed, "select"))
+def drawn(probabilities: NDArray[np.float64], count: int, seed: int, replacement: bool = True) -> Ids:
+    """``count`` draws, likeliest samples first and each as often as it was drawn, int64 [count].
+
+    UserError without ``replacement`` where fewer than ``count`` have a probability.
+    """
+    picks = weighted_draw(probabilities, count, replacement=replacement, draw=generator(seed, "select"))
     return picks[np.lexsort((picks, -probabilities[picks]))]
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FACTS, TABLE, HELD_OUT = "scores.json", "scores.parquet", "held_out.parquet"
 OLD = "scores.npy"
+DRAW = "draw"
 PLACE = ("sample_id", "dataset", "file", "row")
 
 
@@ -34,7 +35,7 @@ class Facts(Record):
     pool: its fingerprint. domains: names, in the order of the ids. contents: of each domain's raw data. step,
     learning_rate: of the checkpoint, where there was one; the rate is the mean since the checkpoint before it.
     subtasks: of the target, where there is a score for each (in `column_of` it), and aggregate: the rule that the
-    component takes by. order: of the subtasks in a round robin, where it is the component's own. vote_share: its share of
+    component takes by (`DRAW`: by a draw, of which replacement says whether it takes a sample twice). order: of the subtasks in a round robin, where it is the component's own. vote_share: its share of
     the pool that a subtask votes for. features: the store of the samples' features, where they were kept. table,
     held_out: the files as they were written. dataflex: the version.
     """
@@ -51,6 +52,7 @@ class Facts(Record):
     subtasks: list[str] = []
     order: list[int] | None = None
     aggregate: str = "max"
+    replacement: bool = False
     vote_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     table: FileRecord | None = None
     held_out: FileRecord | None = None

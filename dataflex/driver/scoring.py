@@ -126,7 +126,8 @@ def _write_scores(inputs: Inputs, pool: Pool, engine: DataflexEngine, start: Pat
             cost=cost,
             subtasks=selector.names if aims else [],
             order=selector.order.tolist() if aims and selector.order is not None else None,
-            aggregate=selector.aggregate if aims else "max",
+            aggregate=selector.aggregate if aims else scores.DRAW if selector.draws else "max",
+            replacement=selector.draws and selector.replacement,
             vote_share=selector.vote_share if aims else None,
         )
         facts = scores.with_earlier_cost(folder, facts)

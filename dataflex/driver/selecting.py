@@ -82,7 +82,7 @@ def _by_scores(cfg: Config, folders: list[Path], dataset_dir: Path) -> Made:
         scored["serves"] = np.full(len(total), None, dtype=object)
         scored["serves"][picks] = np.array(names, dtype=object)[column]
         _say_served(Served(names, column, total[picks, column], "try select_aggregate=round_robin"), picks)
-    picked = Picked(infos, first.places, picks, scored)
+    picked = Picked(infos, first.places, picks, scored, replacement=rule == scores.DRAW and first.facts.replacement)
     return Made(picked, scores.read_held_out(first), _cost(found), rule)
 
 
@@ -110,8 +110,8 @@ def _by_file(cfg: Config, sources: list[Path], dataset_dir: Path) -> Made:
     if found.ndim == 2:
         picks, score, rule = index_files.in_turn(found, count, path), index_files.nearness(found, size), "round_robin"
     else:
-        picks, score, rule = index_files.drawn(found, count, cfg.train.seed), found, "draw"
-    return Made(Picked(infos, places, picks, {SCORE: score}, replacement=rule == "draw"), held_out, cost, rule)
+        picks, score, rule = index_files.drawn(found, count, cfg.train.seed), found, scores.DRAW
+    return Made(Picked(infos, places, picks, {SCORE: score}, replacement=rule == scores.DRAW), held_out, cost, rule)
 
 
 def _rule(cfg: Config, first: Scored) -> str:
@@ -145,6 +145,15 @@ def _picks(cfg: Config, found: list[Scored], total: NDArray[np.float64], rule: s
     wanted, first = cfg.score, found[0]
     domains, names = first.places.domains, first.facts.domains
     count = _count(cfg, len(total))
+    if rule == scores.DRAW:
+        for key in ("select_quotas", "select_duplicates"):
+            if getattr(wanted, key) is not None:
+                raise UserError(
+                    f"{key}: {first.folder} has probabilities (of {first.facts.component}), by which samples are drawn; "
+                    "drop it, or set select_aggregate: max to take the likeliest"
+                )
+        picks = index_files.drawn(total[:, 0], count, cfg.train.seed, first.facts.replacement)
+        return Choice(picks, np.zeros_like(picks))
     quotas = domain_quotas(wanted.select_quotas, count, names, np.bincount(domains, minlength=len(names)))
     table, order = ArrayTable(total.astype(np.float32)), first.facts.order
     how: dict[str, Any] = {

@@ -61,6 +61,8 @@ def _train(cfg: Config) -> Stop | None:
     _resume(engine, cfg, start, best)
     if _complete(engine, cfg):
         return None
+    if start is not None:  # config.yaml says how a run is made, so that of a complete one stays
+        dist.together(lambda: run_folder.write_config(cfg))
     _say_run(inputs, engine)
     try:
         for batch in engine.batches():
@@ -98,7 +100,6 @@ def _resume(engine: DataflexEngine, cfg: Config, start: Path | None, best: Best 
     engine.load_checkpoint(start.parent, tag=start.name)
     folder = Path(cfg.output.output_dir)
     run_folder.go_on(folder, start, engine.run)
-    dist.together(lambda: run_folder.write_config(cfg))
     if start.parent.resolve() == folder.resolve():
         engine.run.stop.last = start
     elif best is not None:

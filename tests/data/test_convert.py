@@ -181,6 +181,16 @@ def test_unusable_conversations_get_a_reason(messages: list[tuple[str, Any]], pr
     assert (converted.turns, converted.problem) == ((), problem)
 
 
+@pytest.mark.parametrize("value", [None, "", "  "])
+def test_a_row_without_its_subtask_stops_with_the_row(value: Any) -> None:
+    kept = Converter(make().info, "sft", kept_column="task")
+    row = {"instruction": "q", "output": "a"}
+    assert kept(row | {"task": 0}, "x.jsonl:4").kept == "0"
+    for wrong in (row, row | {"task": value}):
+        with pytest.raises(UserError, match="^x.jsonl:4: task: has no value; every row of the target needs one"):
+            kept(wrong, "x.jsonl:4")
+
+
 def test_a_missing_answer_gets_a_reason() -> None:
     for answer in ({}, {"output": None}, {"output": ""}):
         assert make()({"instruction": "a", **answer}, "x:1").problem == "no answer"

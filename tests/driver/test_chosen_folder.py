@@ -313,6 +313,26 @@ def test_a_vote_share_of_the_component_holds_offline_too(root: Path) -> None:
         assert pd.read_parquet(root / "chosen/selected/scores.parquet").query("picked")["sample_id"].tolist() == [picked]
 
 
+def test_probabilities_are_drawn_by(root: Path) -> None:
+    shares = [0.5, 0.25, 0.25, *[0.0] * 8]
+    how = {"component": "tsds", "aggregate": "draw", "replacement": True}
+    cfg = config(root, {"select_count": 11})
+    write(root, cfg, shares, **how)
+    select(cfg)
+    table = pd.read_parquet(root / "chosen/selected/scores.parquet")
+    assert table["picked"].sum() == 11 and (table["picked"][:3] > 0).all() and table["picked"][3:].sum() == 0
+    assert len((root / "chosen/selected/a.jsonl").read_text().splitlines()) == 11, "a row for each draw"
+    write(root, cfg, shares, **{**how, "replacement": False})
+    with pytest.raises(UserError, match="^asked for 11 samples, but only 3 can be drawn"):
+        select(cfg)
+    select(config(root, {"select_count": 3}))
+    assert pd.read_parquet(root / "chosen/selected/scores.parquet")["picked"].tolist() == [True] * 3 + [False] * 8
+    with pytest.raises(UserError, match="^select_quotas: .* has probabilities .of tsds., by which samples are drawn"):
+        select(config(root, {"select_count": 3, "select_quotas": "equal"}))
+    select(config(root, {"select_count": 1, "select_aggregate": "max"}))
+    assert pd.read_parquet(root / "chosen/selected/scores.parquet")["picked"].tolist() == [True] + [False] * 10
+
+
 def test_checkpoints_are_summed_for_each_subtask_before_the_rule(root: Path) -> None:
     cfg = config(root, {"select_count": 1, "select_from": (str(root / "s1"), str(root / "s2"))})
     nothing = [[0.0, 0.0]] * 8

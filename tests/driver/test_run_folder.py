@@ -27,7 +27,7 @@ def _cases(workspace: Path, out: Path) -> dict[str, dict[str, Any]]:
     chosen = {**run, **mix}
     cases = {
         "first": chosen,
-        "again": chosen,
+        "again": chosen | {"component_params": {"mix": {"seed": 7}}},  # would be heeded in a run that has steps left
         "unfinished": chosen | {"remove": str(out / "all_results.json")},
         "no more": {**chosen, "resume_from_checkpoint": False},
         "older": {**chosen, "resume_from_checkpoint": str(out / "checkpoint-2")},
@@ -69,6 +69,7 @@ def test_a_finished_run_is_complete(runs: dict[str, Any]) -> None:
     assert runs["first"]["trained"] and not runs["again"]["trained"]
     assert runs["again"]["results"] == runs["first"]["results"]
     assert runs["again"]["losses"] == runs["first"]["losses"]
+    assert runs["again"]["params"] == runs["first"]["params"], "config.yaml says how the run was made"
 
 
 @pytest.mark.parametrize(

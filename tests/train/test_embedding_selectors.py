@@ -133,6 +133,7 @@ def test_only_the_nearest_of_some_target_are_taken() -> None:
     ids, _ = in_float64(*planted())
     allowed = set(ids[:, :4].ravel().tolist())
     found = make(NearSelector, max_neighbours=4)
+    assert found.most_picks == 4 * len(found.target)
     assert set(found.select(None, 3, 40)) <= allowed
     assert not set(make(NearSelector).select(None, 3, len(allowed))) <= allowed
     with pytest.raises(UserError, match=rf"near at step 3: max_neighbours: {len(allowed)} .* {len(allowed) + 1} are"):

@@ -181,6 +181,18 @@ def test_a_pool_smaller_than_a_decision_is_refused_before_training() -> None:
     SelectPlanner(Told(replacement=True), "told").on_train_start(make_run(schedule))
 
 
+def test_more_samples_than_a_selector_can_take_are_refused_before_training() -> None:
+    schedule = decision_schedule(warmup_step=2, update_step=10, update_times=1, train_step=12, epoch_steps=1)
+    for most, replacement in ((39, True), (40, False), (39, False)):
+        told = Told(replacement=replacement)
+        told.most_picks, told.limit = most, "max_neighbours"
+        if most == 40 or replacement:
+            SelectPlanner(told, "told").on_train_start(make_run(schedule))
+            continue
+        with pytest.raises(UserError, match="^told: max_neighbours: 39 samples may be taken at most .* = 40 samples; "):
+            SelectPlanner(told, "told").on_train_start(make_run(schedule))
+
+
 def test_a_selectors_picks_survive_a_resume() -> None:
     run = make_run()
     planner = SelectPlanner(Told(), "told")

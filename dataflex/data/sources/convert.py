@@ -127,9 +127,7 @@ class Converter:
                 turns = self._alpaca(row, where)
             else:
                 turns = self._messages(row, where)
-            kept = (
-                "" if self.kept_column is None else as_text(row.get(self.kept_column), f"{where}: {self.kept_column}")
-            )
+            kept = "" if self.kept_column is None else _kept(row, self.kept_column, where)
             for content in (*(content for _, content in turns), kept):
                 if not content.isascii():
                     content.encode("utf-8")
@@ -281,3 +279,12 @@ def _check_order(roles: list[str]) -> None:
             raise BadRow("roles do not alternate")
     if roles[-1] not in ANSWERS:
         raise BadRow("does not end with an answer")
+
+
+def _kept(row: Mapping[str, Any], column: str, where: str) -> str:
+    """The value of a column that every row needs, as text."""
+    value = row.get(column)
+    text = "" if value is None else as_text(value, f"{where}: {column}")
+    if not text.strip():
+        raise UserError(f"{where}: {column}: has no value; every row of the target needs one (subtask_column)")
+    return text

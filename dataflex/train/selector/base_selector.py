@@ -40,6 +40,9 @@ class Selector(ABC):
     ``replacement``: whether `select` may return an id more than once (else that is an error).
     ``keep_order``: train in the returned order instead of a shuffled one.
     ``takes_domain_counts``: whether `select` heeds ``domain_counts``, so that a mixer can be combined with it.
+    ``most_picks``: how many different samples a decision can take at most, where that is known before the pool is looked
+    at; ``limit`` is the param to raise then.
+    ``draws``: whether its ``scores()`` are probabilities, by which `dataflex-cli select` draws.
     ``scores_once``: whether one pass over the pool, at the first decision, serves all.
     ``metric``: after `select`, per returned sample: what the decision was made from; written to decisions/.
     ``scored``: after `select`, {column: array [pool]}: the same for every sample of the pool, for the decision's table;
@@ -51,6 +54,9 @@ class Selector(ABC):
     keep_order: bool = False
     takes_domain_counts: bool = False
     scores_once: bool = False
+    most_picks: int | None = None
+    limit: str = ""
+    draws: bool = False
     _made: tuple[int, Any] | None = None
 
     def __init__(self, dataset: Any, accelerator: Any, data_collator: Any, cache_dir: Any) -> None:

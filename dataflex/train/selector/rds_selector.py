@@ -158,6 +158,7 @@ class NearSelector(RdsSelector):
         if max_neighbours is not None and not (whole and max_neighbours >= 1):
             raise UserError(f"near: max_neighbours: expected a whole number >= 1, or null, got {max_neighbours}")
         self.max_neighbours = max_neighbours
+        self.most_picks = None if max_neighbours is None else max_neighbours * len(eval_dataset)
 
     def candidates(self) -> Ids | None:
         if self.max_neighbours is None or self.embedded is None:

@@ -33,6 +33,8 @@ class TsdsSelector(Selector):
     pooling, layer, embedding_model, refresh, open_embedder: see `Embeddings`. passes: keeps the pool's embeddings.
     """
 
+    limit, draws = "max_k", True
+
     def __init__(
         self,
         dataset: Any,
@@ -75,6 +77,7 @@ class TsdsSelector(Selector):
             logger.info(f"tsds: max_k {self.max_k:,}, kde_k {self.kde_k:,}: a tenth of the pool at most")
         self.sigma, self.alpha, self.c = sigma, alpha, c
         self.replacement, self.seed = replacement, seed
+        self.most_picks = self.max_k * len(eval_dataset)
 
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
         shares = self.once(step_id, self.probabilities)

@@ -40,13 +40,19 @@ class SelectPlanner(Planner):
         self.starts: Ids | None = None  # of the rows that the picks are packed in
 
     def on_train_start(self, run: Run) -> None:
-        """UserError where a decision asks for more samples than the pool can give."""
+        """UserError where a decision asks for more samples than the pool can give, or the selector can take."""
         asked = max((p.steps * run.global_batch for p in run.schedule.phases if p.decides), default=0)
         given, rows = (len(run.pool), "samples") if run.packing is None else (run.packing.pool.rows, "packs")
         if asked > given and not self.selector.replacement:
             raise UserError(
                 f"update_step: a decision picks update_step x global batch = {asked} {rows} without replacement, "
                 f"the pool has {given}; lower update_step or the batch, or use a selector with replacement"
+            )
+        most, limit = self.selector.most_picks, self.selector.limit
+        if most is not None and asked > most and not self.selector.replacement:
+            raise UserError(
+                f"{self.name}: {limit}: {most:,} samples may be taken at most for this target, a decision picks "
+                f"update_step x global batch = {asked:,} {rows}; raise it or lower update_step"
             )
 
     def plan(self, run: Run, phase: Phase) -> Plan:
