@@ -102,9 +102,7 @@ class Registry:
         for p in _parameters(cls):
             valid = _misfit(p, given[p.name]) if p.name in given else None
             if valid is not None:
-                raise UserError(
-                    f"components: {kind} '{name}': {p.name}: expected {valid}, got {shown(given[p.name])}"
-                )
+                raise UserError(f"components: {kind} '{name}': {p.name}: expected {valid}, got {shown(given[p.name])}")
         arguments = {k: v for k, v in runtime.items() if k in accepted} | given
         missing = [a for a in required if a not in arguments]
         if missing:

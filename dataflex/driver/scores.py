@@ -34,10 +34,12 @@ class Facts(Record):
 
     pool: its fingerprint. domains: names, in the order of the ids. contents: of each domain's raw data. step,
     learning_rate: of the checkpoint, where there was one; the rate is the mean since the checkpoint before it.
-    subtasks: of the target, where there is a score for each (in `column_of` it), and aggregate: the rule that the
-    component takes by (`DRAW`: by a draw, of which replacement says whether it takes a sample twice). order: of the subtasks in a round robin, where it is the component's own. vote_share: its share of
-    the pool that a subtask votes for. features: the store of the samples' features, where they were kept. table,
-    held_out: the files as they were written. dataflex: the version.
+    subtasks: of the target, where there is a score for each (in `column_of` it); where these are its single samples,
+    tasks: the subtasks that they are of, and task_of: which, for each. aggregate: the rule that the component takes by;
+    `DRAW`: by a draw, of which replacement says whether it takes a sample twice. order: of the subtasks in a round
+    robin, where it is the component's own. vote_share: its share of the pool that a subtask votes for. features: the
+    store of the samples' features, where they were kept. table, held_out: the files as they were written. dataflex: the
+    version.
     """
 
     pool: str
@@ -50,6 +52,8 @@ class Facts(Record):
     features: str | None
     cost: Cost
     subtasks: list[str] = []
+    tasks: list[str] = []
+    task_of: list[int] = []
     order: list[int] | None = None
     aggregate: str = "max"
     replacement: bool = False

@@ -96,6 +96,7 @@ def _write_scores(inputs: Inputs, pool: Pool, engine: DataflexEngine, start: Pat
         logger.info(f"{name}: gradient_type: sgd, since Adam's moments come only with resume_from_checkpoint")
     clock.start()
     aims = isinstance(selector, TargetSelector)
+    single = aims and selector.per == "target"
     with clock.part(SCORE):
         found = selector.each() if aims else np.asarray(selector.scores(), dtype=np.float32)[:, None]
     peak_mib = max(dist.gather_objects(peak_memory_mib()))
@@ -125,6 +126,8 @@ def _write_scores(inputs: Inputs, pool: Pool, engine: DataflexEngine, start: Pat
             features=features,
             cost=cost,
             subtasks=selector.names if aims else [],
+            tasks=selector.subtasks.names if single else [],
+            task_of=selector.subtasks.ids.tolist() if single else [],
             order=selector.order.tolist() if aims and selector.order is not None else None,
             aggregate=selector.aggregate if aims else scores.DRAW if selector.draws else "max",
             replacement=selector.draws and selector.replacement,

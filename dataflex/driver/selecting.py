@@ -80,8 +80,11 @@ def _by_scores(cfg: Config, folders: list[Path], dataset_dir: Path) -> Made:
     if len(names) > 1:
         scored |= {scores.column_of(name): total[:, j] for j, name in enumerate(names)}
         scored["serves"] = np.full(len(total), None, dtype=object)
-        scored["serves"][picks] = np.array(names, dtype=object)[column]
-        _say_served(Served(names, column, total[picks, column], "try select_aggregate=round_robin"), picks)
+        tasks, task = names, column
+        if first.facts.tasks:
+            tasks, task = first.facts.tasks, np.array(first.facts.task_of, dtype=np.int64)[column]
+        scored["serves"][picks] = np.array(tasks, dtype=object)[task]
+        _say_served(Served(tasks, task, total[picks, column], "try select_aggregate=round_robin"), picks)
     picked = Picked(infos, first.places, picks, scored, replacement=rule == scores.DRAW and first.facts.replacement)
     return Made(picked, scores.read_held_out(first), _cost(found), rule)
 
@@ -149,8 +152,8 @@ def _picks(cfg: Config, found: list[Scored], total: NDArray[np.float64], rule: s
         for key in ("select_quotas", "select_duplicates"):
             if getattr(wanted, key) is not None:
                 raise UserError(
-                    f"{key}: {first.folder} has probabilities (of {first.facts.component}), by which samples are drawn; "
-                    "drop it, or set select_aggregate: max to take the likeliest"
+                    f"{key}: {first.folder} has probabilities (of {first.facts.component}), by which samples are "
+                    "drawn; drop it, or set select_aggregate: max to take the likeliest"
                 )
         picks = index_files.drawn(total[:, 0], count, cfg.train.seed, first.facts.replacement)
         return Choice(picks, np.zeros_like(picks))

@@ -72,7 +72,12 @@ class Typed:
     """Params of the kinds that YAML has."""
 
     def __init__(
-        self, on: bool = False, count: int = 1, share: float | None = 0.5, names: Any = (), late: int = None  # type: ignore[assignment]
+        self,
+        on: bool = False,
+        count: int = 1,
+        share: float | None = 0.5,
+        names: Any = (),
+        late: int = None,  # type: ignore[assignment]
     ) -> None:
         self.got = {"on": on, "count": count, "share": share, "names": names, "late": late}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -310,7 +311,23 @@ def test_a_vote_share_of_the_component_holds_offline_too(root: Path) -> None:
         how = {"each": each, "subtasks": ["x", "y"], "aggregate": "vote", "vote_share": share}
         write(root, cfg, [max(row) for row in each], **how)
         select(cfg)
-        assert pd.read_parquet(root / "chosen/selected/scores.parquet").query("picked")["sample_id"].tolist() == [picked]
+        assert pd.read_parquet(root / "chosen/selected/scores.parquet").query("picked")["sample_id"].tolist() == [
+            picked
+        ]
+
+
+def test_picks_for_single_samples_of_the_target_serve_their_subtasks(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    each = np.eye(11, 4).tolist()
+    how: dict[str, Any] = {"subtasks": ["x[0]", "y[1]", "x[2]", "x[3]"], "tasks": ["x", "y"], "task_of": [0, 1, 0, 0]}
+    cfg = config(root, {"select_count": 4})
+    write(root, cfg, [max(row) for row in each], each=each, aggregate="round_robin", **how)
+    with caplog.at_level(logging.INFO, "dataflex"):
+        select(cfg)
+    assert "picks that serve each subtask: x 3, y 1" in caplog.messages
+    table = pd.read_parquet(root / "chosen/selected/scores.parquet")
+    assert table["serves"][:4].tolist() == ["x", "y", "x", "x"] and table["serves"][4:].isna().all()
 
 
 def test_probabilities_are_drawn_by(root: Path) -> None:

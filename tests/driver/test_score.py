@@ -142,6 +142,7 @@ def test_each_subtask_has_a_column_of_its_own(scored: Scored) -> None:
     assert table["score: target"].tolist() == pytest.approx(scores.read(folder / "at2").score.tolist(), abs=1e-6)
     assert (table["score"] == table["score: b"]).sum() not in (0, 64)
     assert (each.facts.subtasks, each.facts.aggregate) == ([f"target[{i}]" for i in range(8)], "mean")
+    assert (each.facts.tasks, each.facts.task_of) == (["target"], [0] * 8)
     assert each.each is not None and each.each.mean(axis=1).tolist() == pytest.approx(each.score.tolist(), rel=1e-6)
     assert each.score.tolist() == pytest.approx(table["score: target"].tolist(), abs=1e-5)  # a mean of cosines
 

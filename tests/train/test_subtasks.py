@@ -226,6 +226,8 @@ def test_each_domain_gets_what_a_mixer_asks_for(aggregate: str) -> None:
     second = decide(ArrayTable(table), 3, aggregate, np.arange(18, 30), turn=5)
     assert picks == [*first.picks.tolist(), *second.picks.tolist()]
     assert selector.metric["score"] == [*first.score.tolist(), *second.score.tolist()]
+    served = selector.served
+    assert served is not None and served.score.tolist() == table[picks, served.of_picks].tolist(), "of what is served"
     if aggregate == "round_robin":
         assert selector.metric["serves"] == ["a", "b"] * 4, "turns go on from one domain to the next"
     if aggregate in ("max", "mean"):

@@ -21,8 +21,8 @@ __all__ = ["Selector", "logger"]
 class Served:
     """Which subtask of the target each pick serves.
 
-    names: of the subtasks. of_picks: int64 [k]. score: [k], what each was taken for. advice: what to do where a subtask
-    gets too few.
+    names: of the subtasks. of_picks: int64 [k]. score: [k], each one's for that subtask. advice: what to do where a
+    subtask gets too few.
     """
 
     names: list[str]
@@ -40,8 +40,8 @@ class Selector(ABC):
     ``replacement``: whether `select` may return an id more than once (else that is an error).
     ``keep_order``: train in the returned order instead of a shuffled one.
     ``takes_domain_counts``: whether `select` heeds ``domain_counts``, so that a mixer can be combined with it.
-    ``most_picks``: how many different samples a decision can take at most, where that is known before the pool is looked
-    at; ``limit`` is the param to raise then.
+    ``most_picks``: how many different samples a decision can take at most, where that is known before the pool is
+    looked at; ``limit`` is the param to raise then.
     ``draws``: whether its ``scores()`` are probabilities, by which `dataflex-cli select` draws.
     ``scores_once``: whether one pass over the pool, at the first decision, serves all.
     ``metric``: after `select`, per returned sample: what the decision was made from; written to decisions/.

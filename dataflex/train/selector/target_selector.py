@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dataflex.core.plan import Ids
 from dataflex.data.subtasks import Subtasks
 from dataflex.scoring.decide.rules import Decision, check_rule, decide
-from dataflex.scoring.decide.table import ScoreTable, whole
+from dataflex.scoring.decide.table import BLOCK_ROWS, ScoreTable, whole
 from dataflex.train.selector.base_selector import Selector, Served
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError, nearest
@@ -186,7 +186,8 @@ class TargetSelector(Selector):
         """The selector's record of a decision."""
         subtask = self.subtasks.ids[decision.column] if self.per == "target" else decision.column
         names = np.array(self.subtasks.names, dtype=object)
-        self.served = Served(self.subtasks.names, subtask, decision.score, self._advice)
+        score = decision.score if table is None else _scores_of(table, decision)
+        self.served = Served(self.subtasks.names, subtask, score, self._advice)
         self.metric = {"score": decision.score.tolist(), "serves": names[subtask].tolist()}
         if self.per == "target":
             self.metric["target"] = decision.column.tolist()
@@ -195,6 +196,16 @@ class TargetSelector(Selector):
             serves[decision.picks] = names[subtask]
             named = self.subtasks.names if self.per == "subtask" else []
             self.scored = _columns(table, decision.every, named) | {"serves": serves}
+
+
+def _scores_of(table: ScoreTable, decision: Decision) -> NDArray[np.float32]:
+    """Of each pick for the column that it serves, whatever the rule took it for, float32 [k]."""
+    found = np.empty(len(decision.picks), dtype=np.float32)
+    for start in range(0, len(found), BLOCK_ROWS):
+        part = slice(start, start + BLOCK_ROWS)
+        column = decision.column[part]
+        found[part] = table.rows(decision.picks[part])[np.arange(len(column)), column]
+    return found
 
 
 def _joined(parts: Sequence[Decision]) -> Decision:
