@@ -107,7 +107,7 @@ def _result(cfg: Any, logits: list[torch.Tensor]) -> dict[str, Any]:
         "files": sorted(p.name for p in folder.iterdir()),
         "results": json.loads((folder / "all_results.json").read_text()),
         "gap": _gap(cfg, logits[0]) if logits else None,
-        "params": yaml.safe_load((folder / "config.yaml").read_text())["component_params"],
+        "params": yaml.safe_load((folder / "config.yaml").read_text()).get("component_params"),
         "trained": bool(logits),
     }
 
