@@ -186,9 +186,10 @@ def test_a_row_without_its_subtask_stops_with_the_row(value: Any) -> None:
     kept = Converter(make().info, "sft", kept_column="task")
     row = {"instruction": "q", "output": "a"}
     assert kept(row | {"task": 0}, "x.jsonl:4").kept == "0"
-    for wrong in (row, row | {"task": value}):
-        with pytest.raises(UserError, match="^x.jsonl:4: task: has no value; every row of the target needs one"):
-            kept(wrong, "x.jsonl:4")
+    with pytest.raises(UserError, match="^x.jsonl:4: task: has no value; every row of the target needs one"):
+        kept(row | {"task": value}, "x.jsonl:4")
+    with pytest.raises(UserError, match=r"^x.jsonl:4: no column 'task' \(subtask_column\); it has instruction, output"):
+        kept(row, "x.jsonl:4")
 
 
 def test_a_missing_answer_gets_a_reason() -> None:

@@ -187,7 +187,7 @@ def test_the_evaluation_samples_keep_a_column(add: Add, config: MakeConfig) -> N
     out = load_data(config("x", eval_dataset=("target",)), byte_tokenizer(), "task")
     assert out.eval is not None and [out.eval[i]["task"] for i in range(4)] == ["0", "1", "0", "1"]
     assert set(out.train[0]) == {"input_ids", "labels"}
-    with pytest.raises(UserError, match=r"no column 'tsk' \(did you mean 'task'\?\)"):
+    with pytest.raises(UserError, match=r"no column 'tsk' \(subtask_column\) \(did you mean 'task'\?\)"):
         load_data(config("x", eval_dataset=("target",)), byte_tokenizer(), "tsk")
     held = load_data(config("target", val_size=2), byte_tokenizer(), "task")
     assert held.eval is not None and {"task"} <= set(held.eval[0])

@@ -177,7 +177,7 @@ PARAMS: dict[str, Any] = {
     "per": "target",
     "vote_share": 0.4,
     "accumulate": True,
-    "self_check": None,  # says nothing of the scores; a change of it runs a new pass all the same
+    "self_check": True,  # says nothing of the scores; a change of it runs a new pass all the same
     "seed": 5,
 }
 

@@ -283,7 +283,7 @@ def _check_order(roles: list[str]) -> None:
 
 def _kept(row: Mapping[str, Any], column: str, where: str) -> str:
     """The value of a column that every row needs, as text."""
-    value = row.get(column)
+    value = _cell(row, column, "subtask_column", where)
     text = "" if value is None else as_text(value, f"{where}: {column}")
     if not text.strip():
         raise UserError(f"{where}: {column}: has no value; every row of the target needs one (subtask_column)")
