@@ -25,8 +25,8 @@ from dataflex.scoring.decide.rules import check_rule
 from dataflex.scoring.decide.table import ArrayTable
 from dataflex.scoring.decide.topk import FEATURES
 from dataflex.scoring.kept.store import StoreReader
+from dataflex.train.decisions.served import of_subtasks, starved
 from dataflex.train.selector.base_selector import Served
-from dataflex.train.trainer.served import of_subtasks, starved
 from dataflex.utils.errors import UserError, listed
 from dataflex.utils.logging import logger
 

@@ -16,9 +16,9 @@ import dataflex
 from dataflex.data.pool import Pool
 from dataflex.scoring.decide.rules import decide
 from dataflex.scoring.decide.table import ArrayTable
+from dataflex.train.decisions.served import of_subtasks, overlap, report, starved
 from dataflex.train.selector.base_selector import Served
 from dataflex.train.selector.target_selector import TargetSelector
-from dataflex.train.trainer.served import of_subtasks, overlap, report, starved
 from tests import tiny_engine as tiny
 from tests.distributed import run_ranks
 

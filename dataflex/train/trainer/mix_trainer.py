@@ -15,9 +15,9 @@ from dataflex.core.hook import Planner, Weigher
 from dataflex.core.packing import Packing, drawn
 from dataflex.core.plan import Floats, Ids, Phase, Plan, check_proportions
 from dataflex.ops import SampleLoss
+from dataflex.train.decisions.record import write_decision
 from dataflex.train.mixer.base_mixer import LearningMixer, Mixer, WeighingMixer
 from dataflex.train.mixer.mixture import Mixture
-from dataflex.train.trainer.decisions import write_decision
 from dataflex.train.trainer.select_trainer import SelectPlanner
 from dataflex.utils import dist
 from dataflex.utils.files import write_atomically

@@ -12,9 +12,9 @@ from dataflex.core.context import Run
 from dataflex.core.hook import Planner
 from dataflex.core.packing import drawn
 from dataflex.core.plan import Floats, Ids, Phase, Plan, check_sample_ids, generator
+from dataflex.train.decisions import served
+from dataflex.train.decisions.record import write_decision, write_table
 from dataflex.train.selector.base_selector import Selector
-from dataflex.train.trainer import served
-from dataflex.train.trainer.decisions import write_decision, write_table
 from dataflex.train.trainer.static_trainer import uniform_plan
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError

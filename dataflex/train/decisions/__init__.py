@@ -1,0 +1,1 @@
+"""What is written down of a decision, and what it did for each subtask."""
