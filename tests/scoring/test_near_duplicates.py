@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.scoring.decide import choose as choosing
+from dataflex.scoring.decide import columns
 from dataflex.scoring.decide.choose import BLOCK
+from dataflex.scoring.decide.table import ArrayTable
 from tests.scoring.one_column import choose
 
 ALIKE = 0.9
@@ -89,3 +91,55 @@ def test_no_more_are_taken_than_wanted_wherever_a_block_ends(block: int, monkeyp
     for wanted in (1, 2, 5, 6, 7, 16, 20, 24):
         got = choose(scores, domains, wanted, None, lambda i: rows[i], ALIKE)
         assert got.tolist() == by_pairs(rows, scores, domains, wanted, None) and len(got) == wanted
+
+
+def in_turn(table: np.ndarray, rows: np.ndarray, count: int, rule: str, order: list[int]) -> list[tuple[int, int]]:
+    """(sample, column) by a loop: who is alike to one that was taken is as good as gone."""
+    unit = rows.astype(np.float64) / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    best, each = table.astype(np.float64), list(range(table.shape[1]))
+    z = (best - best.mean(axis=0)) / best.std(axis=0)
+    picks: list[tuple[int, int]] = []
+    waiting: list[int] = []
+    while len(picks) < count:
+        taken = [i for i, _ in picks]
+        free = [i for i in range(len(best)) if i not in taken and all(unit[i] @ unit[p] < ALIKE for p in taken)]
+        if not free:
+            break
+        value = best
+        if rule == "balanced":
+            waiting, value = each, z - (z[taken].mean(axis=0) if taken else 0)
+        waiting = waiting or list(order if rule == "round_robin" else each)
+        turn = waiting[:1] if rule == "round_robin" else waiting
+        _, sample, column = max((value[i, j], -i, j) for i in free for j in turn)
+        picks.append((-sample, column))
+        if rule != "balanced":
+            waiting.remove(column)
+    return picks
+
+
+@pytest.mark.parametrize("ahead", [1, 7, 512])
+@pytest.mark.parametrize("rule", ["round_robin", "doubly_greedy", "balanced"])
+def test_a_column_whose_best_is_a_duplicate_takes_its_next_best(
+    rule: str, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its turn does not lapse, whoever took what it is alike to; with quotas and where nothing is left, too."""
+    monkeypatch.setattr(columns, "ASKED_AHEAD", ahead)
+    rows, family, _ = families(120, 40, 7)
+    draw = np.random.default_rng(8)
+    table = (draw.normal(size=(40, 3))[family] + 0.01 * draw.normal(size=(120, 3))).astype(np.float32)
+    ones, order = np.zeros(120, dtype=np.int64), np.array([2, 0, 1, 0])
+    how: dict[str, Any] = {"rule": rule, "columns": order if rule == "round_robin" else None}
+    for count in (1, 18, 90):
+        right = in_turn(table, rows, count, rule, order.tolist())
+        got = choosing.choose(ArrayTable(table), ones, count, None, lambda i: rows[i], ALIKE, **how)
+        assert list(zip(got.picks.tolist(), got.column.tolist(), strict=True)) == right
+        assert len(right) == min(count, len(set(family)))
+    if rule == "round_robin":
+        served = np.bincount([j for _, j in in_turn(table, rows, 24, rule, order.tolist())])
+        assert served.tolist() == [12, 6, 6], "two of each four turns are the first column's"
+    domains = family % 2
+    quotas = choosing.choose(ArrayTable(table), domains, 8, np.array([5, 3]), lambda i: rows[i], ALIKE, **how)
+    assert np.bincount(domains[quotas.picks]).tolist() == [5, 3] and len(set(family[quotas.picks])) == 8
+    if rule == "round_robin":
+        turns = [quotas.column[domains[quotas.picks] == d].tolist() for d in (0, 1)]
+        assert turns == [[2, 0, 1, 0, 2], [0, 1, 0]], "the turns go on from one domain to the next"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from dataflex.core.plan import largest_remainder
 from dataflex.scoring.batches import Ids
-from dataflex.scoring.decide.rules import Decision, decide
+from dataflex.scoring.decide.rules import IN_TURNS, Decision, decide
 from dataflex.scoring.decide.table import ScoreTable
 from dataflex.utils.errors import UserError, nearest
 
@@ -69,20 +70,26 @@ def choose(
     leave fewer than ``count``. UserError for scores that are not finite.
     """
     parts: list[tuple[Ids | None, int]] = [(None, count)]
-    turn = 0
     if quotas is not None:
         parts = [(np.flatnonzero(domains == d), int(quota)) for d, quota in enumerate(quotas)]
+    gate = None if rows_of is None else Unlike(rows_of, alike, torch.device(device))
+    in_turns = rule in IN_TURNS
     decisions: list[Decision] = []
+    turn = 0
     for among, wanted in parts:
         size = len(domains) if among is None else len(among)
-        share = (vote_share or wanted / size) if rule == "vote" and wanted else None
-        most = size if rows_of is not None and wanted else wanted
-        decisions.append(decide(table, most, rule, among, vote_share=share, turn=turn, order=columns, source="select"))
-        turn += wanted
+        how: dict[str, Any] = {"turn": turn, "order": columns, "source": "select"}
+        if rule == "vote" and wanted:
+            how["vote_share"] = vote_share or wanted / size
+        if in_turns:
+            how["gate"] = gate
+        most = size if gate is not None and wanted and not in_turns else wanted
+        decisions.append(decide(table, most, rule, among, **how))
+        turn += len(decisions[-1].picks)
     order = _in_order(decisions, by_score=rule in ("max", "mean"))
-    if rows_of is None:
+    if gate is None or in_turns:
         return order
-    kept = _without_duplicates(order.picks, domains, count, quotas, _Taken(rows_of, alike, torch.device(device)))
+    kept = _without_duplicates(order.picks, domains, count, quotas, gate)
     at = np.argsort(order.picks)
     return Choice(kept, order.column[at[np.searchsorted(order.picks[at], kept)]])
 
@@ -100,45 +107,68 @@ def _in_order(decisions: Sequence[Decision], by_score: bool) -> Choice:
 
 
 def _without_duplicates(
-    order: Ids, domains: NDArray[Any], count: int, quotas: NDArray[np.int64] | None, taken: _Taken
+    order: Ids, domains: NDArray[Any], count: int, quotas: NDArray[np.int64] | None, gate: Unlike
 ) -> Ids:
     left = np.full(int(domains.max()) + 1, count, dtype=np.int64) if quotas is None else quotas.copy()
     picks: list[int] = []
-    for start in range(0, len(order), BLOCK):
-        open_ones = order[start : start + BLOCK]
-        open_ones = open_ones[left[domains[open_ones]] > 0]
-        if len(open_ones) == 0:
-            continue
-        for place in taken.offer(open_ones, left, domains, count - len(picks)):
-            picks.append(place)
+
+    def coming(at: int) -> Ids:
+        part = order[at : at + BLOCK]
+        return part[left[domains[part]] > 0]
+
+    for at, sample in enumerate(order.tolist()):
         if len(picks) == count:
             break
+        if left[domains[sample]] > 0 and gate.admits(sample, partial(coming, at)):
+            gate.took(sample)
+            picks.append(sample)
+            left[domains[sample]] -= 1
     return np.array(picks, dtype=np.int64)
 
 
-class _Taken:
-    """The unit features of what was taken, fp16 on the device."""
+class Unlike:
+    """Admits samples whose cosine with each that was taken is below ``alike``: a `columns.Gate`.
+
+    Holds the unit features of what was taken, fp16 on the device, and those of the samples that are asked about next.
+    """
 
     def __init__(self, rows_of: RowsOf, alike: float, device: torch.device) -> None:
         self.rows_of, self.alike, self.device = rows_of, alike, device
         self.parts: list[torch.Tensor] = []
+        self.ids = np.empty(0, dtype=np.int64)  # of those that are asked about, ascending
+        self.mine: list[int] = []  # places in them of what was taken
+        self.unit = torch.empty(0)
+        self.known = np.empty(0, dtype=np.bool_)
+        self.among = np.empty((0, 0), dtype=np.bool_)
 
-    def offer(self, places: Ids, left: NDArray[np.int64], domains: NDArray[Any], most: int) -> list[int]:
-        """Those of ``places``, in order, that are like none taken before; ``left`` is counted down by domain."""
-        rows = torch.from_numpy(np.ascontiguousarray(self.rows_of(places))).to(self.device).float()
-        unit = torch.nn.functional.normalize(rows, dim=1)
-        alike = torch.zeros(len(places), dtype=torch.bool, device=self.device)
+    def admits(self, sample: int, coming: Callable[[], Ids]) -> bool:
+        at = self._place(sample)
+        if at is None:
+            self._read(np.union1d(coming(), [sample]))
+            at = self._place(sample)
+        return not self.known[at]
+
+    def took(self, sample: int) -> None:
+        at = self._place(sample)
+        assert at is not None, "asked about before"
+        self.mine.append(at)
+        self.known |= self.among[at]
+
+    def _place(self, sample: int) -> int | None:
+        at = int(np.searchsorted(self.ids, sample))
+        return at if at < len(self.ids) and self.ids[at] == sample else None
+
+    def _read(self, ids: Ids) -> None:
+        """Go on with the features of ``ids``, ascending, and what of them is like what was taken."""
+        if self.mine:
+            self.parts.append(self.unit[self.mine].half())
+        if len(self.parts) > 1 and len(self.parts[-2]) < BLOCK:
+            self.parts[-2:] = [torch.cat(self.parts[-2:])]
+        self.ids, self.mine = ids, []
+        rows = torch.from_numpy(np.ascontiguousarray(self.rows_of(ids))).to(self.device).float()
+        self.unit = torch.nn.functional.normalize(rows, dim=1)
+        known = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
         for part in self.parts:
-            alike |= (unit @ part.float().T >= self.alike).any(dim=1)
-        among = (unit @ unit.T >= self.alike).cpu().numpy()
-        known = alike.cpu().numpy()
-        mine: list[int] = []
-        for i, place in enumerate(places.tolist()):
-            if len(mine) == most:
-                break
-            if known[i] or left[domains[place]] == 0 or among[i, mine].any():
-                continue
-            mine.append(i)
-            left[domains[place]] -= 1
-        self.parts.append(unit[mine].half())
-        return [int(places[i]) for i in mine]
+            known |= (self.unit @ part.float().T >= self.alike).any(dim=1)
+        self.known = known.cpu().numpy()
+        self.among = (self.unit @ self.unit.T >= self.alike).cpu().numpy()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,17 @@ from dataflex.utils.errors import UserError
 Mask = NDArray[np.bool_]
 Wide = NDArray[np.float64]
 LEAST = 1 << 20
+ASKED_AHEAD = 512
+
+
+class Gate(Protocol):
+    """Says which samples may still be taken, by what was taken; one that may not be never may."""
+
+    def admits(self, sample: int, coming: Callable[[], Ids]) -> bool:
+        """Whether ``sample`` may be taken. coming: samples that will be asked about next."""
+
+    def took(self, sample: int) -> None:
+        """``sample``, which was admitted just now, is taken."""
 
 
 def finite_blocks(table: ScoreTable, among: Mask, source: str) -> Iterator[tuple[Ids, Floats]]:
@@ -48,37 +60,50 @@ class BestLists:
     """Of each column the best samples that are not taken yet; ties by sample id.
 
     Where a list runs out, all are made anew in another pass, without what was taken by then. length: of each list.
+    gate: asked of each sample that would be taken.
     """
 
-    def __init__(self, table: ScoreTable, among: Mask, length: int, source: str) -> None:
+    def __init__(self, table: ScoreTable, among: Mask, length: int, source: str, gate: Gate | None = None) -> None:
         assert length > 0
+        self.gate = gate
         self.table, self.free, self.source, self.length = table, among.copy(), source, length
         self.left = int(among.sum())
         self._fill()
 
     @classmethod
-    def to_take(cls, table: ScoreTable, among: Mask, count: int, source: str) -> BestLists:
+    def to_take(cls, table: ScoreTable, among: Mask, count: int, source: str, gate: Gate | None = None) -> BestLists:
         """Lists of 4 x count / M, from which ``count`` samples shall be taken; longer where the columns are few."""
         columns = table.shape[1]
-        return cls(table, among, max(-(-4 * count // columns), LEAST // columns), source)
+        return cls(table, among, max(-(-4 * count // columns), LEAST // columns), source, gate)
 
     def take(self, sample: int) -> None:
         """No list has ``sample`` any more."""
+        if self.gate is not None:
+            self.gate.took(sample)
+        self._drop(sample)
+
+    def open(self, sample: int) -> bool:
+        """Whether ``sample`` may be taken as things stand."""
+        ahead = max(1, ASKED_AHEAD // len(self.ids))
+        if self.free[sample] and self.gate is not None and not self.gate.admits(sample, lambda: self.ahead(ahead)):
+            self._drop(sample)
+        return bool(self.free[sample])
+
+    def _drop(self, sample: int) -> None:
         self.free[sample] = False
         self.left -= 1
 
-    def best(self, column: int) -> tuple[float, int]:
-        """Score and id of the column's best sample that is not taken; there must be one."""
-        assert self.left > 0
-        while True:
-            ids = self.ids[column]
-            at = self.at[column]
-            while at < len(ids) and not self.free[ids[at]]:
-                at += 1
-            self.at[column] = at
-            if at < len(ids):
-                return float(self.scores[column][at]), int(ids[at])
-            self._fill()
+    def best(self, column: int) -> tuple[float, int] | None:
+        """Score and id of the column's best sample that may be taken; None where no sample is left."""
+        while self.left > 0:
+            ids, at = self.ids[column], self.at
+            while at[column] < len(ids) and not self.open(int(ids[at[column]])):
+                at[column] += 1
+            if at[column] < len(ids):
+                return float(self.scores[column][at[column]]), int(ids[at[column]])
+            if self.left > 0:
+                self._fill()
+        return None
 
     def ahead(self, count: int) -> Ids:
         """The samples in the next ``count`` places of every list that are not taken, int64, ascending."""

@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataflex.scoring.batches import Ids
-from dataflex.scoring.decide.columns import BestLists, Mask, finite_blocks, moments
+from dataflex.scoring.decide.columns import BestLists, Gate, Mask, finite_blocks, moments
 from dataflex.scoring.decide.table import ScoreTable
 from dataflex.scoring.decide.vote import vote
 from dataflex.utils.errors import UserError, nearest
 
 RULES = ("max", "mean", "round_robin", "balanced", "vote", "doubly_greedy")
+IN_TURNS = ("round_robin", "balanced", "doubly_greedy")
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,18 @@ def decide(
     turn: int = 0,
     order: Ids | None = None,
     source: str = "decision",
+    gate: Gate | None = None,
 ) -> Decision:
     """Take ``count`` samples by ``rule``, one of `RULES`; as though the table held the rows of ``among`` alone.
 
     among: distinct sample ids, all by default; at least ``count``. vote_share: the share of the samples for which a
     column votes, by default that which is taken. order: columns in the order in which a round robin serves
     them, over and over; each once by default. turn: the place in it that takes first. source: begins the UserError for
-    scores that are not finite.
+    scores that are not finite. gate: of the rules in which columns take in turn (`IN_TURNS`), asked of a sample that
+    would be taken, once all that were before are; with it fewer than ``count`` may be found.
     """
     check_rule(rule)
+    assert gate is None or rule in IN_TURNS
     mask = np.ones(table.shape[0], dtype=np.bool_) if among is None else np.zeros(table.shape[0], dtype=np.bool_)
     if among is not None:
         mask[among] = True
@@ -71,9 +75,10 @@ def decide(
         return Decision(nothing, nothing, np.empty(0))
     if rule == "vote":
         return Decision(*vote(table, count, mask, vote_share, source))
+    lists = BestLists.to_take(table, mask, count, source, gate)
     if rule == "round_robin":
-        return _round_robin(table, count, mask, source, turn, order)
-    return (_balanced if rule == "balanced" else _doubly_greedy)(table, count, mask, source)
+        return _round_robin(lists, count, turn, order)
+    return _doubly_greedy(lists, count) if rule == "doubly_greedy" else _balanced(table, lists, count, mask, source)
 
 
 def _by_row(table: ScoreTable, count: int, rule: str, mask: Mask, source: str) -> Decision:
@@ -86,42 +91,46 @@ def _by_row(table: ScoreTable, count: int, rule: str, mask: Mask, source: str) -
     return Decision(picks, column, every[picks], every)
 
 
-def _round_robin(
-    table: ScoreTable, count: int, mask: Mask, source: str, first: int, order: Ids | None = None
-) -> Decision:
+def _round_robin(lists: BestLists, count: int, first: int, order: Ids | None = None) -> Decision:
     """The columns take turns; each takes its best sample that is not taken yet (arXiv 2503.01807)."""
-    lists, taken = BestLists.to_take(table, mask, count, source), _Taken()
-    columns = list(range(table.shape[1])) if order is None else order.tolist()
+    taken = _Taken()
+    columns = list(range(len(lists.ids))) if order is None else order.tolist()
     for turn in range(first, first + count):
         column = columns[turn % len(columns)]
-        score, sample = lists.best(column)
-        taken.add(sample, column, score)
-        lists.take(sample)
+        best = lists.best(column)
+        if best is None:
+            break
+        taken.add(best[1], column, best[0])
+        lists.take(best[1])
     return taken.decision()
 
 
-def _doubly_greedy(table: ScoreTable, count: int, mask: Mask, source: str) -> Decision:
+def _doubly_greedy(lists: BestLists, count: int) -> Decision:
     """In rounds: the largest score of a free sample and a column that this round has not served (arXiv 2602.14696)."""
-    lists, taken = BestLists.to_take(table, mask, count, source), _Taken()
+    taken = _Taken()
     waiting: list[tuple[float, int, int]] = []
-    for _ in range(count):
+    while len(taken.picks) < count and lists.left > 0:
         if not waiting:
-            waiting = [_entry(lists, column) for column in range(table.shape[1])]
+            waiting = [entry for column in range(len(lists.ids)) for entry in _entry(lists, column)]
             heapq.heapify(waiting)
-        while not lists.free[waiting[0][1]]:
-            heapq.heapreplace(waiting, _entry(lists, waiting[0][2]))
+            continue
         score, sample, column = heapq.heappop(waiting)
-        taken.add(sample, column, -score)
-        lists.take(sample)
+        if lists.open(sample):
+            taken.add(sample, column, -score)
+            lists.take(sample)
+        else:
+            for entry in _entry(lists, column):
+                heapq.heappush(waiting, entry)
     return taken.decision()
 
 
-def _entry(lists: BestLists, column: int) -> tuple[float, int, int]:
-    score, sample = lists.best(column)
-    return -score, sample, column
+def _entry(lists: BestLists, column: int) -> list[tuple[float, int, int]]:
+    """What a column waits for; nothing where no sample is left."""
+    best = lists.best(column)
+    return [] if best is None else [(-best[0], best[1], column)]
 
 
-def _balanced(table: ScoreTable, count: int, mask: Mask, source: str) -> Decision:
+def _balanced(table: ScoreTable, lists: BestLists, count: int, mask: Mask, source: str) -> Decision:
     """BIDS (arXiv 2501.12147): standardised columns; the largest lead over the mean of what was taken so far.
 
     With z the table whose columns have mean 0 and deviation 1 over the samples (a constant column is 0), each step
@@ -129,18 +138,22 @@ def _balanced(table: ScoreTable, count: int, mask: Mask, source: str) -> Decisio
     """
     mean, deviation = moments(table, mask, source)
     scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
-    lists, taken = BestLists.to_take(table, mask, count, source), _Taken()
-    columns = table.shape[1]
+    columns, taken = table.shape[1], _Taken()
     held = _HeldRows(table, lists, -(-4 * count // columns))
     heads, scores = np.full(columns, -1, dtype=np.int64), np.empty(columns)
     total = np.zeros(columns)
-    for done in range(count):
+    while len(taken.picks) < count:
         for column in np.flatnonzero(~lists.free[heads] | (heads < 0)).tolist():
-            scores[column], heads[column] = lists.best(column)
-        lead = (scores - mean) * scale - total / max(1, done)
+            head = lists.best(column)
+            if head is None:
+                return taken.decision()
+            scores[column], heads[column] = head
+        lead = (scores - mean) * scale - total / max(1, len(taken.picks))
         best = np.flatnonzero(lead == lead.max())
         column = int(best[heads[best].argmin()])
         sample = int(heads[column])
+        if not lists.open(sample):
+            continue
         taken.add(sample, column, float(lead[column]))
         total += (held.row(sample).astype(np.float64) - mean) * scale
         lists.take(sample)
