@@ -85,15 +85,16 @@ def pool_columns(pool: Pool) -> list[Column]:
 def score_columns(scored: Mapping[str, NDArray[Any]], pool_size: int, source: str) -> list[Column]:
     """A column for each of ``scored``, of which ``score`` is null where it is NaN, and ``rank``.
 
-    scored: {name: [pool_size]}; ``score`` may be missing, the columns are null then. rank: 1 is the largest score,
-    ties by sample id. source: says in a UserError who scored.
+    scored: {name: [pool_size]}; ``score`` may be missing, the columns are null then. rank: 1 + how many scores
+    are larger, so that equal ones have the same. source: says in a UserError who scored.
     """
     for name, values in scored.items():
         if np.shape(values) != (pool_size,):
             raise UserError(f"{source}: scored['{name}']: expected {pool_size} values, got shape {np.shape(values)}")
     scores = np.asarray(scored.get(SCORE, np.full(pool_size, np.nan)), dtype=np.float64)
     missing, rank = np.isnan(scores), np.empty(pool_size, dtype=np.int64)
-    rank[np.argsort(-scores, kind="stable")] = np.arange(1, pool_size + 1)
+    order = np.argsort(-scores)  # NaN last
+    rank[order] = 1 + np.searchsorted(-scores[order], -scores[order])
     return [
         Column(SCORE, "float64", lambda part: _masked(scores[part], missing[part])),
         Column("rank", "int64", lambda part: _masked(rank[part], missing[part])),

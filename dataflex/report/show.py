@@ -13,7 +13,7 @@ from dataflex.data.sources.convert import Converter
 from dataflex.data.sources.info import read_dataset_infos
 from dataflex.data.sources.rows import content_of, rows_in_files
 from dataflex.report.decision_table import Facts, read_facts, read_parts
-from dataflex.report.summary import Decision, cost_lines
+from dataflex.report.summary import Decision, cost_lines, told_apart
 from dataflex.utils.errors import UserError
 from dataflex.utils.records import DamagedError, read_record
 
@@ -86,11 +86,13 @@ def _read(table: Path, facts: Facts, top: int) -> Found:
             counts.total += float(score[known].sum())
             counts.scored_picks += int(times[known].sum())
             counts.total_of_picks += float((score[known] * times[known]).sum())
-        found.highest += part[(rank > 0) & (rank <= top)].to_dict("records")
-        found.lowest += part[rank > max(0, facts.scored - top)].to_dict("records")
+        ranked = part[rank > 0].sort_values(["rank", "picked"], ascending=[True, False], kind="stable")
+        found.highest += ranked.head(top).to_dict("records")
+        found.lowest += ranked.tail(top).to_dict("records")
         found.first_picks += part[part["picked"] > 0].head(top - len(found.first_picks)).to_dict("records")
-    found.highest.sort(key=lambda sample: sample["rank"])
-    found.lowest.sort(key=lambda sample: -sample["rank"])
+    place = lambda sample: (sample["rank"], -int(sample["picked"]), sample["sample_id"])  # noqa: E731
+    found.highest = sorted(found.highest, key=place)[:top]
+    found.lowest = sorted(found.lowest, key=place, reverse=True)[:top]
     return found
 
 
@@ -108,13 +110,20 @@ def _by_dataset(found: Found) -> list[str]:
     lines = [f"{'dataset':<{width}}" + "".join(f"{head:>12}" for head in heads)]
     for name, c in found.by_dataset.items():
         cells = [f"{c.samples:,}", f"{c.samples / size:.1%}", f"{c.picked:,}", f"{c.picked / max(1, picked):.1%}"]
-        cells += [_mean(c.total, c.scored), _mean(c.total_of_picks, c.scored_picks)]
+        cells += _both(_mean(c.total, c.scored), _mean(c.total_of_picks, c.scored_picks))
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>12}" for cell in cells))
     return lines
 
 
-def _mean(total: float, count: int) -> str:
-    return f"{total / count:.4g}" if count else "-"
+def _mean(total: float, count: int) -> float | None:
+    return total / count if count else None
+
+
+def _both(one: float | None, other: float | None) -> list[str]:
+    """Two numbers in digits that tell them apart; - for one that is not there."""
+    if one is None or other is None:
+        return ["-" if number is None else f"{number:.4g}" for number in (one, other)]
+    return list(told_apart(one, other, 4))
 
 
 def _by_subtask(path: Path) -> list[str]:
@@ -128,7 +137,7 @@ def _by_subtask(path: Path) -> list[str]:
         lines += ["", f"{'serves':<{width}}" + "".join(f"{head:>12}" for head in heads)]
         for name, task in tasks.items():
             cells = [f"{task['picks']:,}", f"{task['share']:.1%}"]
-            cells += [f"{task[key]:.4g}" if key in task else "-" for key in ("lowest", "highest")]
+            cells += _both(task.get("lowest"), task.get("highest"))
             cells.append(f"{task['last']:.1%}" if "last" in task else "-")
             lines.append(f"{name:<{width}}" + "".join(f"{cell:>12}" for cell in cells))
     shared = record.get("overlap", {})

@@ -19,6 +19,7 @@ from dataflex.utils.records import DamagedError, read_record
 
 MOST_LINES = 4
 MOST_SUBTASKS = 20
+MOST_LOSSES = 6
 
 
 def opening_lines(run: Run, deciders: str, zero_stage: int) -> list[str]:
@@ -125,6 +126,14 @@ class Decision(TypedDict):
     overlap: NotRequired[dict[str, float | None]]
 
 
+def told_apart(one: float, other: float, least: int = 3) -> tuple[str, str]:
+    """Two numbers in ``least`` digits, or in as many as tell them apart, where they are not equal."""
+    for digits in range(least, 18):
+        if one == other or f"{one:.{digits}g}" != f"{other:.{digits}g}":
+            break
+    return f"{one:.{digits}g}", f"{other:.{digits}g}"
+
+
 def read_decisions(folder: Path, pool: TrainingPool) -> list[Decision]:
     """The records in decisions/, in the order of steps. UserError naming the file that is not one for ``pool``."""
     found: list[Decision] = []
@@ -188,6 +197,7 @@ def _shares(title: str, names: list[str], columns: list[tuple[str, np.ndarray]])
 
 
 def _losses(history: list[dict[str, Any]]) -> list[str]:
+    """First and last loss of training and evaluation, and the last of each part of what is evaluated, worst first."""
     lines = []
     for key, label in (("loss", "training loss"), ("eval_loss", "eval loss")):
         entries = [e for e in history if key in e]
@@ -197,4 +207,13 @@ def _losses(history: list[dict[str, Any]]) -> list[str]:
                 f"{label}: {first[key]:.4f} at step {first['current_steps']}, "
                 f"{last[key]:.4f} at step {last['current_steps']}"
             )
+    evaluated: dict[str, Any] = next((e for e in reversed(history) if "eval_loss" in e), {})
+    told = [k for k in evaluated if k.startswith("eval_") and k.endswith("_loss") and k != "eval_loss"]
+    parts = {k[5:-5]: evaluated[k] for k in told}
+    worst = sorted(parts, key=lambda name: -parts[name])
+    words = [f"{name} {parts[name]:.4f}" for name in worst[:MOST_LOSSES]]
+    if len(worst) > MOST_LOSSES:
+        words.append(f"{len(worst) - MOST_LOSSES:,} lower ones in {RESULTS}")
+    if words:
+        lines.append(f"eval losses at step {evaluated['current_steps']}, worst first: {', '.join(words)}")
     return lines

@@ -15,13 +15,14 @@ MOST_SAMPLES = 1024
 
 
 def bucket(ids: Ids, lengths: NDArray[Any], token_budget: int, max_samples: int = MOST_SAMPLES) -> list[Ids]:
-    """Batches of similar length, longest first: samples x longest <= token_budget, but at least one sample;
-    at most ``max_samples`` samples.
+    """Batches of similar length, longest first: samples x longest <= token_budget; at most ``max_samples`` samples.
 
+    Where the longest sample alone is more than the budget, all batches may be as large as that one has to be.
     ids: int64 [n]; lengths: tokens of each of them, int [n]. The same for every world size.
     """
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
     batches: list[Ids] = []
+    token_budget = max(token_budget, int(lengths.max(initial=1)))
     at = 0
     while at < len(order):
         longest = max(1, int(lengths[order[at]]))

@@ -49,7 +49,7 @@ def test_every_sample_has_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert frame.file.tolist() == ["a.json", "a.json", "x.jsonl", "y.jsonl", "y.jsonl"]
     assert frame.row.tolist() == [1, 4, 2, 0, 4]
     assert frame.score.fillna(9).tolist() == [0.5, 9, 0.5, 2.0, -1.0]
-    assert frame["rank"].fillna(9).tolist() == [2, 9, 3, 1, 4]
+    assert frame["rank"].fillna(9).tolist() == [2, 9, 2, 1, 4], "equal scores have the same rank"
     assert frame.cluster.tolist() == [3, 1, 4, 1, 5]
     assert frame.picked.tolist() == [True, False, False, True, False]
     file = pq.ParquetFile(path)

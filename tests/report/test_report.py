@@ -17,7 +17,7 @@ from dataflex.core.plan import epoch_schedule
 from dataflex.data.pool import Pool
 from dataflex.report.model_card import model_card
 from dataflex.report.plot import plot_loss
-from dataflex.report.summary import closing_lines, cost_lines, opening_lines, read_decisions
+from dataflex.report.summary import closing_lines, cost_lines, opening_lines, read_decisions, told_apart
 from dataflex.report.trainer_log import read_log
 from dataflex.utils.errors import UserError
 
@@ -122,6 +122,35 @@ def test_the_closing_screen_sets_choices_against_the_pool(tmp_path: Path) -> Non
         "decisions/step_2.json",
         "decisions/step_10.json",
     ]
+
+
+def test_the_closing_screen_has_the_worst_losses_of_the_subtasks(tmp_path: Path) -> None:
+    losses = {f"eval_task_{name}_loss": loss for name, loss in zip("abcdefgh", [3, 9, 1, 7, 2, 8, 5, 4], strict=True)}
+    history = [{"current_steps": 0, "eval_loss": 9.0}, {"current_steps": 4, "eval_loss": 2.5, **losses}]
+    history.append({"current_steps": 5, "loss": 1.0})
+    (tmp_path / "config.yaml").write_text("")
+    lines = closing_lines(tmp_path, POOL, history)
+    assert lines[2] == (
+        "eval losses at step 4, worst first: task_b 9.0000, task_f 8.0000, task_d 7.0000, task_g 5.0000, "
+        "task_h 4.0000, task_a 3.0000, 2 lower ones in all_results.json"
+    )
+    few = [{"current_steps": 4, "eval_loss": 2.5, "eval_x_loss": 2.0, "eval_y_loss": 3.0}]
+    assert closing_lines(tmp_path, POOL, few)[1] == "eval losses at step 4, worst first: y 3.0000, x 2.0000"
+
+
+@pytest.mark.parametrize(
+    ("pair", "shown"),
+    [
+        ((0.5, 1.0), ("0.5", "1")),
+        ((0.9996, 0.9999), ("0.9996", "0.9999")),
+        ((1 - 1e-9, 1.0), ("0.999999999", "1")),
+        ((0.25, 0.25), ("0.25", "0.25")),
+        ((-123.44, 123.46), ("-123", "123")),
+        ((float("nan"), 1.0), ("nan", "1")),
+    ],
+)
+def test_numbers_have_the_digits_that_tell_them_apart(pair: tuple[float, float], shown: tuple[str, str]) -> None:
+    assert told_apart(*pair) == shown
 
 
 def test_the_last_six_decisions_are_shown(tmp_path: Path) -> None:

@@ -90,6 +90,24 @@ def test_the_highest_and_the_lowest_are_printed_as_text(made: Path, monkeypatch:
     assert sum(line.startswith("  rank ") for line in lines) == 4, "two of each end"
 
 
+def test_of_equal_scores_those_that_were_picked_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Votes are few, so that more samples than are shown have the same rank, over several parts of the table."""
+    monkeypatch.setattr(tables, "ROW_GROUP", 4)
+    pool = Pool(range(12), np.zeros(12, dtype=np.int64), ["many"], np.ones(12), "f00d", rows=np.arange(12))
+    votes = np.array([1, 2, 1, 2, 1, 2, 2, 2, 0, 0, 0, 0], dtype=np.float64)
+    columns = [
+        *tables.pool_columns(pool),
+        *tables.score_columns({"score": votes}, 12, "x"),
+        tables.picked_column(np.array([7, 5]), 12, False),
+    ]
+    tables.write_table(tmp_path / "decisions/step_1.parquet", columns, 12, tables.Facts(1, "x", 12, {}))
+    (tmp_path / "decisions/step_1.json").write_text(json.dumps({"step": 1, "component": "x", "indices": []}))
+    ranks = [line.split() for line in show(tmp_path, top=3) if line.startswith("  rank ")]
+    assert [(words[1], words[-1]) for words in ranks] == [
+        ("1", "5"), ("1", "7"), ("1", "1"), ("9", "11"), ("9", "10"), ("9", "9")
+    ]  # fmt: skip
+
+
 def test_whom_the_picks_serve(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "run", tmp_path / "run")
     path = tmp_path / "run/decisions/step_10.json"

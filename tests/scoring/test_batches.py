@@ -23,7 +23,15 @@ def test_batches_hold_every_sample_once_within_budget(lengths: list[int], budget
     assert longest == sorted(longest, reverse=True)
     for batch, tokens in zip(batches, longest, strict=True):
         assert len(batch) <= most
-        assert len(batch) == 1 or len(batch) * tokens <= budget
+        assert len(batch) * tokens <= max(budget, max(lengths))
+
+
+def test_a_sample_above_the_budget_lets_the_others_be_as_many_tokens() -> None:
+    """A batch of 100 tokens has to be, so that a budget of 30 makes no batch of one out of what is shorter."""
+    lengths = np.array([40, 100, 25, 25, 50, 25, 50, 24])
+    batches = bucket(np.arange(8), lengths, 30)
+    assert [batch.tolist() for batch in batches] == [[1], [4, 6], [0, 2], [3, 5, 7]]
+    assert [len(batch) for batch in bucket(np.arange(8), lengths, 200)] == [2, 4, 2]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])

@@ -8,6 +8,7 @@ import numpy as np
 
 from dataflex.core.context import Run
 from dataflex.core.plan import Ids
+from dataflex.report.summary import told_apart
 from dataflex.train.selector.base_selector import Selector, Served
 from dataflex.utils.logging import logger
 
@@ -56,16 +57,17 @@ def report(run: Run, name: str, selector: Selector, picks: Ids, last: Ids, by_do
     """What of this goes into the decision's file; the same in few words on the screen, and a warning."""
     shared = overlap(run, picks, last, by_domain=by_domain, replacement=selector.replacement)
     record: dict[str, Any] = {"overlap": shared}
+    before = "" if shared["last"] is None else f", {shared['last']:.0%} were in the last decision"
+    chance = f"{shared['random'] or 0:.0%} would be in a random draw{before}"
     served = selector.served
     if served is None:
+        logger.info(f"step {run.step}: {name}: of the picks {chance}")
         return record
     subtasks = record["subtasks"] = of_subtasks(served, picks, last)
     words = [_words(task, facts) for task, facts in subtasks.items()]
     if len(words) > SHOWN:
         words = [*words[: SHOWN - 1], f"{len(words) - SHOWN + 1} more in decisions/step_{run.step}.json"]
-    before = "" if shared["last"] is None else f", {shared['last']:.0%} were in the last decision"
-    chance = f"; {shared['random'] or 0:.0%} would be in a random draw{before}"
-    logger.info(f"step {run.step}: {name} serves {', '.join(words)}{chance}")
+    logger.info(f"step {run.step}: {name} serves {', '.join(words)}; {chance}")
     poor = starved(subtasks)
     if poor:
         counts = ", ".join(f"'{task}' {subtasks[task]['picks']:,}" for task in poor[:SHOWN])
@@ -78,5 +80,6 @@ def report(run: Run, name: str, selector: Selector, picks: Ids, last: Ids, by_do
 
 
 def _words(task: str, facts: dict[str, Any]) -> str:
-    scores = f" ({facts['lowest']:.3g} to {facts['highest']:.3g})" if facts["picks"] else ""
+    low, high = told_apart(facts["lowest"], facts["highest"]) if facts["picks"] else ("", "")
+    scores = "" if not facts["picks"] else f" ({low})" if low == high else f" ({low} to {high})"
     return f"{task} {facts['share']:.0%}{scores}"
