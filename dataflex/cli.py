@@ -218,7 +218,7 @@ def _launch(args: argparse.Namespace) -> int:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return run_worker(lambda: _work(_config(args, quiet=LAUNCH_DIR in os.environ), args.command))
     cfg, request = _config(args), _request(args)
-    check_ahead(cfg, request)
+    check_ahead(cfg, request, args.command)
     return launch("dataflex.cli", [args.command, args.config, *args.overrides], request)
 
 

@@ -131,6 +131,7 @@ def test_a_dry_run_reaches_the_workers_as_a_key(run_yaml: Path, monkeypatch: pyt
     assert calls[0][1] == [command, str(run_yaml), "seed=3", "dry_run=true"]
 
 
+SELECT = {"train_type": "dynamic_select", "component_name": "less", "update_step": "1", "eval_dataset": "test"}
 NOT_THERE = [
     ({"template": "qwen_3"}, r"template: 'qwen_3' is not known \(did you mean 'qwen3'\?\); valid: alpaca, .*"),
     (
@@ -145,6 +146,22 @@ NOT_THERE = [
     ({"dataset_dir": "no"}, r"dataset_dir: there is no folder no or .*/no"),
     ({"report_to": "mlflow"}, "report_to: mlflow needs the package mlflow, which is not installed"),
     ({"plot_loss": "true"}, "plot_loss: true needs matplotlib: .*"),
+    (
+        SELECT | {"component_params": "{select: {agregate: max}}"},
+        r"components: selector 'less': unknown param 'agregate' \(did you mean 'aggregate'\?\); valid: gradient_type, .*",
+    ),
+    (
+        SELECT | {"component_params": "{select: {proj_dim: many}}"},
+        "components: selector 'less': proj_dim: expected a whole number, got 'many'",
+    ),
+    (
+        {"train_type": "dynamic_weight", "component_name": "loss", "component_params": "{weight: {dleta: 1}}"},
+        r"components: weighter 'loss': unknown param 'dleta' \(did you mean 'delta'\?\); valid: strategy, delta, .*",
+    ),
+    (
+        {"train_type": "dynamic_mix", "component_name": "odd", "components_cfg_file": "odd.yaml", "update_step": "1"},
+        r"component_name: no mixer 'odn' \(did you mean 'odm'\?\); registered: doremi, .*",
+    ),
     ({"resume_from_checkpoint": "dat"}, r"resume_from_checkpoint: there is no folder 'dat' \(did you mean 'data'\?\)"),
 ]
 
@@ -161,6 +178,7 @@ def test_what_is_not_there_is_said_before_workers_start(
     monkeypatch.setattr(cli, "launch", lambda *args: pytest.fail("too late"))
     monkeypatch.chdir(run_yaml.parent)
     Path("own.yaml").write_text("templates: {mine: {like: qwen}}")
+    Path("odd.yaml").write_text("mixers: {odd: {name: odn, params: {}}}")
     assert cli.main(["train", str(run_yaml), *(f"{key}={value}" for key, value in keys.items())]) == 2
     (told,) = [text for text in capsys.readouterr().err.splitlines() if "note:" not in text]
     assert re.fullmatch(f"dataflex: error: {line}", told), told

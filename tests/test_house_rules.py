@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "train.trainer": MIDDLE | COMPONENTS | {"train.decisions", "engine", "report"},
     "driver": MIDDLE | COMPONENTS | {"engine", "train", "train.decisions", "train.trainer", "report"},
     "worker": {"utils"},
-    "launcher": {"config", "data", "report", "utils", "worker"},
+    "launcher": {"config", "core", "data", "report", "utils", "worker"},
     "cli": {"config", "utils", "launcher", "worker", "driver", "core", "ops", "report"},
     "demo": {"config", "utils", "cli"},
 }

@@ -18,6 +18,7 @@ from dataflex.config.yaml_reader import kind_of, read_mapping
 from dataflex.utils.errors import UserError, nearest
 
 GROUPS: dict[Kind, str] = {"select": "selectors", "mix": "mixers", "weight": "weighters"}
+KIND_NAMES: dict[Kind, str] = {"select": "selector", "mix": "mixer", "weight": "weighter"}
 ENTRY_POINTS = "dataflex.components"
 
 
@@ -40,12 +41,17 @@ def component_params(flex: FlexSection, kind: Kind) -> tuple[str, dict[str, Any]
         for place in secret_places(entry["params"]):
             raise UserError(f"{path}:{wanted}.params.{place}: {NO_SECRET}")
         return str(entry.get("name", wanted)), copy.deepcopy(entry["params"] or {}) | own
-    if flex.component_modules or entry_points(group=ENTRY_POINTS):
+    if has_own_components(flex):
         return wanted, own
     others = [group for group, names in groups.items() if wanted in names]
     hint = f" ('{wanted}' is in {others[0]})" if others else nearest(wanted, entries)
     valid = ", ".join(entries) or "none"
     raise UserError(f"'{wanted}' is not in {GROUPS[kind]} of {path}{hint}; there are: {valid}")
+
+
+def has_own_components(flex: FlexSection) -> bool:
+    """Whether components may be registered that are not the package's."""
+    return bool(flex.component_modules or entry_points(group=ENTRY_POINTS))
 
 
 def read_components(path: Path) -> dict[str, dict[str, dict[str, Any]]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,25 @@ from dataflex.utils.logging import logger
 
 C = TypeVar("C", bound=type)
 KINDS = ("selector", "mixer", "weighter")
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+# The objects that every component may ask for: `HookBuilder` and `attach`, of dataflex.train.trainer, make them.
+RUNTIME = (
+    "dataset",
+    "eval_dataset",
+    "mixer_eval_dataset",
+    "accelerator",
+    "data_collator",
+    "cache_dir",
+    "output_dir",
+    "tokenizer",
+    "mixture_manager",
+    "scorer",
+    "passes",
+    "reference_model_path",
+    "open_reference",
+    "open_head",
+    "open_embedder",
+)
 PLAIN: dict[str, tuple[Any, str]] = {
     "bool": (bool, "true or false"),
     "int": (Integral, "a whole number"),
@@ -60,9 +79,7 @@ class Registry:
 
     def get(self, kind: str, name: str) -> type:
         """Return the class; ValueError that lists the valid names if there is none."""
-        if name not in self._classes[kind]:
-            valid = self.names(kind)
-            raise UserError(f"component_name: no {kind} '{name}'{nearest(name, valid)}; registered: {', '.join(valid)}")
+        check_name(kind, name, self.names(kind))
         return self._classes[kind][name]
 
     def code_of(self, kind: str, name: str) -> str:
@@ -90,24 +107,13 @@ class Registry:
         caller offers: only what ``__init__`` names is passed; a param of that name wins unless it is null.
         """
         cls = self.get(kind, name)
-        accepted, required = _init_arguments(cls)
-        given = {k: v for k, v in (cfg or {}).items() if not (v is None and k in runtime)}
-        own = [a for a in accepted if a not in runtime]
-        for key in given:
-            if key not in accepted and not _takes_any_keyword(cls):
-                raise UserError(
-                    f"components: {kind} '{name}': unknown param '{key}'{nearest(key, own)}; "
-                    f"valid: {', '.join(own) or 'none'}"
-                )
-        for p in _parameters(cls):
-            valid = _misfit(p, given[p.name]) if p.name in given else None
-            if valid is not None:
-                raise UserError(f"components: {kind} '{name}': {p.name}: expected {valid}, got {shown(given[p.name])}")
-        arguments = {k: v for k, v in runtime.items() if k in accepted} | given
-        missing = [a for a in required if a not in arguments]
-        if missing:
-            raise UserError(f"components: {kind} '{name}': missing param '{missing[0]}'; set it under params")
-        return cls(**arguments)
+        self.check(kind, name, cfg or {}, runtime)
+        named = {p.name for p in _parameters(cls) if p.kind in NAMED}
+        return cls(**{k: v for k, v in runtime.items() if k in named} | _given(cfg or {}, runtime))
+
+    def check(self, kind: str, name: str, cfg: Mapping[str, Any], runtime: Collection[str]) -> None:
+        """`check_params` of a component as it is registered."""
+        check_params(kind, name, _parameters(self.get(kind, name)), cfg, runtime)
 
 
 def _path(cls: type) -> str:
@@ -122,18 +128,40 @@ def _parameters(cls: type) -> list[inspect.Parameter]:
     return list(inspect.signature(cls).parameters.values())
 
 
-def _takes_any_keyword(cls: type) -> bool:
-    """Whether ``__init__`` has ``**kwargs``; the base classes refuse what reaches them unclaimed."""
-    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _parameters(cls))
+def _given(cfg: Mapping[str, Any], runtime: Collection[str]) -> dict[str, Any]:
+    """The user's params but for nulls in the place of what the caller offers."""
+    return {k: v for k, v in cfg.items() if not (v is None and k in runtime)}
 
 
-def _init_arguments(cls: type) -> tuple[list[str], list[str]]:
-    named = [
-        p
-        for p in _parameters(cls)
-        if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    ]
-    return [p.name for p in named], [p.name for p in named if p.default is inspect.Parameter.empty]
+def check_name(kind: str, name: str, valid: Collection[str]) -> None:
+    """UserError where no component of ``kind`` is registered under ``name``."""
+    if name not in valid:
+        raise UserError(f"component_name: no {kind} '{name}'{nearest(name, valid)}; registered: {', '.join(valid)}")
+
+
+def check_params(
+    kind: str, name: str, parameters: Sequence[inspect.Parameter], cfg: Mapping[str, Any], runtime: Collection[str]
+) -> None:
+    """UserError for a param of ``cfg`` that ``__init__`` does not take, or not such a value, and for one that it lacks.
+
+    parameters: of ``__init__``, which may have ``**kwargs``; the base classes refuse what reaches them unclaimed.
+    runtime: names of what the caller offers.
+    """
+    named = [p for p in parameters if p.kind in NAMED]
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    given, own = _given(cfg, runtime), [p.name for p in named if p.name not in runtime]
+    for key in given:
+        if key not in [p.name for p in named] and not open_ended:
+            raise UserError(
+                f"components: {kind} '{name}': unknown param '{key}'{nearest(key, own)}; "
+                f"valid: {', '.join(own) or 'none'}"
+            )
+    for p in named:
+        valid = _misfit(p, given[p.name]) if p.name in given else None
+        if valid is not None:
+            raise UserError(f"components: {kind} '{name}': {p.name}: expected {valid}, got {shown(given[p.name])}")
+        if p.default is inspect.Parameter.empty and p.name not in given and p.name not in runtime:
+            raise UserError(f"components: {kind} '{name}': missing param '{p.name}'; set it under params")
 
 
 def _misfit(param: inspect.Parameter, value: Any) -> str | None:

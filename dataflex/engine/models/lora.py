@@ -34,9 +34,7 @@ def with_lora(model: Any, cfg: Config) -> Any:
     method = cfg.method
     every = method.lora_target == ("all",)
     unfit = unfit_linears(model)
-    if not every:
-        _check_targets(method.lora_target, model, unfit)
-    _check_names("additional_target", method.additional_target, {name for name, _ in model.named_modules() if name})
+    check_named(model, cfg, unfit)
     config = LoraConfig(
         r=method.lora_rank,
         lora_alpha=method.lora_scale_alpha,
@@ -55,6 +53,27 @@ def with_lora(model: Any, cfg: Config) -> Any:
     if every:
         _say_left_out(adapted, unfit)
     return adapted
+
+
+def check_named(model: nn.Module, cfg: Config, unfit: dict[str, str]) -> None:
+    """UserError for a lora_target or an additional_target that the model does not have. unfit: of `unfit_linears`."""
+    method = cfg.method
+    if method.lora_target != ("all",):
+        _check_targets(method.lora_target, model, unfit)
+    _check_names("additional_target", method.additional_target, {name for name, _ in model.named_modules() if name})
+
+
+def check_ahead(cfg: Config, model_config: Any) -> None:
+    """`check_named` without the model's weights, before anything that takes long; nothing where no module is named."""
+    from transformers import AutoModelForCausalLM
+
+    method = cfg.method
+    named = method.lora_target != ("all",) or method.additional_target
+    if method.finetuning_type != "lora" or cfg.model.adapter_name_or_path is not None or not named:
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=cfg.model.trust_remote_code)
+    check_named(model, cfg, unfit_linears(model))
 
 
 def unfit_linears(model: nn.Module) -> dict[str, str]:
