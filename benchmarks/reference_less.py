@@ -177,7 +177,9 @@ def ours(engine: Any, proj_dim: int) -> dict[str, np.ndarray]:
     def scored(params: dict[str, Any]) -> np.ndarray:
         run = engine.run
         selector = LessSelector(run.pool, None, None, "", engine.scorer, engine.eval_pool, proj_dim=proj_dim, **params)
-        return selector.scores()
+        table = selector.each()
+        assert table is not None
+        return table.max(axis=1)
 
     return {name: scored(params) for name, params in OURS.items()}
 

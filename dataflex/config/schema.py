@@ -98,6 +98,7 @@ class MethodSection(Section):
 class DataSection(Section):
     """What it is trained on. Dataset names are entries of ``dataset_dir``/dataset_info.json.
 
+    subtask_column: a column of what is evaluated, whose values are its subtasks, as its datasets are without.
     streaming: read the datasets as training goes on, endlessly, ``buffer_size`` rows shuffled at a time.
     """
 
@@ -112,6 +113,7 @@ class DataSection(Section):
     train_on_prompt: Flag = False
     mask_history: Flag = False
     val_size: ValSize = 0.0
+    subtask_column: LongText = None
     packing: OptionalFlag = None
     neat_packing: Flag = False
     streaming: Flag = False

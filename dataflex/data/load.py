@@ -15,7 +15,7 @@ import numpy as np
 from dataflex.data.cache import cached
 from dataflex.data.encoding.encode import tokenizer_identity
 from dataflex.data.encoding.tokenize import Encoder, pack_blocks, tokenise
-from dataflex.data.held_out import held_out, part_of
+from dataflex.data.held_out import check_subtasks, held_out, part_of
 from dataflex.data.pool import Pool, TrainingPool
 from dataflex.data.report import DataReport, DomainReport
 from dataflex.data.saved import load_or_make
@@ -69,20 +69,20 @@ class Domain:
 def load_data(cfg: Config, tokenizer: Any, eval_column: str | None = None) -> LoadedData:
     """Read and tokenise everything that ``cfg.data`` names; rank 0 first, the others from its cache.
 
-    eval_column: a column that the evaluation samples keep, as text.
+    eval_column: a column that the evaluation samples keep, as text; those of a part held out bring it, and all where
+    there is nothing else to evaluate on.
     Raises UserError naming file and row for data that cannot be used as it is.
     """
     data = cfg.data
     if data.val_size and data.eval_dataset:
         raise UserError("val_size: cannot be used together with eval_dataset")
     if data.streaming:
-        streams, evaluation = load_streams(cfg, tokenizer), _evaluation(cfg, tokenizer, None)
+        streams, evaluation = load_streams(cfg, tokenizer), _evaluation(cfg, tokenizer, eval_column)
         report = DataReport(eval=[d.report for d in evaluation], streams=[s.line for s in streams.streams])
         return LoadedData(streams, _pool(evaluation) if evaluation else None, report)
     with main_first(), _bars_on_terminals_only():
-        train = _Loader(cfg, tokenizer, weighted=True).domains(
-            data.dataset, "dataset", eval_column if data.val_size else None
-        )
+        loader = _Loader(cfg, tokenizer, weighted=True, kept_needed=not data.val_size)
+        train = loader.domains(data.dataset, "dataset", None if data.eval_dataset else eval_column)
     evaluation = _evaluation(cfg, tokenizer, eval_column)
     report = DataReport([d.report for d in train], [d.report for d in evaluation])
     if evaluation:
@@ -96,7 +96,10 @@ def load_data(cfg: Config, tokenizer: Any, eval_column: str | None = None) -> Lo
     report.held_out = len(chosen)
     rest = np.setdiff1d(np.arange(len(whole)), chosen)
     tag = [data.val_size, cfg.train.seed]
-    return LoadedData(part_of(whole, rest, ["train", *tag]), part_of(whole, chosen, ["eval", *tag]), report)
+    evaluated = part_of(whole, chosen, ["eval", *tag])
+    if eval_column is not None:
+        check_subtasks(evaluated, eval_column, loader.dataset_dir)
+    return LoadedData(part_of(whole, rest, ["train", *tag]), evaluated, report)
 
 
 def _evaluation(cfg: Config, tokenizer: Any, kept: str | None) -> list[Domain]:
@@ -128,10 +131,13 @@ def _bars_on_terminals_only() -> Iterator[None]:
 
 
 class _Loader:
-    """``weighted``: with the weights of samples and tokens, which only training uses."""
+    """``weighted``: with the weights of samples and tokens, which only training uses.
 
-    def __init__(self, cfg: Config, tokenizer: Any, weighted: bool = False) -> None:
-        self.cfg = cfg
+    kept_needed: whether every row must have the column that is kept.
+    """
+
+    def __init__(self, cfg: Config, tokenizer: Any, weighted: bool = False, kept_needed: bool = True) -> None:
+        self.cfg, self.kept_needed = cfg, kept_needed
         data = cfg.data
         if cfg.method.stage == "pt" and cfg.packs and data.sample_weight is not None:
             raise UserError("sample_weight: a packed block of stage pt has no one weight; set packing: false")
@@ -161,7 +167,8 @@ class _Loader:
         report = DomainReport(info.name)
         tokens = self.encoder.settings.token_weights
         column = None if tokens is None else tokens.column
-        source = read_source(info, Converter(info, self.encoder.settings.stage, self.weight_column, column, kept))
+        stage = self.encoder.settings.stage
+        source = read_source(info, Converter(info, stage, self.weight_column, column, kept, self.kept_needed))
         report.read = len(source)
         rows, choice = self._choose(source, info, report)
         weights = None if self.weight_file is None else self.weight_file.take(len(source), rows, info.name)

@@ -26,8 +26,8 @@ class Subtasks:
     column: str | None = None
 
     @classmethod
-    def of(cls, target: Any, column: str | None, source: str) -> Subtasks:
-        """By ``column`` of the target's samples, else by its datasets. UserError, in the name of ``source``."""
+    def of(cls, target: Any, column: str | None, source: str = "") -> Subtasks:
+        """By ``column`` of the target's samples, else by its datasets. source: begins a UserError."""
         if column is None:
             kinds, ids = np.unique(np.asarray(target.domain_ids, dtype=np.int64), return_inverse=True)
             return cls([str(target.domain_names[kind]) for kind in kinds], ids.astype(np.int64))
@@ -35,9 +35,10 @@ class Subtasks:
         for i in range(len(target)):
             sample = target[i]
             if column not in sample:
+                place = f" ({target.whence(i)})" if hasattr(target, "whence") else ""
                 raise UserError(
-                    f"{source}: subtask_column: sample {i} of the target has no '{column}'{nearest(column, sample)}; "
-                    f"it has {', '.join(sample)}"
+                    f"{source}subtask_column: sample {i} of the target{place} has no '{column}'"
+                    f"{nearest(column, sample)}; it has {', '.join(sample)}"
                 )
             values.append(str(sample[column]))
         names, ids = np.unique(values, return_inverse=True)

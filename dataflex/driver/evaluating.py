@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dataflex.config.schema import FlexSection
 from dataflex.config.sections.weighting import WeightingSection
 from dataflex.core.run_files import EVALUATION
 from dataflex.data.pool import Pool
+from dataflex.data.subtasks import Subtasks
 from dataflex.driver.scoring import asked_checkpoint
 from dataflex.driver.setup import build_engine, read_inputs, with_components
 from dataflex.engine import checkpoint
@@ -25,7 +27,7 @@ from dataflex.utils.logging import logger
 
 
 def evaluate(cfg: Config) -> None:
-    """Print the token-mean loss of the eval datasets, else of the datasets, by domain; a collective.
+    """Print the token-mean loss of the eval datasets, else of the datasets, by domain and subtask; a collective.
 
     With the weights that a finished run exported into output_dir, or of a checkpoint that resume_from_checkpoint names.
     What a run's weights give is written into its folder too.
@@ -41,15 +43,19 @@ def evaluate(cfg: Config) -> None:
     pool = inputs.data.eval or inputs.data.train
     assert isinstance(pool, Pool)
     losses, counts = engine.scorer.losses(pool, reduction="sum", max_samples=cfg.train.per_device_eval_batch_size)
-    found = by_domain(pool, losses.astype(np.float64), counts.astype(np.float64))
+    column = trained.data.subtask_column
+    sums = losses.astype(np.float64), counts.astype(np.float64)
+    found = by_domain(pool, *sums)
+    subtasks = {} if column is None else by_subtask(pool, column, *sums)
     logger.info(f"losses of {weights}:")
-    width = max(len(name) for name in found)
-    for name, row in found.items():
+    width = max(len(name) for name in (*found, *subtasks))
+    for name, row in (*found.items(), *subtasks.items()):
         figures = f"loss {row['loss']:.4f}  perplexity {row['perplexity']:.4g}"
         logger.info(f"{name:<{width}}  {row['samples']:,} samples  {row['tokens']:,} tokens  {figures}")
     if dist.is_main() and (start is not None or trained is not cfg):
+        more = {} if column is None else {"subtasks": subtasks}
         path = (Path(cfg.output.output_dir) if start is None else start.parent) / EVALUATION
-        write_atomically(path, json.dumps({"weights": weights, "domains": found}, indent=2))
+        write_atomically(path, json.dumps({"weights": weights, "domains": found} | more, indent=2))
         logger.info(f"written to {path}")
 
 
@@ -62,6 +68,16 @@ def by_domain(pool: Pool, losses: Any, counts: Any) -> dict[str, dict[str, Any]]
     parts = {name: domains == number for number, name in enumerate(pool.domain_names)}
     if len(parts) > 1:
         parts["all"] = np.ones(len(domains), dtype=bool)
+    return _rows(parts, losses, counts)
+
+
+def by_subtask(pool: Pool, column: str, losses: Any, counts: Any) -> dict[str, dict[str, Any]]:
+    """The same for ``<column>_<value>`` of each of the values of a column of the samples, if they are 100 at most."""
+    return _rows(dict(Subtasks.of(pool, column).parts()), losses, counts)
+
+
+def _rows(parts: Mapping[str, Any], losses: Any, counts: Any) -> dict[str, dict[str, Any]]:
+    """A row of `by_domain` for each of ``parts``, masks of the samples."""
     found = {}
     for name, mine in parts.items():
         tokens = int(counts[mine].sum())

@@ -149,7 +149,7 @@ def seconds_before(start: Path) -> float:
 def _selector(engine: DataflexEngine, name: str) -> Any:
     planner = engine.planner
     assert isinstance(planner, SelectPlanner)
-    if not hasattr(planner.selector, "scores"):
+    if not isinstance(planner.selector, TargetSelector) and not hasattr(planner.selector, "scores"):
         raise UserError(f"component_name: selector '{name}' has no score for each sample; less and loss have")
     return planner.selector
 

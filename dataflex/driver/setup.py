@@ -26,13 +26,14 @@ from dataflex.data.load import LoadedData, load_data, load_pool
 from dataflex.data.pool import Pool, describe_sample
 from dataflex.data.sources.info import find_dataset_dir
 from dataflex.engine.ds_config import check_accepted, deepspeed_config, zero_stage
+from dataflex.engine.models import lora
 from dataflex.engine.models.adapter import with_adapter_keys
 from dataflex.engine.models.handover import Handover, handover
 from dataflex.engine.models.model import load_model, load_model_config, load_tokenizer
 from dataflex.engine.optimizer import forget_dry_step, make_optimizer, make_scheduler, warmup_steps
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.train.trainer.build import attach, make_schedule, packing_of, pass_rows
-from dataflex.train.trainer.components import load_components, with_effective_params
+from dataflex.train.trainer.components import load_components, subtask_column, with_effective_params
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
@@ -69,7 +70,8 @@ def read_inputs(cfg: Config) -> Inputs:
     """Tokenizer, model config, data and schedule of a config from `with_components`; a collective."""
     tokenizer = load_tokenizer(cfg)
     model_config = load_model_config(cfg)
-    data = load_data(cfg, tokenizer, _subtask_column(cfg))
+    lora.check_ahead(cfg, model_config)
+    data = load_data(cfg, tokenizer, subtask_column(cfg))
     packing = packing_of(cfg, data.train)
     pool_rows = data.train.size if packing is None else packing.pool.rows
     schedule = _schedule(cfg, pass_rows(cfg, data.train, packing), pool_rows)
@@ -123,14 +125,6 @@ def _schedule(cfg: Config, pass_size: int | None, pool_size: int | None) -> Sche
                 f"the pool has {pool_size:,}; lower update_step or the batch size"
             )
     return schedule
-
-
-def _subtask_column(cfg: Config) -> str | None:
-    """The column of the target that the selector's params ask for."""
-    column = component_params(cfg.flex, "select")[1].get("subtask_column") if "select" in cfg.flex.kinds else None
-    if column in ("input_ids", "labels", "sample_weight"):
-        raise UserError(f"subtask_column: '{column}' is a column of ours; give the target's another name")
-    return None if column is None else str(column)
 
 
 def _say_data(data: LoadedData, tokenizer: Any) -> None:

@@ -172,7 +172,7 @@ class DataflexEngine:
     def evaluate(self) -> dict[str, float]:
         """Token-mean loss of the eval dataset: ``eval_loss``, and ``eval_<domain>_loss`` where it has several.
 
-        Where a selector goes by the values of a ``subtask_column``, ``eval_<column>_<value>_loss`` of each as well.
+        With a ``subtask_column``, ``eval_<column>_<value>_loss`` of each of its values as well.
         Leaves the training state bit-identical; call it on every rank, between steps.
         """
         pool = self.eval_pool

@@ -78,6 +78,7 @@ SAID = {
     "fused_head",
     "deepspeed",
     "eval_dataset",
+    "subtask_column",
     "mixer_eval_dataset",
     "reference_model_path",
     "max_steps",

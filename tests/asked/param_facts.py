@@ -75,7 +75,7 @@ def clustered(selector: Any) -> list[Any]:
     ):
         embeddings.return_value = np.eye(POOL, dtype=np.float32)
         k_means.return_value = _clusters(6)
-        selector.scores()
+        selector.each()
     return [embeddings.call_args.kwargs["pooling"], k_means.call_args.args[1], calls[-1], k_means.call_args.args[2]]
 
 

@@ -148,6 +148,7 @@ CLUSTER_LESS = (
     Asked("seed", 3, clustered, CLUSTERS),
     Asked("adam_form", "optimizer", lambda s: s.spec.adam, "adam"),
     Asked("proj_dim", 64, lambda s: s.spec.projected()["proj_dim"], 64),
+    Asked("subtask_column", "task", lambda s: s.subtasks.ids.tolist(), [0, 0, 1, 0, 0, 1]),
 )
 CLUSTER_LESS_SGD = (Asked("gradient_type", "sgd", lambda s: s.spec.adam, None),)
 EMBEDDED = (

@@ -67,6 +67,7 @@ def ordered_by(seed: int, size: int) -> list[int]:
 
 # 7 steps, of which 0.3 are 2.1, so that the rate rises in 3 and falls in 4: to (1 + cos(k pi / 8)) / 2 of it, since
 # num_cycles is a quarter, not a half.
+SIZES = [f"size_{size}" for size in range(8)]  # of the target's eight rows
 COSINE = [0.0, 1e-3, 2e-3, 3e-3, 2.8858192987669e-3, 2.5606601717798e-3, 2.0740251485476e-3, 1.5e-3]
 TRAINING = Build(
     "training",
@@ -132,6 +133,7 @@ TRAINING = Build(
             lambda b: [b.engine.eval_pool.domain_names, len(b.engine.eval_pool)],
             [["target"], 8],
         ),
+        Row("subtask_column", "size", lambda b: [name for name, _ in b.engine._eval_parts(b.engine.eval_pool)], SIZES),
         Row("dataloader_num_workers", 1, lambda b: b.engine._loop.source.workers, 1),
         Row("group_by_length", True, lengths_apart, True),
         Row("nonfinite", "skip", lambda b: b.engine._loop.stepper.nonfinite.policy, "skip"),

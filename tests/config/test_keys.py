@@ -51,6 +51,7 @@ KEYS: list[tuple[str, str, Any]] = [
     ("mask_history: true", "data", True),
     ("val_size: 0.001", "data", 0.001),
     ("val_size: 200", "data", 200),
+    ("subtask_column: task\neval_dataset: c", "data", "task"),
     ("packing: true", "data", True),
     ("neat_packing: true", "data", True),
     ("streaming: false", "data", False),

@@ -155,6 +155,14 @@ RULES = [
     ),
     ("eval_strategy: steps", "eval_strategy: 'steps' needs eval_dataset or val_size"),
     (
+        "subtask_column: task",
+        "subtask_column: is a column of what is evaluated: set eval_dataset (or val_size)",
+    ),
+    (
+        "subtask_column: labels\neval_dataset: c",
+        "subtask_column: 'labels' is a column of ours; give the target's another name",
+    ),
+    (
         "load_best_model_at_end: true",
         "load_best_model_at_end: true chooses by an evaluation; set eval_strategy: steps or epoch",
     ),

@@ -102,6 +102,7 @@ DATA: dict[str, tuple[Any, str]] = {
     "train_on_prompt": (True, TOKENS),
     "mask_history": (True, TOKENS),
     "val_size": (0.5, POOL),
+    "subtask_column": ("task", SAME),  # what is kept is said by the caller: CHANGES
     "packing": (True, SAME),
     "neat_packing": (True, SAME),
     "streaming": (None, SAME),  # another way of reading: test_stream_identity.py

@@ -189,8 +189,38 @@ def test_the_evaluation_samples_keep_a_column(add: Add, config: MakeConfig) -> N
     assert set(out.train[0]) == {"input_ids", "labels"}
     with pytest.raises(UserError, match=r"no column 'tsk' \(subtask_column\) \(did you mean 'task'\?\)"):
         load_data(config("x", eval_dataset=("target",)), byte_tokenizer(), "tsk")
-    held = load_data(config("target", val_size=2), byte_tokenizer(), "task")
-    assert held.eval is not None and {"task"} <= set(held.eval[0])
+    streamed = load_data(config("x", eval_dataset=("target",), streaming=True), byte_tokenizer(), "task")
+    assert streamed.eval is not None and streamed.eval[3]["task"] == "1"
+
+
+def test_a_part_held_out_brings_the_column_and_the_rest_may_lack_it(add: Add, config: MakeConfig) -> None:
+    add("target", [row | {"task": i % 2} for i, row in enumerate(numbered(4))])
+    held = load_data(config("target", val_size=2), byte_tokenizer(), "task").eval
+    assert held is not None and held.rows is not None
+    assert [held[i]["task"] for i in range(2)] == [str(row % 2) for row in held.rows]
+    for missing in held.rows.tolist(), sorted({0, 1, 2, 3} - set(held.rows.tolist())):
+        add("some", [row | {"tsk" if i in missing else "task": "t"} for i, row in enumerate(numbered(4))])
+        if missing != held.rows.tolist():
+            some = load_data(config("some", val_size=2), byte_tokenizer(), "task").eval
+            assert some is not None and [some[i]["task"] for i in range(2)] == ["t", "t"]
+            continue
+        with pytest.raises(UserError) as caught:
+            load_data(config("some", val_size=2), byte_tokenizer(), "task")
+        assert str(caught.value) == (
+            f"some.json:{missing[0] + 1}: no 'task' (subtask_column) (did you mean 'tsk'?), and val_size holds this "
+            "row out to evaluate on; it has instruction, output, tsk; give all rows of its dataset one, or set "
+            "eval_dataset instead"
+        )
+
+
+def test_what_alone_is_evaluated_brings_the_column(add: Add, config: MakeConfig) -> None:
+    """As `dataflex-cli eval` reads its data."""
+    add("target", [row | {"task": i % 2} for i, row in enumerate(numbered(4))])
+    pool = load_data(config("target"), byte_tokenizer(), "task").train
+    assert [pool[i]["task"] for i in range(4)] == ["0", "1", "0", "1"]
+    add("plain", numbered(2))
+    with pytest.raises(UserError, match=r"plain.json:1: no column 'task' \(subtask_column\)"):
+        load_data(config("plain"), byte_tokenizer(), "task")
 
 
 TEXTS = [{"text": "abc"}, {"text": "defgh"}, {"text": "i"}]

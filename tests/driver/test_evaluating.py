@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dataflex.config import load_config
-from dataflex.driver.evaluating import _only_data, by_domain
+from dataflex.data.pool import Pool
+from dataflex.driver.evaluating import _only_data, by_domain, by_subtask
 
 
 def test_losses_of_domains_are_means_over_their_tokens() -> None:
@@ -26,6 +27,17 @@ def test_a_loss_beyond_all_perplexities_is_told() -> None:
     pool: Any = SimpleNamespace(domain_ids=[0], domain_names=("a",))
     found = by_domain(pool, np.array([3e6]), np.array([2.0]))
     assert found == {"a": {"samples": 1, "tokens": 2, "loss": 1.5e6, "perplexity": pytest.approx(math.exp(700))}}
+
+
+def test_losses_of_subtasks_are_means_over_their_tokens() -> None:
+    samples = [{"input_ids": [1, 2], "labels": [1, 2], "task": task} for task in ("b", "a", "b", "none")]
+    found = by_subtask(
+        Pool.from_datasets(samples), "task", np.array([6.0, 2.0, 3.0, 0.0]), np.array([2.0, 1.0, 1.0, 0.0])
+    )
+    assert found == {
+        "task_a": {"samples": 1, "tokens": 1, "loss": 2.0, "perplexity": pytest.approx(math.exp(2))},
+        "task_b": {"samples": 2, "tokens": 3, "loss": 3.0, "perplexity": pytest.approx(math.exp(3))},
+    }
 
 
 RUN = {"model_name_or_path": "m", "output_dir": "out", "dataset": "a,b", "report_to": "csv", "plot_loss": True}

@@ -164,6 +164,9 @@ def test_changes_are_told_from_the_config_beside_a_checkpoint(
     assert capsys.readouterr().err == ""
     check_resume(load_config(settings(workspace, max_steps=8), quiet=True), start)
     assert "max_steps: was 4, now 8, heeded from this resume on" in capsys.readouterr().err
+    told = {"eval_dataset": "target", "subtask_column": "size"}
+    check_resume(load_config(settings(workspace, **told), quiet=True), start)
+    assert "subtask_column: was None, now size, heeded from this resume on" in capsys.readouterr().err
     with pytest.raises(UserError, match="^lora_rank: was 8, now 4; warmup_ratio: was 0.0, now 0.1: a resume"):
         check_resume(load_config(settings(workspace, lora_rank=4, warmup_ratio=0.1), quiet=True), start)
 

@@ -38,3 +38,27 @@ def test_a_pass_of_the_schedule_has_as_many_samples_as_are_drawn(workspace: Path
     cfg = setup.with_components(load_config(settings(workspace, **drawn), quiet=True))
     schedule = setup.read_inputs(cfg).schedule
     assert [phase.steps for phase in schedule.phases] == [5, 5] and schedule.total_steps == 10
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ({"lora_target": "q_porj"}, r"^lora_target: the model has no 'q_porj' \(did you mean 'q_proj'\?\)"),
+        ({"additional_target": "lm_haed"}, r"^additional_target: the model has no 'lm_haed' \(did you mean 'lm_head'"),
+    ],
+)
+def test_a_module_that_the_model_lacks_is_told_before_the_data_is_read(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, str], text: str
+) -> None:
+    monkeypatch.setattr(setup, "load_data", lambda *_: pytest.fail("too late"))
+    cfg = setup.with_components(load_config(settings(workspace, **keys), quiet=True))
+    with pytest.raises(UserError, match=text):
+        setup.read_inputs(cfg)
+
+
+def test_a_param_that_a_component_of_ones_own_does_not_take_is_told_first(workspace: Path) -> None:
+    keys = {"train_type": "dynamic_select", "component_name": "repeats", "update_step": 1}
+    keys |= {"component_modules": [str(Path(__file__).with_name("own_parts.py"))]}
+    cfg = load_config(settings(workspace, **keys, component_params={"select": {"often": 1}}), quiet=True)
+    with pytest.raises(UserError, match="^components: selector 'repeats': unknown param 'often'"):
+        setup.with_components(cfg)

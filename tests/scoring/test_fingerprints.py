@@ -64,7 +64,7 @@ class World:
     version: str = "1"
 
 
-def passed(folder: Path, world: World) -> int:
+def passed(folder: Path, world: World, ask: Callable[[Any], Any] = lambda selector: selector.table()) -> int:
     """How many samples of the pool a selection scores, if it finds what lies in ``folder``."""
     load_components()
     net = copy.deepcopy(the_model())
@@ -99,7 +99,7 @@ def passed(folder: Path, world: World) -> int:
         passes = _passes(run, config, engine)
         runtime = dict.fromkeys(RUNTIME) | {"dataset": pool, "eval_dataset": target, "scorer": data, "passes": passes}
         name, params = component_params(config.flex, "select")
-        REGISTRY.build("selector", name, runtime=runtime, cfg=params).scores()
+        ask(REGISTRY.build("selector", name, runtime=runtime, cfg=params))
     return sum(scored)
 
 
@@ -163,7 +163,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "the version": ({"version": "2"}, "dataflex"),
     "the shards": ({"shard": 3}, "shard"),
 }
-# Of each param of LESS's a value that is not the default (and not that of `World`).
+# Of each param of LESS's that changes its scores a value that is not the default (and not that of `World`).
 PARAMS: dict[str, Any] = {
     "gradient_type": "sgd",
     "adam_form": "optimizer",
@@ -173,12 +173,15 @@ PARAMS: dict[str, Any] = {
     "layers": ["last:1"],
     "layer_weights": {"q_proj": 2.0},
     "subtask_column": "input_ids",
-    "aggregate": "mean",  # like accumulate: of the decision, not of the scores
     "per": "target",
-    "vote_share": 0.4,
-    "accumulate": True,
-    "self_check": True,  # says nothing of the scores; a change of it runs a new pass all the same
     "seed": 5,
+}
+# Of each param that says what is taken by the scores.
+DECISIONS: dict[str, dict[str, Any]] = {
+    "aggregate": {"aggregate": "round_robin"},
+    "vote_share": {"aggregate": "vote", "vote_share": 0.4},
+    "accumulate": {"accumulate": True},
+    "self_check": {"self_check": True},
 }
 
 
@@ -205,18 +208,50 @@ def test_every_part_of_the_fingerprint_has_a_row(kept: tuple[Path, dict[str, str
 
 
 @pytest.mark.parametrize("param", PARAMS)
-def test_every_param_of_less_makes_a_new_pass(kept: tuple[Path, dict[str, str]], param: str) -> None:
-    value = PARAMS[param]
-    with_it = {"aggregate": "vote"} if param == "vote_share" else {}
-    world = replace(World(), **with_params(**{param: value}, **with_it))
+def test_a_param_of_the_scores_makes_a_new_pass(kept: tuple[Path, dict[str, str]], param: str) -> None:
+    world = replace(World(), **with_params(**{param: PARAMS[param]}))
     assert passed(kept[0], world) == POOL
     assert passed(kept[0], world) == 0
 
 
+@pytest.mark.parametrize("param", DECISIONS)
+def test_a_param_of_the_decision_makes_none(kept: tuple[Path, dict[str, str]], param: str) -> None:
+    before = parts_in(kept[0])
+    assert passed(kept[0], replace(World(), **with_params(**DECISIONS[param]))) == 0
+    assert parts_in(kept[0]) == before
+
+
+def test_another_rule_or_number_of_picks_takes_others_by_the_same_scores(tmp_path: Path) -> None:
+    """By the scores that lie on the disk, for which nothing is scored again; best first, and whose turn it is."""
+    two = two_subtasks()
+    usual = World(target=two)
+    assert passed(tmp_path, usual) == POOL
+    (store,) = tmp_path.glob("scores/*")
+    table = np.concatenate([np.load(path) for path in sorted(store.glob("*.npy"))])
+    assert table.shape == (POOL, 2)
+    best = np.argsort(-table, axis=0, kind="stable")
+    second = next(i for i in best[:, 1].tolist() if i != best[0, 0])
+    for count in (1, 2):
+        for rule, right in (
+            ("max", np.argsort(-table.max(axis=1), kind="stable")),
+            ("mean", np.argsort(-table.mean(axis=1, dtype=np.float64), kind="stable")),
+            ("round_robin", [int(best[0, 0]), second]),
+        ):
+            world, asked = replace(usual, **with_params(aggregate=rule)), list[Any]()
+            assert passed(tmp_path, world, lambda s, n=count, to=asked: to.append(s.select(None, 3, n))) == 0
+            assert asked[0] == list(right)[:count], rule
+
+
+def test_a_default_that_is_spelled_out_is_the_same_scores(kept: tuple[Path, dict[str, str]]) -> None:
+    assert passed(kept[0], replace(World(), **with_params(adam_form="official", layers=None))) == 0
+
+
 def test_every_param_of_less_has_a_row() -> None:
     load_components()
-    params = set(inspect.signature(REGISTRY.get("selector", "less")).parameters) - set(RUNTIME)
-    assert params == set(PARAMS), "add a row to PARAMS"
+    cls = REGISTRY.get("selector", "less")
+    params = set(inspect.signature(cls).parameters) - set(RUNTIME)
+    assert params == {*PARAMS, *DECISIONS}, "add a row to PARAMS"
+    assert cls.decides_by - {"per", "subtask_column"} == set(DECISIONS)  # type: ignore[attr-defined]
 
 
 def test_kept_features_serve_other_targets_and_nothing_else(tmp_path: Path) -> None:
@@ -228,6 +263,8 @@ def test_kept_features_serve_other_targets_and_nothing_else(tmp_path: Path) -> N
         if part != "component":  # exact scores have no features
             world = replace(usual, **changes)
             assert passed(tmp_path, world) == (0 if part in ("target", "columns") else world.pool[0]), part
+    for params in ({"per": "target"}, {"subtask_column": "input_ids"}, *DECISIONS.values()):
+        assert passed(tmp_path, replace(usual, **with_params(**params))) == 0, params
     assert passed(tmp_path, usual) == 0
     (stored,) = {tuple(sorted(parts)) for parts in parts_in(tmp_path).values()}
     assert set(stored) == {part for _, part in CHANGES.values()} - {"target", "columns"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,8 @@ from dataflex.data.pool import Pool
 from dataflex.scoring.kept.probe import Probe
 from dataflex.scoring.kept.sharded import ScoringPasses
 from dataflex.train.selector import embeddings as module
-from dataflex.train.selector.rds_selector import NearSelector, RdsSelector, in_turns
+from dataflex.train.selector.rds_selector import NearSelector, RdsSelector
+from dataflex.train.selector.target_selector import in_turns
 from dataflex.train.selector.tsds_selector import TsdsSelector
 from dataflex.utils.errors import UserError
 from tests import tiny_engine as tiny
@@ -93,7 +95,7 @@ def test_rds_deals_to_the_subtasks_and_in_them_to_their_samples_in_turn() -> Non
     assert found.select(None, 3, 60) == dealt(means, [0, 1, 2], 60)
     found = make(RdsSelector, per="target", aggregate="max")
     assert found.select(None, 3, 60) == np.argsort(-cosines().max(1), kind="stable")[:60].tolist()
-    np.testing.assert_allclose(found.scores(), cosines().max(1), atol=1e-6)
+    np.testing.assert_allclose(found.scored["score"], cosines().max(1), atol=1e-6)
     found = make(RdsSelector, subtask_column="task", per="subtask", aggregate="mean")
     assert found.select(None, 3, 60) == np.argsort(-means.mean(1), kind="stable")[:60].tolist()
     few, many = (make(RdsSelector, aggregate="vote", vote_share=share).select(None, 3, 9) for share in (0.02, 0.6))
@@ -232,6 +234,16 @@ def test_tsds_probabilities_are_the_papers(plant: Planted) -> None:
         assert not any(np.allclose(found, other, atol=1e-6) for other in seen[at + 1 :])
 
 
+def test_tsds_says_where_the_pool_has_too_few_neighbours(plant: Planted, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "dataflex"):
+        selector = make(TsdsSelector, max_k=5000, kde_k=30)
+    assert caplog.messages == [
+        "tsds: max_k 30 and kde_k 30, not 5,000 and 30: a tenth of the pool's 300 samples at most (2 at least)"
+    ]
+    assert selector.limit_advice == "a tenth of the pool is the most: set replacement: true, or lower update_step"
+    assert make(TsdsSelector, max_k=30).limit_advice == "raise it or lower update_step"
+
+
 @option("selector", "tsds", "replacement", "seed")
 def test_tsds_draws_by_its_probabilities(plant: Planted) -> None:
     plant.rows = dict(zip(("pool", "target"), clusters(300, 20), strict=True))
@@ -289,7 +301,9 @@ def test_a_dry_run_times_the_pass_and_knows_how_many_there_are(cls: Any, plant: 
     for params, once in (({}, False), ({"refresh": "once"}, True)):
         passes = ScoringPasses(probe=Probe())
         selector = make(cls, passes=passes, **params)
-        assert selector.scores().tolist() == [0.0] * 300 and selector.scores_once is once
+        tried = selector.scores() if cls is TsdsSelector else selector.each()
+        assert tried is None or tried.tolist() == [0.0] * 300
+        assert (tried is None) == (cls is not TsdsSelector) and selector.scores_once is once
         assert passes.probe is not None and passes.probe.row_bytes == 4 * NET.config.hidden_size
         assert passes.probe.kept == "embeddings (fp32)" and passes.probe.samples == plant.asked[-1][1] < 300
         assert selector.state_dict() == {}, "what was tried is not kept"

@@ -98,6 +98,12 @@ def less(**params: Any) -> LessSelector:
     return LessSelector(POOL, None, None, "", scorer(), TARGET, **given)
 
 
+def scores(selector: Any) -> np.ndarray:
+    """The largest of each sample's scores."""
+    best: np.ndarray = selector.each().max(axis=1)
+    return best
+
+
 def close(found: Any, want: np.ndarray, others: Sequence[np.ndarray] = ()) -> None:
     """The scores are those by hand; ``others`` lie apart from them, so that the test tells them from each other."""
     np.testing.assert_allclose(found, want, atol=1e-6)
@@ -108,7 +114,7 @@ def close(found: Any, want: np.ndarray, others: Sequence[np.ndarray] = ()) -> No
 def test_the_form_of_the_gradient() -> None:
     forms = {kind: by_hand(kind) for kind in ("adam_less", "adam", "sgd")}
     for params, kind in (({}, "adam_less"), ({"adam_form": "optimizer"}, "adam"), ({"gradient_type": "sgd"}, "sgd")):
-        close(less(**params).scores(), forms[kind], [scores for other, scores in forms.items() if other != kind])
+        close(scores(less(**params)), forms[kind], [right for other, right in forms.items() if other != kind])
 
 
 @option("selector", "less", "projection", "proj_dim")
@@ -120,18 +126,18 @@ def test_projections_come_near_the_exact_scores_with_more_numbers() -> None:
         errors = []
         for proj_dim in (16, 1024):
             params = {"projection": projection, "proj_dim": proj_dim, "gradient_type": "sgd", "layers": [layer]}
-            runs = [less(scoring="projected", seed=seed, **params).scores() for seed in (1, 2)]
+            runs = [scores(less(scoring="projected", seed=seed, **params)) for seed in (1, 2)]
             errors.append(float(np.sqrt(np.mean((np.array(runs) - exact) ** 2))))
         seen.append(runs[0])
         assert errors[1] < errors[0] / 2 and errors[1] < 0.06, (projection, errors)
-    assert len({scores.tobytes() for scores in seen}) == len(PROJECTIONS)
+    assert len({found.tobytes() for found in seen}) == len(PROJECTIONS)
 
 
 @option("selector", "less", "seed")
 def test_the_seed_is_of_the_projection() -> None:
-    first, again, other = (less(scoring="projected", proj_dim=256, seed=seed).scores() for seed in (1, 1, 2))
+    first, again, other = (scores(less(scoring="projected", proj_dim=256, seed=seed)) for seed in (1, 1, 2))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
-    assert np.array_equal(less(seed=1).scores(), less(seed=2).scores())
+    assert np.array_equal(scores(less(seed=1)), scores(less(seed=2)))
 
 
 @option("selector", "less", "layers", "layer_weights")
@@ -144,14 +150,14 @@ def test_layers_and_their_weights() -> None:
     rows = {"mlp": {"layers": ["mlp"]}, "last": {"layers": ["last:1"]}, "all": {}}
     rows["weighted"] = {"layer_weights": {"mlp": 3.0, "lm_head": 0.5}}
     for name, params in rows.items():
-        close(less(**params).scores(), found[name], [scores for other, scores in found.items() if other != name])
+        close(scores(less(**params)), found[name], [right for other, right in found.items() if other != name])
     assert LayerRule.of(["!mlp"], None).factors(NAMES).keys() == set(NAMES) - set(mlp)
 
 
 @option("selector", "less", "subtask_column")
 def test_subtasks_by_a_column() -> None:
-    close(less().scores(), by_hand(), [by_hand(subtasks="xyxxyx"), by_hand(subtasks="000000")])
-    close(less(subtask_column="task").scores(), by_hand(subtasks="xyxxyx"), [by_hand()])
+    close(scores(less()), by_hand(), [by_hand(subtasks="xyxxyx"), by_hand(subtasks="000000")])
+    close(scores(less(subtask_column="task")), by_hand(subtasks="xyxxyx"), [by_hand()])
 
 
 @option("selector", "less", "aggregate", "per", "vote_share")
@@ -164,26 +170,15 @@ def test_rules_take_from_a_column_for_each_subtask_or_each_sample() -> None:
     for rule in RULES:
         for per, right in tables.items():
             for share in (None, 0.3) if rule == "vote" else (None,):
-                want = decide(ArrayTable(right.astype(np.float32)), 5, rule, vote_share=share)
+                # The targets of "near" and "far" in turn: 0 and 3, 1 and 4, 2 and 5.
+                order = np.array([0, 3, 1, 4, 2, 5]) if per == "target" else None
+                want = decide(ArrayTable(right.astype(np.float32)), 5, rule, vote_share=share, order=order)
                 selector = less(aggregate=rule, per=per, vote_share=share)
                 assert selector.select(None, 0, 5) == want.picks.tolist(), (rule, per)
                 serves = [["near", "far"][j if per == "subtask" else j // 3] for j in want.column]
                 assert selector.metric["serves"] == serves
     picks = [less(aggregate="vote", vote_share=share).select(None, 0, 4) for share in (0.15, 0.7)]
     assert picks[0] != picks[1]
-
-
-def test_the_number_that_a_rule_ranks_the_pool_by() -> None:
-    """As `dataflex-cli score` writes it: the maximum, the mean, or the place as a share."""
-    right = table_by_hand()
-    close(less(aggregate="mean").scores(), right.mean(axis=1), [right.max(axis=1)])
-    for rule in ("round_robin", "doubly_greedy", "balanced"):
-        selector = less(aggregate=rule)
-        order = decide(ArrayTable(right.astype(np.float32)), 9, rule).picks
-        np.testing.assert_allclose(selector.scores()[order], 1 - np.arange(9) / 9, rtol=1e-6)
-        assert np.argsort(-selector.scores(), kind="stable").tolist()[:4] == selector.select(None, 0, 4)
-    with pytest.raises(UserError, match=r"^less: vote_share: needed with aggregate: vote where no number of picks"):
-        less(aggregate="vote").scores()
 
 
 @option("selector", "less", "accumulate")
@@ -199,6 +194,13 @@ def test_scores_are_added_up_by_learning_rate() -> None:
                 picks = selector.select(None, step, 3)
         np.testing.assert_allclose(selector.scored["score"], want, rtol=1e-6)
         assert picks == np.argsort(-np.array(want)).tolist()
+
+
+def test_one_score_of_a_sum_over_decisions_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"^less: accumulate: sums over the decisions of a run, .*; set it false, score"
+    ):
+        less(accumulate=True).each()
 
 
 @option("selector", "less", "self_check")
@@ -227,14 +229,15 @@ def test_features_of_the_output_layer_are_as_asked() -> None:
         cosines = unit(made.of_samples(scorer(), POOL)) @ unit(made.of_samples(scorer(), TARGET)).T
         tasks = np.array(list("xyxxyx" if column else "nnnfff"))
         want.append(np.max([cosines[:, tasks == task].mean(1) for task in sorted(set(tasks))], axis=0))
-        found.append(LessHeadSelector(POOL, None, None, None, scorer(), TARGET, lambda: head, **params).scores())
-    for at, scores in enumerate(found):
-        close(scores, want[at], want[:at] + want[at + 1 :])
+        found.append(scores(LessHeadSelector(POOL, None, None, None, scorer(), TARGET, lambda: head, **params)))
+    for at, made_ones in enumerate(found):
+        close(made_ones, want[at], want[:at] + want[at + 1 :])
     made = HeadFeatures(head, 2048, 8192, 42)
     right = (unit(made.of_samples(scorer(), POOL)) @ unit(made.of_samples(scorer(), TARGET)).T).astype(np.float32)
     for params in ({"aggregate": "round_robin"}, {"aggregate": "vote", "vote_share": 0.4}):
         selector = LessHeadSelector(POOL, None, None, None, scorer(), TARGET, lambda: head, per="target", **params)
-        want_picks = decide(ArrayTable(right), 5, params["aggregate"], vote_share=params.get("vote_share")).picks
+        order, share = np.array([0, 3, 1, 4, 2, 5]), params.get("vote_share")
+        want_picks = decide(ArrayTable(right), 5, params["aggregate"], vote_share=share, order=order).picks
         assert selector.select(None, 0, 5) == want_picks.tolist()
 
 
@@ -286,7 +289,7 @@ def cluster_less(**params: Any) -> tuple[np.ndarray, list[Any]]:
         patch.setattr(cluster_less_selector, "k_means", clusters)
         patch.setattr(cluster_less_selector, "embeddings", embeddings)
         selector = ClusterLessSelector(POOL, None, None, "", stand_in, TARGET, **{"n_clusters": 3} | params)
-        return selector.scores(), asked
+        return scores(selector), asked
 
 
 @option("selector", "cluster_less", "representatives")
@@ -296,6 +299,16 @@ def test_the_mean_of_the_representatives_stands_for_its_cluster() -> None:
         cosines = unit(means) @ unit(GOALS).T
         want = np.maximum(cosines[:, :3].mean(1), cosines[:, 3:].mean(1))[CLUSTERS.of]
         np.testing.assert_allclose(cluster_less(representatives=count)[0], want, rtol=1e-5)
+
+
+@option("selector", "cluster_less", "subtask_column")
+def test_clusters_are_scored_for_the_subtasks_of_a_column() -> None:
+    means = np.stack([FEATURES[ids[:4]].mean(0) for ids in NEAREST.values()])
+    cosines = unit(means) @ unit(GOALS).T
+    tasks = np.array(list("xyxxyx"))
+    want = np.maximum(cosines[:, tasks == "x"].mean(1), cosines[:, tasks == "y"].mean(1))[CLUSTERS.of]
+    np.testing.assert_allclose(cluster_less(subtask_column="task")[0], want, rtol=1e-5)
+    assert np.abs(cluster_less()[0] - want).max() > 1e-3
 
 
 @option("selector", "cluster_less", "gradient_type", "adam_form", "proj_dim")

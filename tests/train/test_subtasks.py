@@ -13,12 +13,16 @@ import pytest
 import torch
 
 import dataflex
+from dataflex.config import load_config
 from dataflex.data.pool import Pool
 from dataflex.scoring.decide.rules import decide
 from dataflex.scoring.decide.table import ArrayTable
 from dataflex.train.decisions.served import of_subtasks, overlap, report, starved
 from dataflex.train.selector.base_selector import Served
 from dataflex.train.selector.target_selector import TargetSelector
+from dataflex.train.trainer.component_hooks import HookBuilder
+from dataflex.train.trainer.components import subtask_column
+from dataflex.utils.errors import UserError
 from tests import tiny_engine as tiny
 from tests.distributed import run_ranks
 
@@ -40,18 +44,22 @@ def samples(task: str, count: int, seed: int) -> list[dict[str, Any]]:
 def build(folder: Path, aggregate: str) -> Any:
     """An engine with LESS on a target of the three tasks, which are the values of a column."""
     params = {"aggregate": aggregate, "subtask_column": "task", "proj_dim": 512, "self_check": False}
+    return engine_of(
+        train_type="dynamic_select",
+        component_name="less",
+        component_params={"select": params},
+        output_dir=str(folder),
+        warmup_step=4,
+        update_step=PICKS // 6,
+        update_times=2,
+    )
+
+
+def engine_of(**keys: Any) -> Any:
     return dataflex.initialize(
         model=tiny.model("full"),
         config=tiny.ds_config(0, micro_batch=6),
-        dataflex={
-            "train_type": "dynamic_select",
-            "component_name": "less",
-            "component_params": {"select": params},
-            "output_dir": str(folder),
-            "warmup_step": 4,
-            "update_step": PICKS // 6,
-            "update_times": 2,
-        },
+        dataflex=keys,
         train_dataset=[{k: s[k] for k in ("input_ids", "labels")} for t in TASKS for s in samples(t, OF_EACH, 1)],
         eval_dataset=[s for t in TASKS for s in samples(t, 4, 2)],
         tokenizer=tiny.PadZero(),
@@ -68,6 +76,13 @@ def by_plain_forward(engine: Any) -> dict[str, float]:
         losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")[3:]
         found.setdefault(sample["task"], []).extend(losses.tolist())
     return {task: float(np.mean(losses)) for task, losses in found.items()}
+
+
+WITHOUT_A_SELECTOR_FOR_A_TARGET: dict[str, dict[str, Any]] = {
+    "static": {"train_step": 2},
+    "random": {"train_type": "dynamic_select", "component_name": "random", "update_step": 2, "update_times": 1},
+    "mixed": {"train_type": "dynamic_mix", "component_name": "random", "update_step": 2, "update_times": 1},
+}
 
 
 def runs(folder: str) -> dict[str, Any]:
@@ -90,6 +105,9 @@ def runs(folder: str) -> dict[str, Any]:
         texts = [path.read_text() for path in files]
         found[aggregate] = {"decisions": [json.loads(text) for text in texts], "said": list(said)}
         found[aggregate]["losses"] = [engine.evaluate(), by_plain_forward(engine)]
+    for kind, keys in WITHOUT_A_SELECTOR_FOR_A_TARGET.items():
+        engine = engine_of(subtask_column="task", **keys)
+        found[kind] = [engine.evaluate(), by_plain_forward(engine)]
     files[-1].unlink()
     engine = build(where, "round_robin")
     engine.load_checkpoint(where)
@@ -146,8 +164,8 @@ def test_a_decision_says_what_it_shares_with_the_last_one_and_with_chance(found:
 
 
 def test_evaluation_tells_each_subtasks_loss(found: dict[str, Any]) -> None:
-    for aggregate in ("max", "round_robin"):
-        told, right = found[aggregate]["losses"]
+    others = [found[kind] for kind in WITHOUT_A_SELECTOR_FOR_A_TARGET]
+    for told, right in (found["max"]["losses"], found["round_robin"]["losses"], *others):
         assert told.keys() == {"eval_loss", *(f"eval_task_{task}_loss" for task in TASKS)}
         for task, loss in right.items():
             assert told[f"eval_task_{task}_loss"] == pytest.approx(loss, abs=1e-5)
@@ -241,6 +259,57 @@ def test_each_domain_gets_what_a_mixer_asks_for(aggregate: str) -> None:
 def test_a_column_for_each_sample_of_the_target() -> None:
     table = np.float32([[0, 0, 9], [8, 0, 0], [0, 7, 0], [6, 6, 6]])
     selector = Planted(table, range(4), per="target", aggregate="round_robin")
-    assert selector.width == 3 and selector.select(None, 0, 3) == [1, 2, 0]
-    assert selector.metric == {"score": [8, 7, 9], "serves": ["a", "a", "b"], "target": [0, 1, 2]}
+    assert selector.width == 3 and selector.select(None, 0, 4) == [1, 0, 2, 3], "a, b, and a's second one in turn"
+    assert selector.metric == {"score": [8, 9, 7, 6], "serves": ["a", "b"] * 2, "target": [0, 2, 1, 2]}
     assert selector.served is not None and selector.served.advice == "set per: subtask"
+
+
+def test_the_table_of_a_rule_gives_all_ranges_that_can_be_told_apart(caplog: pytest.LogCaptureFixture) -> None:
+    served = Served(["x", "y", "z"], np.array([0, 0, 1, 1, 2]), np.array([0.99991, 0.99994, 0.5, 0.5, 1]), "-")
+    with caplog.at_level(logging.INFO, "dataflex"):
+        report(
+            run_of(50, np.zeros(50, dtype=np.int64)),
+            "rds",
+            SimpleNamespace(served=served, replacement=False),  # type: ignore[arg-type]
+            np.arange(5),
+            np.empty(0, dtype=np.int64),
+            by_domain=False,
+        )
+    assert caplog.messages == [
+        "step 3: rds serves x 40% (0.99991 to 0.99994), y 40% (0.5), z 20% (1); 10% would be in a random draw"
+    ]
+
+
+def test_a_decision_for_no_subtask_says_what_it_shares_too(caplog: pytest.LogCaptureFixture) -> None:
+    selector: Any = SimpleNamespace(served=None, replacement=True)
+    with caplog.at_level(logging.INFO, "dataflex"):
+        report(run_of(10, np.zeros(10, dtype=np.int64)), "tsds", selector, np.array([0, 0, 5]), np.array([5]), False)
+    assert caplog.messages == [
+        "step 3: tsds: of the picks 27% would be in a random draw, 50% were in the last decision"
+    ]
+
+
+def test_a_column_of_very_many_values_is_said_to_be_too_many(caplog: pytest.LogCaptureFixture) -> None:
+    target = Pool.from_datasets([sample | {"task": str(i)} for i, sample in enumerate(tiny.samples(101, 1))])
+    builder: Any = SimpleNamespace(column="task", runtime={"eval_dataset": target})
+    with caplog.at_level(logging.WARNING, "dataflex"):
+        found = HookBuilder.subtasks(builder)
+    assert found is not None and list(found.parts()) == []
+    assert caplog.messages == [
+        "subtask_column: task has 101 values; losses are told of 100 at most, so of none of them"
+    ]
+
+
+def test_the_key_and_the_selectors_param_name_one_column() -> None:
+    keys = {"train_type": "dynamic_select", "component_name": "less", "update_step": 1, "subtask_column": "task"}
+    for own, right in (
+        (None, "task"),
+        ("task", "task"),
+        ("kind", "subtask_column: 'task', and the selector's .*'kind'"),
+    ):
+        cfg = load_config(keys | {"component_params": {"select": {"subtask_column": own}}}, embedded=True, quiet=True)
+        if own == "kind":
+            with pytest.raises(UserError, match=right):
+                subtask_column(cfg)
+        else:
+            assert subtask_column(cfg) == right

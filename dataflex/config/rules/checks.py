@@ -21,6 +21,7 @@ from dataflex.utils.errors import UserError, nearest
 from dataflex.utils.files import names_in
 
 WEEK_S = 7 * 24 * 3600
+OWN_COLUMNS = ("input_ids", "labels", "sample_weight", "token_weight")
 # Keys of the optimizer and the schedule that are made here, where the DeepSpeed config has none.
 _OF_OUR_OPTIMIZER = {
     "layer_lr_multipliers": "optimizer",
@@ -43,7 +44,7 @@ def problems(cfg: Config, embedded: bool, command: str) -> Iterator[Problem]:
     if command in commands.ONLY_LOOK:
         yield from (*_train(cfg), *_deepspeed(cfg), *_paths(cfg))
         return
-    yield from _data(cfg)
+    yield from (*_data(cfg), *_subtasks(cfg, embedded))
     yield from _train(cfg)
     yield from _deepspeed(cfg)
     if command not in commands.NO_STEPS:
@@ -81,6 +82,14 @@ def _data(cfg: Config) -> Iterator[Problem]:
     if cfg.output.eval_strategy != "no" and not (data.eval_dataset or data.val_size):
         text = f"'{cfg.output.eval_strategy}' needs eval_dataset or val_size"
         yield Problem(("eval_strategy", "eval_dataset", "val_size"), text)
+
+
+def _subtasks(cfg: Config, embedded: bool) -> Iterator[Problem]:
+    data, keys = cfg.data, ("subtask_column", "eval_dataset", "val_size")
+    if data.subtask_column in OWN_COLUMNS:
+        yield Problem(keys, f"'{data.subtask_column}' is a column of ours; give the target's another name")
+    if data.subtask_column is not None and not embedded and not (data.eval_dataset or data.val_size):
+        yield Problem(keys, "is a column of what is evaluated: set eval_dataset (or val_size)")
 
 
 def _train(cfg: Config) -> Iterator[Problem]:

@@ -46,7 +46,8 @@ class Converter:
         stage: `sft` (turns) or `pt` (one turn of the role `text`).
         weight_column: a column of sample weights (finite, not negative), arithmetic over columns, or None.
         token_column: a column of lists of token weights (finite, not negative), or None.
-        kept_column: a column that travels with the samples as text, or None.
+        kept_column: a column that travels with the samples as text, or None; a row without it is refused, or with
+            ``kept_needed`` false has ''.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Converter:
         weight_column: str | None = None,
         token_column: str | None = None,
         kept_column: str | None = None,
+        kept_needed: bool = True,
     ) -> None:
         if stage == "pt" and info.formatting != "alpaca":
             raise UserError(
@@ -67,7 +69,7 @@ class Converter:
         self.weight_column = weight_column
         self.token_column = token_column
         self.expression = Expression(weight_column) if weight_column and is_expression(weight_column) else None
-        self.kept_column = kept_column
+        self.kept_column, self.kept_needed = kept_column, kept_needed
         self.required, self.optional = self._needed_columns()
 
     def _needed_columns(self) -> tuple[dict[str, str], dict[str, str]]:
@@ -94,7 +96,7 @@ class Converter:
         if self.token_column is not None:
             required["token_weight"] = self.token_column
         if self.kept_column is not None:
-            required["subtask_column"] = self.kept_column
+            (required if self.kept_needed else optional)["subtask_column"] = self.kept_column
         return required, optional
 
     @property
@@ -127,7 +129,7 @@ class Converter:
                 turns = self._alpaca(row, where)
             else:
                 turns = self._messages(row, where)
-            kept = "" if self.kept_column is None else _kept(row, self.kept_column, where)
+            kept = self._kept(row, where)
             for content in (*(content for _, content in turns), kept):
                 if not content.isascii():
                     content.encode("utf-8")
@@ -169,6 +171,17 @@ class Converter:
                 got = f"got {shown(values[place])} at {place}"
                 raise UserError(f"{where}: {self.token_column}: expected numbers >= 0, {got}")
         return weights
+
+    def _kept(self, row: Mapping[str, Any], where: str) -> str:
+        """The row's value of the column that is kept, as text."""
+        column = self.kept_column
+        if column is None:
+            return ""
+        value = _cell(row, column, "subtask_column", where) if self.kept_needed else row.get(column)
+        text = "" if value is None else as_text(value, f"{where}: {column}")
+        if self.kept_needed and not text.strip():
+            raise UserError(f"{where}: {column}: has no value; every row of the target needs one (subtask_column)")
+        return text if text.strip() else ""
 
     def _text(self, row: Mapping[str, Any], key: str, where: str) -> str | None:
         name = self.required.get(key) or self.optional.get(key)
@@ -279,12 +292,3 @@ def _check_order(roles: list[str]) -> None:
             raise BadRow("roles do not alternate")
     if roles[-1] not in ANSWERS:
         raise BadRow("does not end with an answer")
-
-
-def _kept(row: Mapping[str, Any], column: str, where: str) -> str:
-    """The value of a column that every row needs, as text."""
-    value = _cell(row, column, "subtask_column", where)
-    text = "" if value is None else as_text(value, f"{where}: {column}")
-    if not text.strip():
-        raise UserError(f"{where}: {column}: has no value; every row of the target needs one (subtask_column)")
-    return text

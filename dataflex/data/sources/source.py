@@ -111,6 +111,8 @@ def conversion_parts(converter: Converter) -> list[Any]:
     columns |= {key: getattr(info.columns, key) for key in ("messages", "system", "tools")}
     token_weight = [] if converter.token_column is None else [converter.token_column]
     read = [converter.weight_column, converter.kept_column, *token_weight]
+    if converter.kept_column is not None and not converter.kept_needed:
+        read.append("where it is there")
     return [converter.stage, info.formatting, columns, vars(info.tags), *read]
 
 

@@ -47,7 +47,8 @@ def no_weights(moments: bool) -> dict[str, str]:
 class ScoringPasses:
     """Runs a component's scoring passes and keeps their results under its run folder.
 
-    folder: the run's, or None to keep nothing. component: its name and params, part of every fingerprint.
+    folder: the run's, or None to keep nothing. component: its name and the params that its
+    scores depend on, part of their fingerprint.
     weights: reads the parts of a fingerprint that name the weights as they are now (with Adam's moments where its
     argument is true); a collective. keep_features: write the features too, in fp16, and score those. features_dir:
     where, by default ``features`` in ``folder``. step: optimizer steps done, for the screen. features: on rank 0, the

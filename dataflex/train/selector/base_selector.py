@@ -41,8 +41,9 @@ class Selector(ABC):
     ``keep_order``: train in the returned order instead of a shuffled one.
     ``takes_domain_counts``: whether `select` heeds ``domain_counts``, so that a mixer can be combined with it.
     ``most_picks``: how many different samples a decision can take at most, where that is known before the pool is
-    looked at; ``limit`` is the param to raise then.
+    looked at; ``limit`` is the param that says so, and ``limit_advice`` what to do then.
     ``draws``: whether its ``scores()`` are probabilities, by which `dataflex-cli select` draws.
+    ``decides_by``: params that say what is taken by the scores, not what these are: kept scores serve all their values.
     ``scores_once``: whether one pass over the pool, at the first decision, serves all.
     ``metric``: after `select`, per returned sample: what the decision was made from; written to decisions/.
     ``scored``: after `select`, {column: array [pool]}: the same for every sample of the pool, for the decision's table;
@@ -53,9 +54,11 @@ class Selector(ABC):
     replacement: bool = False
     keep_order: bool = False
     takes_domain_counts: bool = False
+    decides_by: frozenset[str] = frozenset()
     scores_once: bool = False
     most_picks: int | None = None
     limit: str = ""
+    limit_advice: str = "raise it or lower update_step"
     draws: bool = False
     _made: tuple[int, Any] | None = None
 

@@ -64,8 +64,8 @@ class ClusterLessSelector(LessSelector):
     The pool's embeddings (hidden states of the last layer through the current model) are clustered by k-means; the
     mean gradient feature of the representatives nearest to a centre stands for the cluster, and is scored as `less`
     scores a sample (arXiv 2402.04333). n_clusters: at most, per decision. representatives: per cluster. pooling:
-    ``mean`` or ``last`` token. gradient_type, adam_form, proj_dim, seed: as `less` has them; the seed is the
-    clustering's as well.
+    ``mean`` or ``last`` token. gradient_type, adam_form, proj_dim, subtask_column, seed: as `less` has them; the seed
+    is the clustering's as well.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class ClusterLessSelector(LessSelector):
         gradient_type: str = "adam",
         adam_form: str = "official",
         proj_dim: int = 8192,
+        subtask_column: str | None = None,
         seed: int = 42,
     ) -> None:
         super().__init__(
@@ -94,6 +95,7 @@ class ClusterLessSelector(LessSelector):
             gradient_type=gradient_type,
             adam_form=adam_form,
             proj_dim=proj_dim,
+            subtask_column=subtask_column,
             seed=seed,
         )
         if find_spec("faiss") is None:
@@ -132,11 +134,6 @@ class ClusterLessSelector(LessSelector):
         clusters, rows = self._scored()
         found: Floats = rows[clusters.of]
         return found
-
-    def scores(self) -> Floats:
-        """The largest of them, float32 [n]."""
-        best: Floats = self.each().max(axis=1)
-        return best
 
     def _scored(self) -> tuple[Clusters, Floats]:
         """Rank 0's clusters on every rank, and the scores of each for the subtasks [n_clusters, M]."""

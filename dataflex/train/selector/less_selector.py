@@ -71,6 +71,8 @@ class LessSelector(TargetSelector):
     with plain autograd before the first decision. passes: runs the pass over the pool shard by shard.
     """
 
+    decides_by = TargetSelector.decides_by | {"accumulate", "self_check"}
+
     def __init__(
         self,
         dataset: Any,
@@ -126,6 +128,14 @@ class LessSelector(TargetSelector):
             self.unchecked = False
         table = self.table()
         return self._accumulated(table) if self.accumulate else table
+
+    def each(self) -> NDArray[np.float32] | None:
+        if self.accumulate:
+            raise UserError(
+                "less: accumulate: sums over the decisions of a run, and a score is of one model; set it false, score "
+                "several checkpoints and let dataflex-cli select sum them (select_from, select_weights)"
+            )
+        return super().each()
 
     def use_plain_gradient(self) -> bool:
         """Go by the plain gradient, for weights that come without Adam's moments; whether that changes anything."""

@@ -84,25 +84,11 @@ class RdsSelector(TargetSelector):
             targets = mean_unit_rows(targets, self.columns).numpy()
         return VectorTable(found.pool, targets, self.embeddings.scorer.device)
 
-    @property
-    def order(self) -> Ids | None:
-        return in_turns(self.subtasks.ids) if self.per == "target" else None
-
     def state_dict(self) -> dict[str, Any]:
         return self.embeddings.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.embeddings.load_state_dict(state)
-
-
-def in_turns(subtasks: Ids) -> Ids:
-    """Places in ``subtasks`` [n], each subtask in turn and in it each of its places in turn: int64 [longest x T].
-
-    After as many turns as the largest subtask has places, all have had the same number.
-    """
-    members = [np.flatnonzero(subtasks == k) for k in np.unique(subtasks)]
-    longest = max(len(places) for places in members)
-    return np.stack([np.resize(places, longest) for places in members], axis=1).reshape(-1)
 
 
 @register_selector("near")

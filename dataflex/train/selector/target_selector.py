@@ -32,6 +32,7 @@ class TargetSelector(Selector):
     """
 
     takes_domain_counts = True
+    decides_by = frozenset({"aggregate", "per", "vote_share", "subtask_column"})
     limit = "candidates"
     """The param that limits `candidates`, for messages."""
 
@@ -60,7 +61,7 @@ class TargetSelector(Selector):
         if vote_share is not None and aggregate != "vote":
             raise UserError(f"{name}: vote_share: is of aggregate: vote; with {aggregate} leave it out")
         self.name, self.target = name, target
-        self.subtasks = Subtasks.of(target, subtask_column, name)
+        self.subtasks = Subtasks.of(target, subtask_column, f"{name}: ")
         self.aggregate, self.per, self.vote_share = aggregate, per, vote_share
 
     @property
@@ -88,8 +89,8 @@ class TargetSelector(Selector):
 
     @property
     def order(self) -> Ids | None:
-        """Columns in the order of a round robin; None: each once."""
-        return None
+        """Columns in the order of a round robin; None: each once. Samples of the target are served `in_turns`."""
+        return in_turns(self.subtasks.ids) if self.per == "target" else None
 
     def candidates(self) -> Ids | None:
         """The samples that a decision may take, ascending; None: all. A collective."""
@@ -118,25 +119,6 @@ class TargetSelector(Selector):
         decision = self._decided(table, num_samples, counts, source, self.candidates())
         self._note(table, decision)
         return decision.picks.tolist()
-
-    def scores(self) -> NDArray[np.float32]:
-        """What the rule ranks the pool by with the model as it is now, float32 [n].
-
-        The maximum or the mean over the columns; with the other rules the place in the order in which they take the
-        whole pool, as a share: 1 is the first sample.
-        """
-        if self.aggregate == "vote" and self.vote_share is None:
-            raise UserError(f"{self.name}: vote_share: needed with aggregate: vote where no number of picks is known")
-        table, count = self.table(), len(self.dataset)
-        if not any(dist.gather_objects(table is not None)):
-            return np.zeros(count, dtype=np.float32)
-        decision = self._decided(table, count, None, self.name)
-        if self.aggregate in ("max", "mean"):
-            assert decision.every is not None
-            return decision.every.astype(np.float32)
-        found = np.empty(count, dtype=np.float32)
-        found[decision.picks] = 1 - np.arange(count) / count
-        return found
 
     def _decided(
         self,
@@ -196,6 +178,16 @@ class TargetSelector(Selector):
             serves[decision.picks] = names[subtask]
             named = self.subtasks.names if self.per == "subtask" else []
             self.scored = _columns(table, decision.every, named) | {"serves": serves}
+
+
+def in_turns(subtasks: Ids) -> Ids:
+    """Places in ``subtasks`` [n], each subtask in turn and in it each of its places in turn: int64 [longest x T].
+
+    After as many turns as the largest subtask has places, all have had the same number.
+    """
+    members = [np.flatnonzero(subtasks == k) for k in np.unique(subtasks)]
+    longest = max(len(places) for places in members)
+    return np.stack([np.resize(places, longest) for places in members], axis=1).reshape(-1)
 
 
 def _scores_of(table: ScoreTable, decision: Decision) -> NDArray[np.float32]:

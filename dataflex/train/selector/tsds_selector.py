@@ -74,7 +74,12 @@ class TsdsSelector(Selector):
         self.passes, self.scores_once = self.embeddings.passes, self.embeddings.once
         self.max_k, self.kde_k = (at_most(count, len(dataset)) for count in (max_k, kde_k))
         if self.max_k < max_k or self.kde_k < kde_k:
-            logger.info(f"tsds: max_k {self.max_k:,}, kde_k {self.kde_k:,}: a tenth of the pool at most")
+            logger.info(
+                f"tsds: max_k {self.max_k:,} and kde_k {self.kde_k:,}, not {max_k:,} and {kde_k:,}: a tenth of the "
+                f"pool's {len(dataset):,} samples at most ({LEAST} at least)"
+            )
+        if self.max_k < max_k:
+            self.limit_advice = "a tenth of the pool is the most: set replacement: true, or lower update_step"
         self.sigma, self.alpha, self.c = sigma, alpha, c
         self.replacement, self.seed = replacement, seed
         self.most_picks = self.max_k * len(eval_dataset)

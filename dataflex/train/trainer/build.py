@@ -22,7 +22,7 @@ from dataflex.core.context import Run
 from dataflex.core.hook import Hook, TokenWeigher, Weigher
 from dataflex.core.packing import Packing
 from dataflex.core.plan import Schedule, decision_schedule, epoch_schedule, steps_of_epochs
-from dataflex.core.registry import REGISTRY
+from dataflex.core.registry import REGISTRY, RUNTIME
 from dataflex.core.weights import StaticWeights
 from dataflex.data.pool import Pool, TrainingPool
 from dataflex.engine.folder.identity import weights_identity
@@ -104,7 +104,7 @@ def attach(
     source = BatchSource(run, collator, device, workers, weights)
     loop = Loop(run, every, source, stepper, cfg.train.group_by_length and packing is None)
     batch = cfg.train.per_device_eval_batch_size
-    wrapped = DataflexEngine(engine, run, loop, scorer, eval_pool, batch, builder.subtasks)
+    wrapped = DataflexEngine(engine, run, loop, scorer, eval_pool, batch, builder.subtasks())
     run.engine = wrapped
     return wrapped
 
@@ -160,8 +160,11 @@ def _passes(run: Run, cfg: Config, engine: Any) -> ScoringPasses:
     component = ""
     if "select" in cfg.flex.kinds:
         name, params = component_params(cfg.flex, "select")
-        code = REGISTRY.code_of("selector", name)
-        component = f"{name} {json.dumps(params, sort_keys=True, default=str)} {code}".rstrip()
+        cls, code = REGISTRY.get("selector", name), REGISTRY.code_of("selector", name)
+        decides_by = getattr(cls, "decides_by", ())
+        every = REGISTRY.effective("selector", name, params, RUNTIME)
+        scores_by = {key: value for key, value in every.items() if key not in decides_by}
+        component = f"{name} {json.dumps(scores_by, sort_keys=True, default=str)} {code}".rstrip()
     features_dir = cfg.score.features_dir
     return ScoringPasses(
         folder=run.output_dir,

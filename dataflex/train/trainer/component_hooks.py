@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dataflex.config import Config
-from dataflex.config.components import component_params
+from dataflex.config.components import KIND_NAMES, component_params
 from dataflex.core.context import Accelerator, Run
 from dataflex.core.hook import Hook, Planner
-from dataflex.core.registry import REGISTRY
+from dataflex.core.registry import REGISTRY, RUNTIME
 from dataflex.core.weights import StaticWeights
 from dataflex.data.streams.stream_pool import StreamPool
-from dataflex.data.subtasks import Subtasks
+from dataflex.data.subtasks import MOST_PARTS, Subtasks
 from dataflex.train.mixer.mixture import mixture_of
-from dataflex.train.trainer.components import KIND_NAMES, RUNTIME
+from dataflex.train.trainer.components import subtask_column
 from dataflex.train.trainer.mix_trainer import mix_planner
 from dataflex.train.trainer.sample_trainer import WeightedPlanner
 from dataflex.train.trainer.select_trainer import SelectPlanner
@@ -38,7 +38,7 @@ class HookBuilder:
     def __init__(self, run: Run, cfg: Config, weights: StaticWeights, collator: Any, tokenizer: Any) -> None:
         self.run, self.flex, self.weighting, self.weights = run, cfg.flex, cfg.weighting, weights
         self.tokenizer, self.collator = tokenizer, collator
-        self.subtasks: Subtasks | None = None  # of the target, once a selector that goes by them is built
+        self.column = subtask_column(cfg)
         self.manager = mixture_of(run.pool, cfg.flex, run.seed)
         self.runtime: dict[str, Any] = {
             "dataset": run.pool,
@@ -79,13 +79,25 @@ class HookBuilder:
             return WeightedPlanner(self.weights.draw, self.weighting.with_replacement)
         return StaticPlanner()
 
+    def subtasks(self) -> Subtasks | None:
+        """Of the target by its column, whose losses an evaluation tells; None without one."""
+        target = self.runtime["eval_dataset"]
+        if self.column is None or target is None:
+            return None
+        found = Subtasks.of(target, self.column)
+        if len(found.names) > MOST_PARTS:
+            logger.warning(
+                f"subtask_column: {self.column} has {len(found.names):,} values; losses are told of {MOST_PARTS} at "
+                "most, so of none of them"
+            )
+        return found
+
     @property
     def _fixed_rule(self) -> str:
         return "static" if self.flex.static_mix else self.flex.mixture_sample_rule
 
     def _selection(self) -> SelectPlanner:
         selector, name = self._component("select")
-        self.subtasks = getattr(selector, "subtasks", None)
         if "mix" in self.flex.kinds and not selector.takes_domain_counts:
             raise UserError(
                 f"component_name: selector '{name}' does not say that it heeds domain_counts, so no mixer can be "
@@ -98,4 +110,6 @@ class HookBuilder:
         asked = inspect.signature(REGISTRY.get(KIND_NAMES[kind], name)).parameters
         if kind == "mix" and self.runtime["mixer_eval_dataset"] is not None and "mixer_eval_dataset" not in asked:
             logger.warning(f"mixer_eval_dataset: not used, since mixer '{name}' evaluates nothing")
+        if kind == "select" and "subtask_column" in asked:
+            params["subtask_column"] = self.column
         return REGISTRY.build(KIND_NAMES[kind], name, runtime=self.runtime, cfg=params), name

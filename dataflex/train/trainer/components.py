@@ -10,35 +10,12 @@ from collections.abc import Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from dataflex.config import Config
-from dataflex.config.components import component_params
-from dataflex.core.registry import KINDS, REGISTRY
+from dataflex.config.components import KIND_NAMES, component_params
+from dataflex.config.rules.checks import OWN_COLUMNS
+from dataflex.core.registry import KINDS, REGISTRY, RUNTIME
 from dataflex.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from dataflex.config.schema import Kind
-
-KIND_NAMES: dict[Kind, str] = {"select": "selector", "mix": "mixer", "weight": "weighter"}
-# The objects that every component may ask for; `HookBuilder` and `attach` make them.
-RUNTIME = (
-    "dataset",
-    "eval_dataset",
-    "mixer_eval_dataset",
-    "accelerator",
-    "data_collator",
-    "cache_dir",
-    "output_dir",
-    "tokenizer",
-    "mixture_manager",
-    "scorer",
-    "passes",
-    "reference_model_path",
-    "open_reference",
-    "open_head",
-    "open_embedder",
-)
 
 
 def load_components(modules: Iterable[str] = ()) -> None:
@@ -56,13 +33,33 @@ def load_components(modules: Iterable[str] = ()) -> None:
 
 
 def with_effective_params(cfg: Config) -> Config:
-    """``cfg`` whose ``component_params`` are all the params of its components, defaults included, and no others."""
+    """``cfg`` whose ``component_params`` are all the params of its components, defaults included, and no others.
+
+    UserError for one that its component does not take.
+    """
     found = {}
     for kind in cfg.flex.kinds:
         if cfg.flex.component(kind) is not None and not (kind == "mix" and cfg.flex.mixes_fixed):
             name, params = component_params(cfg.flex, kind)
+            REGISTRY.check(KIND_NAMES[kind], name, params, RUNTIME)
             found[kind] = REGISTRY.effective(KIND_NAMES[kind], name, params, RUNTIME)
     return cfg.model_copy(update={"flex": cfg.flex.model_copy(update={"component_params": found or None})})
+
+
+def subtask_column(cfg: Config) -> str | None:
+    """The column of the target whose values are its subtasks: the config's key, else a param of the selector.
+
+    UserError where they name two, or one of ours.
+    """
+    own, asked = None, cfg.data.subtask_column
+    if "select" in cfg.flex.kinds:
+        own = component_params(cfg.flex, "select")[1].get("subtask_column")
+    if asked is not None and own not in (None, asked):
+        raise UserError(f"subtask_column: '{asked}', and the selector's param of that name is '{own}'; keep the key")
+    column = asked if own is None else str(own)
+    if column in OWN_COLUMNS:
+        raise UserError(f"subtask_column: '{column}' is a column of ours; give the target's another name")
+    return column
 
 
 def _import(name: str) -> ModuleType:

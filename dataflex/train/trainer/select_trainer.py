@@ -52,7 +52,7 @@ class SelectPlanner(Planner):
         if most is not None and asked > most and not self.selector.replacement:
             raise UserError(
                 f"{self.name}: {limit}: {most:,} samples may be taken at most for this target, a decision picks "
-                f"update_step x global batch = {asked:,} {rows}; raise it or lower update_step"
+                f"update_step x global batch = {asked:,} {rows}; {self.selector.limit_advice}"
             )
 
     def plan(self, run: Run, phase: Phase) -> Plan:
