@@ -1,6 +1,6 @@
 """Runs a test function in several processes over gloo, as training does, and brings back what it returns.
 
-The processes are forked from a server that has imported what they need: an import of it all takes seconds.
+The processes are forked from a server that has imported what they need (tests/warmed.py): that takes seconds.
 """
 
 from __future__ import annotations
@@ -26,12 +26,6 @@ from tests.processes import PATIENCE_S
 ROOT = Path(__file__).resolve().parents[1]
 # Of the server, before it imports anything.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-_IMPORTED = [
-    *("deepspeed.ops", "deepspeed.module_inject", "deepspeed.moe.layer", "datasets", "peft", "pytest"),
-    "deepspeed.runtime.zero.muon.original_muon",  # torch.compile's modules: seconds, at the first engine
-    *("dataflex.ops", "dataflex.driver.training", "dataflex.driver.scoring", "dataflex.train.trainer.initialize"),
-    *("tests.families", "tests.tiny_engine"),
-]
 
 
 def run_ranks(target: str, world_size: int, timeout_s: int = PATIENCE_S, **arguments: Any) -> list[Any]:
@@ -61,7 +55,7 @@ def forked_ranks(body: Callable[..., None], world_size: int, folder: str, *argum
     What rank r prints goes to ``folder``/r.txt.
     """
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(_IMPORTED)
+    server.set_forkserver_preload(["tests.warmed"])
     port = free_port()
     ranks = [
         server.Process(target=_forked, args=(body, rank, world_size, port, folder, arguments))
@@ -139,10 +133,8 @@ def _rank(folder: str, rank: int, target: str, arguments: str) -> None:
 
 def _call(target: str, arguments: dict[str, Any]) -> Any:
     import deepspeed
-    import deepspeed.ops
     import torch
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     module, function = target.split(":")
     result = getattr(importlib.import_module(module), function)(**arguments)

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import dataflex
 from dataflex.core.registry import REGISTRY
+from dataflex.launcher import free_port
 from dataflex.train.trainer.components import load_components
 from dataflex.utils.errors import UserError
 from tests import tiny_engine as tiny
@@ -27,7 +29,7 @@ FILES = {"selector": "own_selector", "mixer": "own_mixer", "weighter": "own_weig
 TYPES = {"selector": "dynamic_select", "mixer": "dynamic_mix", "weighter": "dynamic_weight"}
 PARAMS = {"selector": {"stride": 2}, "mixer": {"seed": 3}, "weighter": {"strategy": "uniform"}}
 SIZES = {"a": 20, "b": 30}
-STEPS = 4
+STEPS, GLOBAL = 4, 4
 HOMES = {
     "own": "dataflex_components_",
     "absolute": "dataflex_components_",
@@ -52,7 +54,7 @@ def train(kind: str, name: str, components: str | None, modules: list[str]) -> d
     recorder = Recorder()
     engine = dataflex.initialize(
         model=tiny.model("full"),
-        config=tiny.ds_config(0, micro_batch=2),
+        config=tiny.ds_config(0, micro_batch=GLOBAL // torch.distributed.get_world_size()),
         dataflex={
             "train_type": TYPES[kind] if name else "static",
             "component_name": name or None,
@@ -87,15 +89,14 @@ def train_all(prefixes: list[str], components: str, modules: list[str], path: st
 
 
 def check(results: dict[str, Any], prefix: str, home: str) -> None:
-    global_batch = 2 * 2
     select, mix, weight = (results[name_of(kind, prefix)] for kind in FILES)
     for result in (select, mix, weight):
         assert home in result["home"]
         assert len(result["losses"]) == STEPS and np.isfinite(result["losses"]).all()
-    assert select["picks"] == [list(range(0, 4 * global_batch, 2))] * 2
+    assert select["picks"] == [list(range(0, 4 * GLOBAL, 2))] * 2
     draw = np.random.RandomState(PARAMS["mixer"]["seed"]).random_sample(2)
     for counts in mix["counts"]:
-        assert np.abs(np.array(counts) - draw / draw.sum() * 2 * global_batch).max() < 1
+        assert np.abs(np.array(counts) - draw / draw.sum() * 2 * GLOBAL).max() < 1
     np.testing.assert_allclose(weight["losses"], results["custom"]["losses"], rtol=1e-6)
 
 
@@ -130,11 +131,11 @@ def test_files_with_relative_and_absolute_imports_a_module_and_an_entry_point(tm
 
 ON_A_COPY = """
 import json, sys
-from tests.distributed import run_ranks
-ranks = run_ranks(
-    "tests.train.test_own_components:train_all", 2, prefixes=["own"], components=sys.argv[1], modules=[]
-)
-print(json.dumps(ranks))
+import deepspeed
+import tests.warmed  # so that no operation of its own is built for shared memory
+from tests.train.test_own_components import train_all
+deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+print(json.dumps(train_all(["own"], sys.argv[1], [])))
 """
 
 
@@ -148,17 +149,18 @@ def test_files_in_the_package_and_a_line_in_its_init(tmp_path: Path) -> None:
         with (room / "__init__.py").open("a") as handle:
             handle.write(f"from .{file} import *\n")
     write_components(tmp_path / "own.yaml", ["own"])
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     done = subprocess.run(
         [sys.executable, "-c", ON_A_COPY, str(tmp_path / "own.yaml")],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ | alone | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for results in json.loads(done.stdout):
-        check(results, "own", "dataflex.train.")
+    check(json.loads(done.stdout.splitlines()[-1]), "own", "dataflex.train.")
 
 
 def component_file(folder: Path, text: str) -> str:
