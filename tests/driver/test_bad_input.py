@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_ranks
-from tests.driver.workspace import settings
+from tests.driver.workspace import settings, small
 
 OWN = str(Path(__file__).with_name("own_parts.py"))
 
@@ -42,7 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "target": ({"lora_target": "q_porj"}, r"lora_target: the model has no 'q_porj' \(did you mean 'q_proj'"),
     "saved": ({"additional_target": ["embed_token"]}, "additional_target: .*did you mean 'embed_tokens'"),
     "layers": (
-        {"finetuning_type": "freeze", "freeze_trainable_layers": 9},
+        {"finetuning_type": "freeze", "freeze_trainable_layers": 9, "model_name_or_path": "model"},
         "freeze_trainable_layers: .* 2 layers; got 9",
     ),
     "range": (_select("out_of_range"), "'out_of_range' at step 0: sample id 1000 at position 0 is out of range"),
@@ -61,7 +61,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"deepspeed": {"zero_optimization": {"allgather_bucket_size": "auto"}}},
         '"auto" of .* has no counterpart',
     ),
-    "itself": ({"output_dir": "model"}, "output_dir: .* is also model_name_or_path"),
+    "itself": ({"output_dir": "small"}, "output_dir: .* is also model_name_or_path"),
 }
 
 
@@ -70,11 +70,12 @@ def errors(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> list[di
     """What each rank says, by case."""
     folder = tmp_path_factory.mktemp("bad")
     shutil.copytree(workspace / "data", folder / "data", ignore=shutil.ignore_patterns(".*"))
-    for name in ("model", "bare", "cut"):
-        shutil.copytree(workspace / "model", folder / name)
+    for name in ("small", "bare", "cut"):
+        shutil.copytree(workspace / "small", folder / name)
+    shutil.copytree(workspace / "model", folder / "model")
     (folder / "empty").mkdir()
     (folder / "bare/model.safetensors").unlink()
-    (folder / "cut/model.safetensors").write_bytes((folder / "model/model.safetensors").read_bytes()[:900])
+    (folder / "cut/model.safetensors").write_bytes((folder / "small/model.safetensors").read_bytes()[:900])
     (folder / "syntax.py").write_text("import os\n\ndef f(:\n")
     (folder / "imports.py").write_text("import os\nimport not_installed\n")
     info = json.loads((folder / "data/dataset_info.json").read_text())
@@ -89,7 +90,8 @@ def errors(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> list[di
             if key in keys and keys[key] != "nowhere"
         }
         modules = [str(folder / m) for m in keys.get("component_modules", [])]
-        cases[name] = settings(folder, **{"output_dir": None, **keys, **paths, "component_modules": modules or None})
+        keys = {**small(folder), "output_dir": None, **keys, **paths, "component_modules": modules or None}
+        cases[name] = settings(folder, **keys)
     return run_ranks("tests.driver.ranks:sweep", 2, folder=str(folder), cases=cases)
 
 

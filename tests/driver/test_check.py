@@ -11,6 +11,7 @@ from tests.driver.workspace import write_yaml
 
 def test_check_prints_verdicts_and_writes_nothing(workspace: Path) -> None:
     less = {"train_type": "dynamic_select", "component_name": "less", "eval_dataset": ["target"], "update_step": 2}
+    less["model_name_or_path"] = str(workspace / "small")
     config = write_yaml(workspace, "check.yaml", **less, output_dir=str(workspace / "checked"))
     run = ForkedRun(["check", str(config), "bf16=true"], 2)
     text = run.end(PATIENCE_S)

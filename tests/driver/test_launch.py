@@ -16,7 +16,7 @@ from dataflex.report.trainer_log import read_log
 from tests.distributed import PATIENCE_S
 from tests.driver.forked_runs import ForkedRun
 from tests.driver.run_files import contents
-from tests.driver.workspace import ZERO3, train, write_yaml
+from tests.driver.workspace import ZERO3, small, train, write_yaml
 
 OWN = str(Path(__file__).with_name("own_parts.py"))
 KEYS: dict[str, Any] = {
@@ -42,7 +42,8 @@ LOG_KEYS = {"current_steps", "total_steps", "loss", "lr", "epoch", "percentage",
 @pytest.fixture(scope="module")
 def whole(workspace: Path) -> CompletedProcess[str]:
     """The run without interruption, in whole/."""
-    return train(write_yaml(workspace, "whole.yaml", **KEYS, output_dir=str(workspace / "whole")), **SECRETS)
+    keys = KEYS | small(workspace)
+    return train(write_yaml(workspace, "whole.yaml", **keys, output_dir=str(workspace / "whole")), **SECRETS)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def killed(workspace: Path) -> list[CompletedProcess[str]]:
 
     Both ranks are killed in step 6, then when the checkpoint of step 6 is whole and nothing else is done.
     """
-    config = write_yaml(workspace, "killed.yaml", **KEYS, output_dir=str(workspace / "killed"))
+    config = write_yaml(workspace, "killed.yaml", **KEYS, **small(workspace), output_dir=str(workspace / "killed"))
     return [train(config, DIE_AT="5"), train(config, DIE_AFTER="6"), train(config)]
 
 
@@ -176,7 +177,8 @@ def test_the_config_of_a_run_starts_the_same_run(whole: CompletedProcess[str], w
 
 def test_a_bug_in_own_code_shows_its_traceback_once_and_ends_the_run(workspace: Path) -> None:
     keys = {"component_modules": [OWN], "train_type": "dynamic_select", "component_name": "bug", "update_step": 2}
-    run = ForkedRun(["train", str(write_yaml(workspace, "bug.yaml", **keys, output_dir=str(workspace / "bug")))], 2)
+    keys |= small(workspace) | {"output_dir": str(workspace / "bug")}
+    run = ForkedRun(["train", str(write_yaml(workspace, "bug.yaml", **keys))], 2)
     text = run.end(PATIENCE_S)
     assert run.returncode == 1, text
     assert text.count("ZeroDivisionError: division by zero") == 1

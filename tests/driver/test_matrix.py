@@ -14,12 +14,13 @@ from tests.distributed import ROOT, run_ranks
 from tests.driver.workspace import settings
 
 FULL: dict[str, Any] = {"finetuning_type": "full"}
+FEW: dict[str, Any] = {"lora_target": ["q_proj", "down_proj"]}
 CASES: dict[str, dict[str, Any]] = {
     "lora": {},
     "lora z0": {"deepspeed": None},
-    "lora bf16": {"bf16": True, "additional_target": ["embed_tokens", "lm_head"]},
-    "lora new tokens": {"new_special_tokens": ["<x>", "<y>"], "model_name_or_path": "tied"},
-    "lora packed": {"packing": True, "use_reentrant_gc": False},
+    "lora bf16": {**FEW, "bf16": True, "additional_target": ["embed_tokens", "lm_head"]},
+    "lora new tokens": {**FEW, "new_special_tokens": ["<x>", "<y>"], "model_name_or_path": "tied"},
+    "lora packed": {**FEW, "packing": True, "use_reentrant_gc": False},
     "full z3 tied": {**FULL, "model_name_or_path": "tied"},
     "full z3 bf16": {**FULL, "bf16": True},
     "full z0 bf16": {**FULL, "bf16": True, "deepspeed": "ds_zero0.json"},

@@ -11,7 +11,7 @@ import pytest
 
 from tests.distributed import PATIENCE_S
 from tests.driver.forked_runs import ForkedRun
-from tests.driver.workspace import ZERO3, write_yaml
+from tests.driver.workspace import ZERO3, small, write_yaml
 
 KEYS: dict[str, Any] = {
     "deepspeed": ZERO3,
@@ -66,6 +66,7 @@ SLOW = [pytest.param(kept, marks=pytest.mark.slow) for kept in ("scores", "embed
 def test_a_pass_goes_on_after_its_last_whole_shard(workspace: Path, kept: str) -> None:
     keys = KEYS | {"keep_features": kept == "features", "component_name": "rds" if kept == "embeddings" else "less"}
     out = {name: workspace / f"{name}_{kept}" for name in ("whole", "killed")}
+    keys |= small(workspace)
     config = {name: write_yaml(workspace, f"{name}_{kept}.yaml", **keys, output_dir=str(out[name])) for name in out}
     before = kill_in_mid_pass(config["killed"], out["killed"] / kept)
     assert 2 <= len(before) < 8

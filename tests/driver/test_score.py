@@ -23,7 +23,7 @@ from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 from dataflex.utils.records import write_sealed
 from tests.distributed import run_ranks
-from tests.driver.workspace import ZERO3, settings
+from tests.driver.workspace import ZERO3, settings, small
 from tests.engine.test_manifest import make
 
 LESS: dict[str, Any] = {
@@ -43,7 +43,7 @@ LESS: dict[str, Any] = {
 
 def _cases(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
     def keys(name: str, **changes: Any) -> dict[str, Any]:
-        return settings(folder, **{**LESS, "output_dir": str(folder / name), **changes})
+        return settings(folder, **{**LESS, **small(folder), "output_dir": str(folder / name), **changes})
 
     checkpoint = {"resume_from_checkpoint": str(folder / "run/checkpoint-2")}
     return {
@@ -71,7 +71,7 @@ def _cases(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def scored(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("score")
-    for name in ("model", "data"):
+    for name in ("small", "data"):
         shutil.copytree(workspace / name, folder / name, ignore=shutil.ignore_patterns(".*"))
     said = run_ranks("tests.driver.score_ranks:in_turn", 2, folder=str(folder), cases=_cases(folder))
     return folder, said[0]
@@ -191,7 +191,7 @@ def choose(folder: Path, name: str, **keys: Any) -> tuple[list[str], Path]:
     """Run `select`; what it said, and where it wrote."""
     path = folder / f"select_{name}.yaml"
     where = folder / f"chosen_{name}"
-    path.write_text(yaml.safe_dump(settings(folder, **{**LESS, "select_dir": str(where), **keys})))
+    path.write_text(yaml.safe_dump(settings(folder, **{**LESS, **small(folder), "select_dir": str(where), **keys})))
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

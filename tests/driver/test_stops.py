@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from tests.distributed import run_ranks
-from tests.driver.workspace import ZERO3, settings
+from tests.driver.workspace import ZERO3, settings, small
 
 LESS: dict[str, Any] = {
     "deepspeed": ZERO3,
@@ -59,7 +59,7 @@ def _cases(workspace: Path, root: Path) -> dict[str, dict[str, Any]]:
         "tokens again": LESS | {"command": "score", "score_token_losses": True},
     }
     place = lambda name: {"output_dir": str(root / name.split()[0])}  # noqa: E731
-    return {name: settings(workspace, **place(name), **keys) for name, keys in cases.items()}
+    return {name: settings(workspace, **small(workspace), **place(name), **keys) for name, keys in cases.items()}
 
 
 @pytest.fixture(scope="module")

@@ -32,8 +32,9 @@ def make_model(folder: Path, **overrides: Any) -> None:
 
 
 def make_workspace(folder: Path) -> Path:
-    """Write model/, tied/, moe/ and data/ into ``folder`` and return it."""
+    """Write model/, small/, tied/, moe/ and data/ into ``folder`` and return it."""
     make_model(folder / "model")
+    make_model(folder / "small", num_hidden_layers=1)
     make_model(folder / "tied", tie_word_embeddings=True)
     tiny_mixtral().save_pretrained(folder / "moe")
     byte_tokenizer(TEMPLATE).save_pretrained(folder / "moe")
@@ -77,6 +78,11 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "deepspeed": "ds_zero3.json",
     }
     return {key: value for key, value in (base | changes).items() if value is not None}
+
+
+def small(folder: Path) -> dict[str, Any]:
+    """Keys of a LoRA run in which it does not matter what is adapted: ZeRO-3's time goes with the number of modules."""
+    return {"model_name_or_path": str(folder / "small"), "lora_target": ["q_proj", "down_proj"]}
 
 
 def write_yaml(folder: Path, name: str, **changes: Any) -> Path:
