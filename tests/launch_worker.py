@@ -13,14 +13,13 @@ from dataflex.worker import run_worker
 
 def body() -> int:
     what, rank = sys.argv[1], os.environ["RANK"]
-    if what == "imports":
-        Path(sys.argv[2], f"rank{rank}").write_text(imported(), encoding="utf-8")
-        return 0
     if len(sys.argv) > 2:
         facts = {k: os.environ.get(k, "") for k in ("WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "DS_ACCELERATOR")}
         target = Path(sys.argv[2]) / f"rank{rank}"
         target.with_suffix(".part").write_text(f"{os.getpid()} {os.getppid()} {facts}", encoding="utf-8")
         target.with_suffix(".part").rename(target)
+    if what == "imports":
+        Path(sys.argv[2], f"imported{rank}").write_text(imported(), encoding="utf-8")
     if what == "refuse" and rank == "1":
         raise UserError("pool.json:3: instruction is missing\npool.json:9: output is missing")
     if what == "exit3":

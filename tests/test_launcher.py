@@ -91,17 +91,6 @@ def killed_at_the_end() -> Iterator[list[subprocess.Popen[str]]]:
         process.communicate()
 
 
-def test_two_ranks_complete_in_silence(tmp_path: Path) -> None:
-    process = start("ok", tmp_path)
-    out, _ = process.communicate(timeout=PATIENCE_S)
-    assert (process.returncode, out) == (0, "")
-    for rank in (0, 1):
-        facts = (tmp_path / f"rank{rank}").read_text()
-        assert f"'WORLD_SIZE': '2', 'LOCAL_RANK': '{rank}'" in facts
-        assert re.search(r"'OMP_NUM_THREADS': '\d+', 'DS_ACCELERATOR': 'cpu'", facts)
-    assert not list(tmp_path.glob("dataflex-*"))
-
-
 def test_bad_input_seen_by_one_worker_is_printed_once_and_ends_all(tmp_path: Path) -> None:
     process = start("refuse", tmp_path)
     out, _ = process.communicate(timeout=PATIENCE_S)
@@ -352,7 +341,7 @@ def test_device_names_that_cuda_does_not_know(visible: str, monkeypatch: pytest.
 LIBRARIES = ("random", "numpy", "datasets", "deepspeed", "torch", "types")
 
 
-def test_modules_of_the_working_folder_hide_no_library(tmp_path: Path) -> None:
+def test_two_ranks_complete_in_silence_and_the_working_folder_hides_no_library(tmp_path: Path) -> None:
     """The workers start, take the library's modules, and find the folder and what lies in it all the same."""
     work = tmp_path / "work"
     work.mkdir()
@@ -361,15 +350,19 @@ def test_modules_of_the_working_folder_hide_no_library(tmp_path: Path) -> None:
     (work / "beside.py").write_text("HERE = 'found'\n")
     script = tmp_path / "start.py"  # as dataflex-cli, which lies elsewhere too
     script.write_text(LAUNCH)
-    env = {**os.environ, "PYTHONPATH": os.path.relpath(ROOT, work), "DS_ACCELERATOR": "cpu"}
+    env = {**os.environ, "PYTHONPATH": os.path.relpath(ROOT, work), "DS_ACCELERATOR": "cpu", "TMPDIR": str(tmp_path)}
     out = subprocess.run(
         [sys.executable, str(script), "imports", str(tmp_path)], cwd=work, env=env, capture_output=True, text=True
     )
     assert (out.returncode, out.stdout + out.stderr) == (0, "")
     for rank in (0, 1):
-        folder, beside, *libraries = (tmp_path / f"rank{rank}").read_text().splitlines()
+        facts = (tmp_path / f"rank{rank}").read_text()
+        assert f"'WORLD_SIZE': '2', 'LOCAL_RANK': '{rank}'" in facts
+        assert re.search(r"'OMP_NUM_THREADS': '\d+', 'DS_ACCELERATOR': 'cpu'", facts)
+        folder, beside, *libraries = (tmp_path / f"imported{rank}").read_text().splitlines()
         assert (folder, beside) == (str(work), "found")
         assert len(libraries) == 2 and not [file for file in libraries if Path(file).is_relative_to(work)]
+    assert not list(tmp_path.glob("dataflex-*"))
 
 
 def test_python_m_takes_libraries_before_the_working_folder(tmp_path: Path) -> None:
