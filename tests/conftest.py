@@ -5,6 +5,7 @@ The modules that take longest come first, so that no worker is left alone with o
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 
 from dataflex.utils.logging import logger
 
+gc.disable()  # what is imported and collected stays: a quarter of that time would go into looking for what does not
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Modules of ten seconds and more, the longest first (`make test` with --durations=80), and then rooms.
 LONGEST = (
@@ -43,11 +45,18 @@ LONGEST = (
     "native/test_ext",
     "train/test_planted",
     "train/test_cluster_less",
+    "native/test_emulation",
     "data/test_cache",
     "driver/test_resumed_files",
     "driver/test_streaming",
     "asked/test_keys",
     "test_initialize",
+    "benchmarks/test_downstream",
+    "ops/test_project_kinds",
+    "test_benchmarks",
+    "native/test_build",
+    "utils/test_stopping",
+    "test_machines",
     *("driver", "scoring", "train", "engine"),
 )
 
@@ -60,6 +69,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return places.get(module.as_posix(), places.get(module.parts[0], len(LONGEST)))
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

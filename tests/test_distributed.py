@@ -46,4 +46,4 @@ def test_a_rank_that_exits_has_failed() -> None:
 
 def test_a_rank_that_hangs_is_ended_and_shown() -> None:
     with pytest.raises(AssertionError, match=r"hang hung on 1 ranks\nrank 0:\n(.|\n)*waiting"):
-        run_ranks("tests.test_distributed:hang", 1, timeout_s=8)
+        run_ranks("tests.test_distributed:hang", 1, timeout_s=4)
