@@ -31,7 +31,7 @@ def build(stage: int = 3, kind: str = "full", micro: int | None = None, **change
     world = torch.distributed.get_world_size()
     samples, accumulation = changes.pop("samples", None) or tiny.samples(40, seed=9), changes.pop("accumulation", 2)
     return dataflex.initialize(
-        model=tiny.model(kind, attention_dropout=0.2),
+        model=tiny.model(kind, targets=tiny.FEW_TARGETS, attention_dropout=0.2, num_hidden_layers=1),
         config=tiny.ds_config(stage, micro_batch=micro or 4 // world, accumulation=accumulation),
         dataflex={
             "train_type": "dynamic_select",

@@ -55,7 +55,7 @@ def build(kind: str, stage: int, how: str) -> Any:
     offloaded = {f"offload_{what}": {"device": "cpu"} for what in ("optimizer", "param") if what in how}
     config["zero_optimization"] |= offloaded | ({"sub_group_size": 3000} if kind == "full" else {})
     del config["optimizer"]
-    net = tiny.model(kind, torch.bfloat16 if half else torch.float32)
+    net = tiny.model(kind, torch.bfloat16 if half else torch.float32, tiny.FEW_TARGETS, num_hidden_layers=1)
     trained = [p for p in net.parameters() if p.requires_grad]
     groups = [{"params": trained[::2], "weight_decay": 0.1}, {"params": trained[1::2], "lr": 3e-3}]
     return dataflex.initialize(

@@ -28,7 +28,7 @@ FLEX: dict[str, Any] = {
 def start(stage: int, accumulation: int = 3) -> Any:
     torch.manual_seed(5 + torch.distributed.get_rank())
     return dataflex.initialize(
-        model=tiny.model("full", attention_dropout=0.1),
+        model=tiny.model("full", attention_dropout=0.1, num_hidden_layers=1),
         config=tiny.ds_config(stage, accumulation=accumulation),
         dataflex=FLEX,
         train_dataset=tiny.samples(40, 1),

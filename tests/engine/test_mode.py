@@ -89,10 +89,10 @@ def start(folder: Path, **keys: Any) -> tuple[Any, Watch]:
 
 def yaml_runs(folder: str) -> dict[str, Any]:
     """Lapses and forwards of runs with checkpointing and without, that select, evaluate and ask a reference."""
-    place = Path(folder)
+    place, few = Path(folder), {"lora_target": tiny.FEW_TARGETS}
     cases = {
-        "less": {**LESS, "finetuning_type": "lora"},
-        "plain": {"finetuning_type": "lora", "disable_gradient_checkpointing": True, "max_steps": 1},
+        "less": {**LESS, **few, "finetuning_type": "lora"},
+        "plain": {**few, "finetuning_type": "lora", "disable_gradient_checkpointing": True, "max_steps": 1},
         "reference": {**REFERENCE, "reference_model_path": str(place / "model")},
     }
     found = {}

@@ -72,7 +72,7 @@ def build(folder: Path | None = None, micro: int = GLOBAL_MICRO, **keys: Any) ->
         for n, sample in enumerate(part):
             sample["sample_weight"] = 1.0 + n % 3
     engine = dataflex.initialize(
-        model=tiny.model("full"),
+        model=tiny.model("full", num_hidden_layers=1),
         config=tiny.ds_config(2, micro_batch=micro // dist.world_size(), accumulation=BATCH // micro),
         dataflex={"packing": True, "cutoff_len": CAPACITY, "output_dir": str(folder) if folder else None, **keys},
         train_dataset=data,
@@ -151,7 +151,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, dict
 
 def losses_alone() -> np.ndarray:
     """The mean loss of each sample in the fresh model, in a batch of its own, float64 [pool]."""
-    net, found = tiny.model("full").eval(), []
+    net, found = tiny.model("full", num_hidden_layers=1).eval(), []
     for sample in samples():
         inputs, labels, _, cu_seqlens = split_batch(Collator(0)([sample]), torch.device("cpu"))
         with torch.no_grad():

@@ -50,7 +50,7 @@ def build(pool: list[Any], stage: int, bf16: bool = False, hooks: tuple[Hook, ..
     optimizer = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1, "torch_adam": True}}
     rate = {"warmup_max_lr": 1e-2, "warmup_num_steps": 1, "total_num_steps": 2 * STEPS, "warmup_type": "linear"}
     return dataflex.initialize(
-        model=tiny.model("full", torch.bfloat16 if bf16 else torch.float32),
+        model=tiny.model("full", torch.bfloat16 if bf16 else torch.float32, num_hidden_layers=1),
         config=tiny.ds_config(
             stage,
             micro_batch=4 // world,

@@ -40,9 +40,9 @@ PAIRS = every_pair(
 
 def net_of(kind: str, dtype: torch.dtype) -> Any:
     if kind in ("full", "lora"):
-        return tiny.model(kind, dtype)
+        return tiny.model(kind, dtype, num_hidden_layers=1)
     if kind == "tied":
-        return tiny.model("full", dtype, tie_word_embeddings=True)
+        return tiny.model("full", dtype, tie_word_embeddings=True, num_hidden_layers=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         return models.adapted(tiny.model("full"), kind).to(dtype)

@@ -29,13 +29,15 @@ TARGET = {"near": tiny.samples(3, seed=1), "far": tiny.samples(2, seed=2)}
 
 def engine_of(kind: str, stage: int, dtype: torch.dtype = torch.float32, ckpt: str | None = None) -> Any:
     """An engine after two steps on 4 samples each."""
-    net = families.model("mixtral", vocab_size=tiny.VOCABULARY) if "experts" in kind else tiny.model(kind, dtype)
+    if "experts" in kind:
+        net: Any = families.model("mixtral", vocab_size=tiny.VOCABULARY)
+    else:
+        net = tiny.model(kind, dtype, targets=tiny.FEW_TARGETS)
     net = families.with_lora(net) if kind == "lora experts" else net
     tiny.checkpoint_activations(net, ckpt)
     world = torch.distributed.get_world_size()
     more = {"bf16": {"enabled": True}} if dtype is torch.bfloat16 else {}
     config = tiny.ds_config(stage, micro_batch=4 // world, **more)
-    config["zero_optimization"] |= tiny.NEARBY
     engine = dataflex.initialize(
         model=net,
         config=config,

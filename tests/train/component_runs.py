@@ -51,9 +51,8 @@ def build(
         schedule = {"warmup_step": WARMUP, "train_step": WARMUP + UPDATE * times}
     micro, steps = split or (BATCH // world, 1)
     config = tiny.ds_config(stage or usual[1], micro_batch=micro, accumulation=steps)
-    config["zero_optimization"] |= tiny.NEARBY
     engine = dataflex.initialize(
-        model=tiny.model(case.model),
+        model=tiny.model(case.model, num_hidden_layers=1),
         config=config,
         dataflex={
             "train_type": case.train_type,

@@ -34,7 +34,7 @@ def build(folder: Path, world: int, selector: str) -> Any:
         "mixers:\n  static: {params: {proportions: [3, 1]}}\nweighters:\n  loss: {params: {r_start: 1.0}}\n"
     )
     return dataflex.initialize(
-        model=tiny.model("full"),
+        model=tiny.model("full", num_hidden_layers=1),
         config=tiny.ds_config(3, micro_batch=BATCH // world),
         dataflex={
             "train_type": ["dynamic_select", "dynamic_mix", "dynamic_weight"],

@@ -36,7 +36,7 @@ def initialize(pool: Any, **settings: Any) -> Any:
     return dataflex.initialize(
         model=tiny.model("full"),
         config=tiny.ds_config(
-            3,
+            2,
             micro_batch=4,
             optimizer={"type": "AdamW", "params": {"lr": 4e-3, "torch_adam": True}},
         ),
