@@ -112,8 +112,14 @@ class Registry:
         return cls(**{k: v for k, v in runtime.items() if k in named} | _given(cfg or {}, runtime))
 
     def check(self, kind: str, name: str, cfg: Mapping[str, Any], runtime: Collection[str]) -> None:
-        """`check_params` of a component as it is registered."""
-        check_params(kind, name, _parameters(self.get(kind, name)), cfg, runtime)
+        """`check_params` of a component as it is registered.
+
+        A class that itself defines ``check_values`` is then given all params, its defaults included, to refuse values.
+        """
+        cls = self.get(kind, name)
+        check_params(kind, name, _parameters(cls), cfg, runtime)
+        if "check_values" in vars(cls):
+            cls.check_values(self.effective(kind, name, _given(cfg, runtime), runtime))  # type: ignore[attr-defined]
 
 
 def _path(cls: type) -> str:

@@ -210,3 +210,22 @@ def test_every_packaged_component_is_registered_under_its_kind() -> None:
         modules = [REGISTRY.get(kind, name).__module__ for name in REGISTRY.names(kind)]
         packaged = [module for module in modules if module.startswith("dataflex.")]  # tests register others
         assert packaged and all(module.startswith(f"dataflex.train.{kind}.") for module in packaged)
+
+
+def test_a_class_that_checks_its_params_is_asked_before_it_is_built(registry: Registry) -> None:
+    class Deep(Plain):
+        @classmethod
+        def check_values(cls, params: Any) -> None:
+            assert params == {"depth": 9, "focus": "high"}, "its defaults are among them"
+            raise UserError("depth: too deep")
+
+    class Deeper(Deep):
+        def __init__(self, **own: Any) -> None: ...
+
+    registry.register("selector", "deep")(Deep)
+    registry.register("selector", "deeper")(Deeper)
+    with pytest.raises(UserError, match="^depth: too deep$"):
+        registry.check("selector", "deep", {"depth": 9, "cache_dir": None}, RUNTIME)
+    registry.check("selector", "deeper", {"depth": 9}, RUNTIME)  # whose params are others
+    with pytest.raises(UserError, match=r"unknown param 'dep' \(did you mean 'depth'\?\); valid: depth, focus$"):
+        registry.check("selector", "deep", {"dep": 9}, RUNTIME)
