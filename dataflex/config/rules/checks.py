@@ -55,8 +55,9 @@ def problems(cfg: Config, embedded: bool, command: str) -> Iterator[Problem]:
         yield Problem(keys, text)
     for keys, text in (*streaming.problems(cfg, embedded), *packing.problems(cfg), *best.problems(cfg)):
         yield Problem(keys, text)
-    yield from _components(cfg, embedded)
-    yield from _paths(cfg)
+    yield from _components(cfg, embedded, looks=command != commands.CHOOSES)
+    if command != commands.CHOOSES:
+        yield from _paths(cfg)
 
 
 def _required(cfg: Config, command: str) -> Iterator[Problem]:
@@ -177,7 +178,8 @@ def _mixing(cfg: Config) -> Iterator[Problem]:
             yield Problem(("init_mixture_proportions", "mixture_sample_rule"), text)
 
 
-def _components(cfg: Config, embedded: bool) -> Iterator[Problem]:
+def _components(cfg: Config, embedded: bool, looks: bool) -> Iterator[Problem]:
+    """looks: whether components will look at models and targets."""
     flex = cfg.flex
     if "static" in flex.train_type and len(flex.train_type) > 1:
         yield Problem(("train_type",), "static cannot be combined with a dynamic type")
@@ -197,6 +199,8 @@ def _components(cfg: Config, embedded: bool) -> Iterator[Problem]:
             key = "component_name" if " is not in " in str(e) else "components_cfg_file"
             for line in str(e).splitlines():
                 yield Problem((key, "component_name", "components_cfg_file", "component_modules"), line)
+            continue
+        if not looks:
             continue
         selected = dict.fromkeys(("less", "less_head", "rds", "near", "tsds"), "a target to select for")
         aims = {"adapt": "a target to compare with", **selected}

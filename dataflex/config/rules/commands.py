@@ -12,18 +12,21 @@ if TYPE_CHECKING:
 # These look at a model and train nothing, so that most of a run's keys say nothing.
 ONLY_LOOK = ("eval", "export")
 # These take a selector of the config, and have no steps.
-NO_STEPS = ("score", "select")
+NO_STEPS = ("score", "embed", "select")
+# Of these, the one that reads neither a model nor a target.
+CHOOSES = "select"
 
 
 def missing(cfg: Config, command: str) -> Iterator[str]:
     """The keys that ``command`` needs and ``cfg`` lacks."""
-    absent = {"model_name_or_path": not cfg.model.model_name_or_path}
+    absent = {"model_name_or_path": not cfg.model.model_name_or_path} if command != CHOOSES else {}
     if command == "export":
         absent["export_dir"] = not cfg.export.export_dir
     elif command == "eval":
         absent["dataset"] = not (cfg.data.dataset or cfg.data.eval_dataset)
     else:
-        absent |= {"dataset": not cfg.data.dataset, "output_dir": not cfg.output.output_dir}
+        named = command == CHOOSES and cfg.score.select_from and cfg.score.select_dir
+        absent |= {"dataset": not cfg.data.dataset, "output_dir": not (cfg.output.output_dir or named)}
     yield from (key for key, lacks in absent.items() if lacks)
 
 
