@@ -16,39 +16,18 @@ from dataflex.config import Config, load_config
 from dataflex.config.foreign import keys as foreign
 from dataflex.config.schema import SECTION_OF
 from dataflex.launcher import Request, check_ahead, launch
+from dataflex.launcher.flags import RUNNER_NUMBERS, RUNNER_SWITCHES, RUNNER_VALUES
 from dataflex.utils.errors import UserError, nearest
 from dataflex.utils.launch_folder import LAUNCH_DIR
 from dataflex.utils.room import full_disk_said
 from dataflex.worker import USER_ERROR, leave_with, print_error, run_worker
 
-RUNNER_VALUES = {
-    "hostfile": "machines and their GPUs, as DeepSpeed reads it",
-    "include": "GPUs to use, such as localhost:0,1 or worker-0@worker-1:0,2",
-    "exclude": "GPUs not to use",
-    "num_nodes": "use the first N machines of the hostfile",
-    "master_addr": "address of the first machine",
-    "master_port": "port for the workers' first contact (default: a free one)",
-    "launcher": "for several machines: pdsh, openmpi, mvapich, slurm, mpich or impi",
-    "launcher_args": "further arguments for that launcher, as one string",
-    "node_rank": "with --no_ssh: the number of this machine",
-    "ssh_port": "for several machines",
-    "venv_script": "script that activates the environment on each machine",
-    "bind_core_list": "with --bind_cores_to_rank: cores to use, such as 0-7,16-23",
-    "enable_each_rank_log": "folder for one log file per process",
-}
 _EXPORT = "dataflex only trains; write the model with `dataflex-cli export CFG export_dir=DIR`"
 # Commands of llamafactory-cli that are none here.
 INSTEAD = {
     "chat": f"{_EXPORT}, and talk to it with `transformers chat DIR`",
     "api": f"{_EXPORT}, and serve it with `transformers serve` or `vllm serve DIR`",
     "webui": "dataflex has no web page; write a YAML file and start it with `dataflex-cli train CFG`",
-}
-RUNNER_NUMBERS = ("num_nodes", "master_port", "node_rank", "ssh_port")
-RUNNER_SWITCHES = {
-    "no_ssh": "this command is started on every machine by hand",
-    "no_ssh_check": "do not test ssh first",
-    "force_multi": "use the launcher for several machines even for one",
-    "bind_cores_to_rank": "bind each process to cores of its own",
 }
 
 
@@ -79,6 +58,12 @@ LAUNCHED = {
     "score": Launched(
         "score the pool without training",
         "Write the selector's score of every sample (or, with score_token_losses=true, every token's loss).",
+        dry_run=True,
+    ),
+    "embed": Launched(
+        "embed pool and target; write neighbours and probabilities",
+        "Write the scores of CFG's selector by embeddings (rds, near, tsds) for `select`, and for other tools what it "
+        "goes by: the samples nearest to each of the target's (top_indices.npy), tsds' probabilities (tsds_probs.npy).",
         dry_run=True,
     ),
     "check": Launched(
@@ -120,7 +105,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
             of_command[name].add_argument("--dry-run", action="store_true", help=text)
     of_command["select"] = commands.add_parser(
         "select",
-        help="choose a dataset by the scores of `score`",
+        help="choose a dataset by what `score` or `embed` wrote",
         description="Write the rows that CFG's select_* keys choose; one process, no model.",
         allow_abbrev=False,
     )

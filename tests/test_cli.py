@@ -89,7 +89,7 @@ def test_bad_config_is_refused_before_anything_starts(tmp_path: Path) -> None:
     ("args", "line"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["trian", "x.yaml"], "unknown command 'trian' (did you mean 'train'?); the commands are train, score, check, "
+        (["trian", "x.yaml"], "unknown command 'trian' (did you mean 'train'?); the commands are train, score, embed, check, "
          "eval, doremi, select, export, show, version, env"),
         (["chat", "x.yaml"], "chat: dataflex only trains; write the model with `dataflex-cli export CFG export_dir=DIR`, "
          "and talk to it with `transformers chat DIR`"),
@@ -123,7 +123,7 @@ def test_train_launches_itself_with_overrides_and_launcher_flags(
     assert capfd.readouterr().err.count("image_max_pixels: ignored") == 1
 
 
-@pytest.mark.parametrize("command", ["train", "score"])
+@pytest.mark.parametrize("command", ["train", "score", "embed"])
 def test_a_dry_run_reaches_the_workers_as_a_key(run_yaml: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(cli, "launch", lambda *args: calls.append(args) or 0)

@@ -13,6 +13,7 @@ import torch
 from dataflex.config import Config
 from dataflex.driver.check import check
 from dataflex.driver.doremi import three_runs
+from dataflex.driver.embedding import embed
 from dataflex.driver.evaluating import evaluate
 from dataflex.driver.scoring import score
 from dataflex.driver.training import train
@@ -22,7 +23,14 @@ from dataflex.utils import dist
 from dataflex.utils.room import full_disk_said
 from dataflex.utils.watchdog import patience, watched
 
-COMMANDS = {"check": check, "doremi": three_runs, "eval": evaluate, "score": score, "train": train}
+COMMANDS = {
+    "check": check,
+    "doremi": three_runs,
+    "embed": embed,
+    "eval": evaluate,
+    "score": score,
+    "train": train,
+}
 
 
 def run(cfg: Config, command: str = "train") -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dataflex.data.pool import Pool
 from dataflex.driver.setup import Inputs
 from dataflex.engine.plugin import DataflexEngine
@@ -9,11 +11,13 @@ from dataflex.report.summary import packs_line
 from dataflex.scoring.kept.probe import Probe, time_batches
 from dataflex.scoring.kept.sharded import ScoringPasses
 from dataflex.scoring.progress import duration, memory_in_use, size
+from dataflex.train.selector.target_selector import TargetSelector
 from dataflex.train.trainer.select_trainer import SelectPlanner
+from dataflex.train.trainer.without_model import WithoutModel
 from dataflex.utils.logging import logger
 
 
-def estimate(inputs: Inputs, engine: DataflexEngine, training: bool) -> None:
+def estimate(inputs: Inputs, engine: DataflexEngine | WithoutModel, training: bool) -> None:
     """Time scoring batches and, where there is ``training``, steps, and say what the whole will take.
 
     A collective. The engine is not to be trained with afterwards.
@@ -43,6 +47,7 @@ def estimate(inputs: Inputs, engine: DataflexEngine, training: bool) -> None:
         what = "token losses" if inputs.cfg.score.score_token_losses else probe.kept
         lines.append(f"  disk: {size(kept)} of {what} a pass, {size(passes * kept)} in all")
     if training:
+        assert isinstance(engine, DataflexEngine)
         step = engine.trial_step()
         seconds += run.total_steps * step
         lines.append(f"  training: {run.total_steps:,} steps of {step:.3g} s = {duration(run.total_steps * step)}")
@@ -52,14 +57,15 @@ def estimate(inputs: Inputs, engine: DataflexEngine, training: bool) -> None:
         logger.info(line)
 
 
-def _probe(pool: Pool, engine: DataflexEngine) -> Probe:
+def _probe(pool: Pool, engine: DataflexEngine | WithoutModel) -> Probe:
     """What a batch of the pass takes: of the selector's own, or of losses."""
     probe = Probe()
     planner = engine.planner
     passes = getattr(planner.selector, "passes", None) if isinstance(planner, SelectPlanner) else None
     if isinstance(planner, SelectPlanner) and isinstance(passes, ScoringPasses):
+        selector: Any = planner.selector  # with passes it has scores; a table's rule may need a number of picks
         passes.probe = probe
-        getattr(planner.selector, "scores")()  # noqa: B009 (a selector with passes has scores)
+        (selector.table if isinstance(selector, TargetSelector) else selector.scores)()
         passes.probe = None
     else:
         time_batches(probe, engine.scorer, pool, lambda ids: engine.scorer.losses(pool, ids))

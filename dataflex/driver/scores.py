@@ -5,6 +5,7 @@ Where val_size held a part of the data out, held_out.parquet names its rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,8 +39,8 @@ class Facts(Record):
     tasks: the subtasks that they are of, and task_of: which, for each. aggregate: the rule that the component takes by;
     `DRAW`: by a draw, of which replacement says whether it takes a sample twice. order: of the subtasks in a round
     robin, where it is the component's own. vote_share: its share of the pool that a subtask votes for. features: the
-    store of the samples' features, where they were kept. table, held_out: the files as they were written. dataflex: the
-    version.
+    store of the samples' features or embeddings, where they were kept. table, held_out: the files as they were written;
+    beside: those of `dataflex-cli embed`, by name. dataflex: the version.
     """
 
     pool: str
@@ -60,6 +61,7 @@ class Facts(Record):
     vote_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     table: FileRecord | None = None
     held_out: FileRecord | None = None
+    beside: dict[str, FileRecord] = {}
     dataflex: str = __version__
 
 
@@ -108,24 +110,67 @@ def by_rule(table: NDArray[Any], rule: str) -> NDArray[Any]:
     return found
 
 
-def write(folder: Path, facts: Facts, pool: Pool, table: NDArray[np.float32], held_out: Pool | None = None) -> None:
+def write(folder: Path, facts: Facts, pool: Pool, table: NDArray[Any], held_out: Pool | None = None) -> None:
     """Write the files.
 
-    table: [n, M], a column for each of the facts' subtasks, or one. held_out: of the same datasets, what was not scored
-    because it is the target.
+    table: float [n, M], a column for each of the facts' subtasks, or one. held_out: of the same datasets, what was not
+    scored because it is the target.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    kept = _kept_beside(folder, facts.pool)
     (folder / FACTS).unlink(missing_ok=True)  # what it says is of the files that are written over
     scored: dict[str, NDArray[Any]] = {SCORE: by_rule(table, facts.aggregate)}
     if table.shape[1] > 1:
         scored |= {column_of(name): table[:, j] for j, name in enumerate(facts.subtasks)}
     columns = [*pool_columns(pool), *score_columns(scored, len(pool), facts.component)]
     write_table(folder / TABLE, columns, len(pool))
-    changes = {"table": FileRecord.of(folder / TABLE)}
+    changes: dict[str, Any] = {"table": FileRecord.of(folder / TABLE), "beside": kept}
     if held_out is not None and held_out.rows is not None:
         write_table(folder / HELD_OUT, pool_columns(held_out), len(held_out))
         changes["held_out"] = FileRecord.of(folder / HELD_OUT)
     write_sealed(folder / FACTS, facts.model_copy(update=changes).model_dump())
+
+
+def _kept_beside(folder: Path, pool: str) -> dict[str, FileRecord]:
+    """The files that the scores in ``folder`` name besides their own, where they are of the same pool; else removed."""
+    try:
+        before = read_sealed(folder / FACTS, Facts)
+    except DamagedError:
+        return {}
+    if before.pool == pool:
+        return before.beside
+    for name in before.beside:
+        (folder / name).unlink(missing_ok=True)
+    return {}
+
+
+def drop_beside(folder: Path, names: Iterable[str]) -> None:
+    """Remove files that stand beside scores: those are to be written over, and what they say of samples with them."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    try:
+        facts = read_sealed(folder / FACTS, Facts)
+    except DamagedError:
+        return
+    write_sealed(folder / FACTS, facts.model_copy(update={"beside": {}}).model_dump())
+
+
+def name_beside(folder: Path, paths: Iterable[Path]) -> None:
+    """Have the scores in ``folder`` say what was written beside them."""
+    facts = read_sealed(folder / FACTS, Facts)
+    beside = {path.name: FileRecord.of(path) for path in paths}
+    write_sealed(folder / FACTS, facts.model_copy(update={"beside": beside}).model_dump())
+
+
+def check_beside(scored: Scored, path: Path) -> None:
+    """UserError where a file beside scores is not the one that was written with them; others may be anybody's."""
+    record = scored.facts.beside.get(path.name)
+    problem = None if record is None else record.differs(path)
+    if problem:
+        raise UserError(
+            f"select_from: {scored.folder}: {problem}; embed again, or put a file of your own into a folder "
+            f"without {FACTS}"
+        )
 
 
 def with_earlier_cost(folder: Path, facts: Facts) -> Facts:

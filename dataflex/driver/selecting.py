@@ -23,7 +23,6 @@ from dataflex.report.decision_table import SCORE
 from dataflex.scoring.decide.choose import Choice, choose, domain_quotas
 from dataflex.scoring.decide.rules import check_rule
 from dataflex.scoring.decide.table import ArrayTable
-from dataflex.scoring.decide.topk import FEATURES
 from dataflex.scoring.kept.store import StoreReader
 from dataflex.train.decisions.served import of_subtasks, starved
 from dataflex.train.selector.base_selector import Served
@@ -100,6 +99,7 @@ def _by_file(cfg: Config, sources: list[Path], dataset_dir: Path) -> Made:
     held_out, cost = None, Cost(selection_seconds=0.0)
     if (path.parent / scores.FACTS).exists():
         scored = scores.read(path.parent)
+        scores.check_beside(scored, path)
         infos, places = _infos(cfg, scored, dataset_dir), scored.places
         held_out, cost = scores.read_held_out(scored), _cost([scored])
     else:
@@ -129,6 +129,15 @@ def _rule(cfg: Config, first: Scored) -> str:
             f"(of {facts.component}); score with a selector that compares with a target, such as less"
         )
     return asked
+
+
+def _subtasks(names: list[str], column: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int64]]:
+    """Subtasks, and the one that each pick serves, where the columns are samples of the target: SUBTASK[PLACE]."""
+    if not all(name.endswith(f"[{place}]") for place, name in enumerate(names)):
+        return names, column
+    own = [name[: name.rindex("[")] for name in names]
+    tasks = list(dict.fromkeys(own))
+    return tasks, np.array([tasks.index(name) for name in own], dtype=np.int64)[column]
 
 
 def _say_served(served: Served, picks: NDArray[np.int64]) -> None:
@@ -168,7 +177,8 @@ def _picks(cfg: Config, found: list[Scored], total: NDArray[np.float64], rule: s
         return choose(table, domains, count, quotas, **how)
     store = _features(found[-1])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows_of = lambda ids: store.rows(FEATURES, ids)  # noqa: E731
+    (kind,) = store.arrays  # features, or of a selector by embeddings these
+    rows_of = lambda ids: store.rows(kind, ids)  # noqa: E731
     choice = choose(table, domains, count, quotas, rows_of, wanted.select_duplicates, device, **how)
     if len(choice.picks) < count:
         logger.warning(f"select_duplicates: only {len(choice.picks):,} of {count:,} samples are unlike enough")

@@ -25,7 +25,7 @@ from dataflex.data.encoding.collate import Collator
 from dataflex.data.load import LoadedData, load_data, load_pool
 from dataflex.data.pool import Pool, describe_sample
 from dataflex.data.sources.info import find_dataset_dir
-from dataflex.engine.ds_config import check_accepted, deepspeed_config, zero_stage
+from dataflex.engine.ds_config import check_accepted, deepspeed_config, trained_dtype, zero_stage
 from dataflex.engine.models import lora
 from dataflex.engine.models.adapter import with_adapter_keys
 from dataflex.engine.models.handover import Handover, handover
@@ -34,6 +34,7 @@ from dataflex.engine.optimizer import forget_dry_step, make_optimizer, make_sche
 from dataflex.engine.plugin import DataflexEngine
 from dataflex.train.trainer.build import attach, make_schedule, packing_of, pass_rows
 from dataflex.train.trainer.components import load_components, subtask_column, with_effective_params
+from dataflex.train.trainer.without_model import WithoutModel, attach_without_model
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
@@ -146,22 +147,15 @@ def build_engine(inputs: Inputs, hooks: Sequence[Hook] = (), trains: bool = True
     """
     import deepspeed
 
-    cfg, tokenizer, model_config, schedule = inputs.cfg, inputs.tokenizer, inputs.model_config, inputs.schedule
+    cfg, tokenizer, total_steps = inputs.cfg, inputs.tokenizer, inputs.schedule.total_steps
     _seed_everything(cfg.train.seed)
-    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    config = deepspeed_config(
-        cfg,
-        world_size=dist.world_size(),
-        hidden_size=text_config.hidden_size,
-        total_steps=schedule.total_steps,
-        warmup_steps=warmup_steps(cfg.train, schedule.total_steps),
-    )
+    config = _filled_config(inputs)
     if not trains:
         _without_optimizer(config)
     check_accepted(config)
     partitioning = _partition_while_loading(config)
-    model = dist.together(lambda: load_model(cfg, model_config, tokenizer))
-    arguments = _optimizer(cfg, model, config, schedule.total_steps) if trains else {}
+    model = dist.together(lambda: load_model(cfg, inputs.model_config, tokenizer))
+    arguments = _optimizer(cfg, model, config, total_steps) if trains else {}
     engine, *_ = deepspeed.initialize(model=model, config=config, **arguments)
     del partitioning
     forget_dry_step(engine)
@@ -179,6 +173,37 @@ def build_engine(inputs: Inputs, hooks: Sequence[Hook] = (), trains: bool = True
     )
     torch.manual_seed(cfg.train.seed + dist.rank())
     return wrapped
+
+
+def without_model(inputs: Inputs) -> WithoutModel:
+    """A selector with a model of its own, in place of an engine; its model has the dtype that one would have."""
+    from deepspeed.accelerator import get_accelerator
+
+    cfg, pool = inputs.cfg, inputs.data.train
+    assert isinstance(pool, Pool)
+    return attach_without_model(
+        cfg,
+        pool=pool,
+        target=inputs.data.eval,
+        collator=_collator(cfg, inputs.tokenizer),
+        tokenizer=inputs.tokenizer,
+        packing=inputs.packing,
+        device=torch.device(get_accelerator().current_device_name()),
+        dtype=trained_dtype(_filled_config(inputs)),
+    )
+
+
+def _filled_config(inputs: Inputs) -> dict[str, Any]:
+    """The DeepSpeed config with the values that the data and the model's config tell."""
+    cfg, model_config, total_steps = inputs.cfg, inputs.model_config, inputs.schedule.total_steps
+    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    return deepspeed_config(
+        cfg,
+        world_size=dist.world_size(),
+        hidden_size=text_config.hidden_size,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps(cfg.train, total_steps),
+    )
 
 
 def _optimizer(cfg: Config, model: Any, config: dict[str, Any], total_steps: int) -> dict[str, Any]:

@@ -116,6 +116,12 @@ def given_config(engine: Any) -> dict[str, Any]:
     return config
 
 
+def trained_dtype(config: dict[str, Any]) -> torch.dtype:
+    """The dtype that DeepSpeed gives the model, by a filled-in config."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return next((dtype for key, dtype in kinds.items() if config[key]["enabled"]), torch.float32)
+
+
 def zero_stage(config: dict[str, Any]) -> int:
     return int(config["zero_optimization"]["stage"])
 

@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from dataflex.driver.embedding import embed
 from dataflex.driver.scoring import score
 from dataflex.driver.training import train
 from dataflex.report.trainer_log import read_log
 from tests.asked.table import Build, Built, Row
 
-COMMANDS = {"tokens": score}
+COMMANDS = {"tokens": score, "neighbours": embed}
 
 
 def run_all(folder: str) -> dict[str, Any]:
@@ -132,4 +134,16 @@ TOKENS = Build(
     (Row("score_token_losses", True, has("token_losses/manifest.json"), [True]),),
     FULL,
 )
-BUILDS = (KEPT, RESUMED, EPOCHS, BEST, AGAIN, OVER, DRY, TOKENS)
+NEIGHBOURS = Build(
+    "neighbours",
+    (Row("embed_neighbours", 3, lambda b: list(np.load(b.folder / "top_indices.npy").shape), [8, 3]),),
+    {
+        **FULL,
+        "train_type": "dynamic_select",
+        "component_name": "near",
+        "eval_dataset": ["target"],
+        "update_step": 2,
+        "max_steps": None,
+    },
+)
+BUILDS = (KEPT, RESUMED, EPOCHS, BEST, AGAIN, OVER, DRY, TOKENS, NEIGHBOURS)

@@ -177,6 +177,7 @@ KEYS: list[tuple[str, str, Any]] = [
     ("keep_features: true", "score", True),
     ("features_dir: /data/features", "score", "/data/features"),
     ("score_token_losses: true", "score", True),
+    ("embed_neighbours: 100", "score", 100),
     ("dry_run: true", "score", True),
     ("select_from: [one, two]", "score", ("one", "two")),
     ("select_aggregate: round_robin", "score", "round_robin"),

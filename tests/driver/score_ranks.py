@@ -1,4 +1,4 @@
-"""What the ranks run for test_score.py: a training run, then scoring in every way, in one process group."""
+"""What the ranks run for test_score.py and test_embed.py: training, scoring and embedding, in one process group."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import yaml
 
 from dataflex.config import load_config
+from dataflex.driver.embedding import embed
 from dataflex.driver.scoring import score
 from dataflex.driver.training import train
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
-COMMANDS = {"train": train, "score": score}
+COMMANDS = {"train": train, "score": score, "embed": embed}
 
 
 def in_turn(folder: str, cases: dict[str, Any]) -> dict[str, Any]:

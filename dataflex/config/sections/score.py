@@ -1,4 +1,4 @@
-"""The section of the config for scoring passes on disk, and for `dataflex-cli score` and `select`."""
+"""The section of the config for scoring passes on disk, and for `dataflex-cli score`, `embed` and `select`."""
 
 from __future__ import annotations
 
@@ -43,12 +43,13 @@ def _to_weights(value: Any) -> Any:
 
 
 class ScoreSection(Section):
-    """Shards of scoring passes; what `score` makes, and what `select` chooses by."""
+    """Shards of scoring passes; what `score` and `embed` make, and what `select` chooses by."""
 
     score_shard_samples: Positive = 4096
     keep_features: Flag = False
     features_dir: OptionalText = None
     score_token_losses: Flag = False
+    embed_neighbours: OptionalPositive = None
     dry_run: Flag = False
     select_from: Names = ()
     select_aggregate: OptionalText = None

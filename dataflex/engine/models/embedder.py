@@ -36,18 +36,21 @@ class Embedder:
     """The model at ``source``, a folder or a name of the hub; its weights are loaded when they are first needed.
 
     Each rank has all of it, in eval mode and in the dtype of the model in training, and embeds its share of the
-    batches. scorer: of the run, for its device, token budget and count of scored samples. tokenizer: the run's.
+    batches. scorer: of the run, for its device, token budget and count of scored samples. tokenizer: the run's. dtype:
+    instead of that of the model in training, where there is none.
     A sample's tokens are taken as they are where both vocabularies are the same. Else its text is what the run's
     tokenizer makes of them without special tokens, tokenised anew with this model's own special tokens around it. Both
     are cut to what the model takes. UserError, in one line, for what cannot be done.
     """
 
-    def __init__(self, source: str, scorer: Scorer, tokenizer: Any, model: ModelSection) -> None:
+    def __init__(
+        self, source: str, scorer: Scorer, tokenizer: Any, model: ModelSection, dtype: torch.dtype | None = None
+    ) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
         self.source = str(resolve(source)) if source.startswith(("configs/", "~")) else source
         self._options = {"trust_remote_code": model.trust_remote_code, "cache_dir": model.cache_dir}
-        self._run, self._said = scorer, False
+        self._run, self._dtype, self._said = scorer, dtype, False
         self._module: nn.Module | None = None
         self.config = self._read("model config", lambda: AutoConfig.from_pretrained(self.source, **self._options))
         self.tokenizer = self._read("tokenizer", lambda: AutoTokenizer.from_pretrained(self.source, **self._options))
@@ -111,8 +114,7 @@ class Embedder:
     def _load(self) -> nn.Module:
         from transformers import AutoModel
 
-        own = self._run.engine.module
-        dtype = next(own.parameters()).dtype
+        dtype = self._dtype or next(self._run.engine.module.parameters()).dtype
         with _whole():
             load = lambda: AutoModel.from_pretrained(self.source, dtype=dtype, **self._options)  # noqa: E731
             model: Any = dist.together(lambda: self._read("fitting weights", load))

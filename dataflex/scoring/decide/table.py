@@ -5,7 +5,7 @@ A column is what is asked about: a subtask of the target, or a single sample of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dataflex.scoring.batches import Ids
 from dataflex.scoring.decide.topk import Rows
+from dataflex.utils import dist
 
 Floats = NDArray[np.float32]
 BLOCK_ROWS = 4096
@@ -34,6 +35,12 @@ class ScoreTable(Protocol):
 def whole(table: ScoreTable) -> Floats:
     """All of a table, float32 [N, M]."""
     return np.concatenate([block for _, block in table.blocks()])
+
+
+def on_main(table: ScoreTable, of: Callable[[Floats], Floats] = lambda block: block) -> Floats | None:
+    """What ``of`` makes of the blocks of a table, [N, ...] on rank 0 alone; every rank that has the table reads it."""
+    parts = [of(block) for _, block in table.blocks() if dist.is_main()]
+    return np.concatenate(parts) if parts else None
 
 
 class ArrayTable:

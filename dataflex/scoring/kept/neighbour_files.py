@@ -1,7 +1,8 @@
 """Files of an offline selection by neighbours: ``top_indices.npy`` int64 [M, K] and ``tsds_probs.npy`` float64 [N].
 
 The first has of each of M targets the ids of its K nearest samples, nearest first; the second the probability of each
-of N samples, which sum to 1. Other tools write and read them too, so they are checked as they are read.
+of N samples, which sum to 1. Other tools write and read them too, so they are checked as they are read. Beside them
+``target_embeddings.npy`` float32 [M, d], unit vectors, is written for other tools alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from dataflex.scoring.batches import Ids
 from dataflex.utils.errors import UserError
 
-TOP_INDICES, PROBABILITIES = "top_indices.npy", "tsds_probs.npy"
+NAMES = TOP_INDICES, PROBABILITIES, TARGET = "top_indices.npy", "tsds_probs.npy", "target_embeddings.npy"
 # What probabilities may sum to besides 1: sums of a float32 array's rounded values.
 _NEAR_ONE = 1e-4
 
@@ -31,6 +32,12 @@ def write_probabilities(folder: Path, probabilities: NDArray[np.float64]) -> Pat
     """Write float64 [N]; the file's path."""
     assert probabilities.ndim == 1 and abs(probabilities.sum() - 1) < 1e-9
     return _write(folder / PROBABILITIES, probabilities.astype(np.float64))
+
+
+def write_target(folder: Path, vectors: NDArray[np.float32]) -> Path:
+    """Write float32 [M, d]; the file's path."""
+    assert vectors.ndim == 2 and vectors.dtype == np.float32
+    return _write(folder / TARGET, vectors)
 
 
 def read_top_indices(path: Path, pool_size: int) -> Ids:

@@ -52,8 +52,8 @@ class ScoringPasses:
     weights: reads the parts of a fingerprint that name the weights as they are now (with Adam's moments where its
     argument is true); a collective. keep_features: write the features too, in fp16, and score those. features_dir:
     where, by default ``features`` in ``folder``. step: optimizer steps done, for the screen. features: on rank 0, the
-    store of the last pass that kept features. taken_up: on rank 0, samples in shards of earlier starts. probe: where it
-    is set, nothing is kept and there is no table. stop: of the run as it is now.
+    store of the last pass that kept features or embeddings. taken_up: on rank 0, samples in shards of earlier starts.
+    probe: where it is set, nothing is kept and there is no table. stop: of the run as it is now.
     """
 
     folder: Path | None = None
@@ -202,6 +202,7 @@ class ScoringPasses:
                 rows = rows if dist.is_main() else sent
             made[index] = rows if index % dist.world_size() == dist.rank() else rows[:0]
         self._each_missing(scorer, dataset, store, embed, f"{self._who()}: embeddings", 4 * width)
+        self.features = store.folder if dist.is_main() and self.folder is not None else None
         return Vectors.of_shards(len(ids), store.shard_samples, made)
 
     def _who(self) -> str:

@@ -202,6 +202,11 @@ class StoreReader:
     def __len__(self) -> int:
         return len(self.shards)
 
+    @property
+    def arrays(self) -> list[str]:
+        """Names of what each shard holds."""
+        return sorted(self.shards[0].files)
+
     def read(self, index: int, name: str) -> NDArray[Any]:
         """An array of shard ``index``, memory-mapped."""
         if name not in self.shards[index].files:

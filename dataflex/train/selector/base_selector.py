@@ -44,6 +44,10 @@ class Selector(ABC):
     looked at; ``limit`` is the param that says so, and ``limit_advice`` what to do then.
     ``draws``: whether its ``scores()`` are probabilities, by which `dataflex-cli select` draws.
     ``decides_by``: params that say what is taken by the scores, not what these are: kept scores serve all their values.
+    ``embeds``: whether it goes by ``embeddings`` (`train.selector.embeddings.Embeddings`) alone, and makes of them its
+    ``table_of`` (a `TargetSelector`) or ``probabilities_of`` (one that ``draws``): for `dataflex-cli embed`. Where its
+    param ``embedding_model`` is set, `score` and `embed` load no model in training.
+    ``neighbours``: of such a selector, how many of the samples nearest to each of the target's it asks for; None: all.
     ``scores_once``: whether one pass over the pool, at the first decision, serves all.
     ``metric``: after `select`, per returned sample: what the decision was made from; written to decisions/.
     ``scored``: after `select`, {column: array [pool]}: the same for every sample of the pool, for the decision's table;
@@ -55,6 +59,8 @@ class Selector(ABC):
     keep_order: bool = False
     takes_domain_counts: bool = False
     decides_by: frozenset[str] = frozenset()
+    embeds: bool = False
+    neighbours: int | None = None
     scores_once: bool = False
     most_picks: int | None = None
     limit: str = ""

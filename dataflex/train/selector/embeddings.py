@@ -20,6 +20,13 @@ Floats = NDArray[np.float32]
 REFRESH = ("every_update", "once")
 
 
+def check_how(name: str, pooling: Any, refresh: Any) -> None:
+    """UserError, in the name of the selector, for what is none of `POOLINGS` or `REFRESH`."""
+    for key, value, valid in (("pooling", pooling, POOLINGS), ("refresh", refresh, REFRESH)):
+        if value not in valid:
+            raise UserError(f"{name}: {key}: '{value}'{nearest(str(value), valid)}; valid: {', '.join(valid)}")
+
+
 class Embedded(NamedTuple):
     """Unit vectors of the pool's samples, and of the target's, float32 [M, d]; a vector of zeros stays one."""
 
@@ -50,9 +57,7 @@ class Embeddings:
         embedding_model: str | None,
         refresh: str,
     ) -> None:
-        for key, value, valid in (("pooling", pooling, POOLINGS), ("refresh", refresh, REFRESH)):
-            if value not in valid:
-                raise UserError(f"{name}: {key}: '{value}'{nearest(str(value), valid)}; valid: {', '.join(valid)}")
+        check_how(name, pooling, refresh)
         self.passes = passes or ScoringPasses()
         if self.passes.keep_features:
             raise UserError(f"{name}: keep_features: embeddings are kept in any case; drop it")
@@ -86,14 +91,20 @@ class Embeddings:
         return found
 
     def _pool(self) -> Vectors:
-        config: Any = self.scorer.engine.module.config
         return self.passes.vectors(
             self.scorer,
             self.dataset,
             lambda ids: self._vectors(self.dataset, ids),
-            width=config.get_text_config().hidden_size if self.embedder is None else self.embedder.width,
+            width=self._width,
             made_from=self._made_from,
         )
+
+    @property
+    def _width(self) -> int:
+        if self.embedder is not None:
+            return int(self.embedder.width)
+        config: Any = self.scorer.engine.module.config
+        return int(config.get_text_config().hidden_size)
 
     def _made_from(self) -> dict[str, str]:
         weights = self.passes.weights(False) if self.embedder is None else self.embedder.identity()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from dataflex.scoring.decide.vector_table import VectorTable
 from dataflex.scoring.gradients.cosines import mean_unit_rows
 from dataflex.scoring.kept.sharded import ScoringPasses
 from dataflex.scoring.scorer import Scorer
-from dataflex.train.selector.embeddings import Embeddings
-from dataflex.train.selector.target_selector import TargetSelector
+from dataflex.train.selector.embeddings import Embedded, Embeddings, check_how
+from dataflex.train.selector.target_selector import TargetSelector, check_shares
 from dataflex.utils.errors import UserError
 
 
@@ -36,7 +36,7 @@ class RdsSelector(TargetSelector):
     embedding_model, refresh, open_embedder: see `Embeddings`. passes: keeps the pool's embeddings.
     """
 
-    called = "rds"
+    called, embeds = "rds", True
 
     def __init__(
         self,
@@ -77,12 +77,20 @@ class RdsSelector(TargetSelector):
 
     def table(self) -> ScoreTable | None:
         found = self.embedded = self.embeddings.embed()
-        if found is None:
-            return None
+        return None if found is None else self.table_of(found)
+
+    def table_of(self, found: Embedded) -> ScoreTable:
+        """`table` of vectors at hand, for every rank."""
         targets = found.target
         if self.per == "subtask":
             targets = mean_unit_rows(targets, self.columns).numpy()
         return VectorTable(found.pool, targets, self.embeddings.scorer.device)
+
+    @classmethod
+    def check_values(cls, params: Mapping[str, Any]) -> None:
+        """UserError for values that cannot be."""
+        check_shares(cls.called, params["aggregate"], params["per"], params["vote_share"])
+        check_how(cls.called, params["pooling"], params["refresh"])
 
     def state_dict(self) -> dict[str, Any]:
         return self.embeddings.state_dict()
@@ -140,11 +148,14 @@ class NearSelector(RdsSelector):
             subtask_column,
             vote_share,
         )
-        whole = isinstance(max_neighbours, int) and not isinstance(max_neighbours, bool)
-        if max_neighbours is not None and not (whole and max_neighbours >= 1):
-            raise UserError(f"near: max_neighbours: expected a whole number >= 1, or null, got {max_neighbours}")
-        self.max_neighbours = max_neighbours
+        _check_most(max_neighbours)
+        self.max_neighbours = self.neighbours = max_neighbours
         self.most_picks = None if max_neighbours is None else max_neighbours * len(eval_dataset)
+
+    @classmethod
+    def check_values(cls, params: Mapping[str, Any]) -> None:
+        super().check_values(params)
+        _check_most(params["max_neighbours"])
 
     def candidates(self) -> Ids | None:
         if self.max_neighbours is None or self.embedded is None:
@@ -152,3 +163,9 @@ class NearSelector(RdsSelector):
         pool, target = self.embedded
         most = min(self.max_neighbours, len(pool))
         return np.unique(nearest(pool, target, most, self.embeddings.scorer.device).ids)
+
+
+def _check_most(max_neighbours: Any) -> None:
+    whole = isinstance(max_neighbours, int) and not isinstance(max_neighbours, bool)
+    if max_neighbours is not None and not (whole and max_neighbours >= 1):
+        raise UserError(f"near: max_neighbours: expected a whole number >= 1, or null, got {max_neighbours}")

@@ -13,13 +13,24 @@ from numpy.typing import NDArray
 from dataflex.core.plan import Ids
 from dataflex.data.subtasks import Subtasks
 from dataflex.scoring.decide.rules import Decision, check_rule, decide
-from dataflex.scoring.decide.table import BLOCK_ROWS, ScoreTable, whole
+from dataflex.scoring.decide.table import BLOCK_ROWS, ScoreTable, on_main
 from dataflex.train.selector.base_selector import Selector, Served
 from dataflex.utils import dist
 from dataflex.utils.errors import UserError, nearest
 
 PER = ("subtask", "target")
 SHOWN_COLUMNS = 32
+
+
+def check_shares(name: str, aggregate: str, per: str, vote_share: float | None) -> None:
+    """UserError, in the name of the selector, for params of a `TargetSelector` that cannot be."""
+    check_rule(aggregate, f"{name}: aggregate")
+    if per not in PER:
+        raise UserError(f"{name}: per: '{per}'{nearest(per, PER)}; valid: {', '.join(PER)}")
+    if vote_share is not None and not 0 < vote_share < 1:
+        raise UserError(f"{name}: vote_share: expected a share of the pool between 0 and 1, got {vote_share}")
+    if vote_share is not None and aggregate != "vote":
+        raise UserError(f"{name}: vote_share: is of aggregate: vote; with {aggregate} leave it out")
 
 
 class TargetSelector(Selector):
@@ -53,13 +64,7 @@ class TargetSelector(Selector):
         super().__init__(dataset, accelerator, data_collator, cache_dir)
         if target is None or len(target) == 0:
             raise UserError(f"{name}: eval_dataset: the target is empty; set eval_dataset or val_size")
-        check_rule(aggregate, f"{name}: aggregate")
-        if per not in PER:
-            raise UserError(f"{name}: per: '{per}'{nearest(per, PER)}; valid: {', '.join(PER)}")
-        if vote_share is not None and not 0 < vote_share < 1:
-            raise UserError(f"{name}: vote_share: expected a share of the pool between 0 and 1, got {vote_share}")
-        if vote_share is not None and aggregate != "vote":
-            raise UserError(f"{name}: vote_share: is of aggregate: vote; with {aggregate} leave it out")
+        check_shares(name, aggregate, per, vote_share)
         self.name, self.target = name, target
         self.subtasks = Subtasks.of(target, subtask_column, f"{name}: ")
         self.aggregate, self.per, self.vote_share = aggregate, per, vote_share
@@ -97,9 +102,9 @@ class TargetSelector(Selector):
         return None
 
     def each(self) -> NDArray[np.float32] | None:
-        """`table` in memory, float32 [N, `width`], on rank 0 at least: what `score` keeps; a collective."""
+        """`table` in memory, float32 [N, `width`], on rank 0 alone: what `score` keeps; a collective."""
         table = self.table()
-        return None if table is None else whole(table)
+        return None if table is None else on_main(table)
 
     @property
     def names(self) -> list[str]:

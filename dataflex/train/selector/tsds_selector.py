@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from dataflex.scoring.decide.tsds import LEAST, at_most, pool_probabilities
 from dataflex.scoring.kept.sharded import ScoringPasses
 from dataflex.scoring.scorer import Scorer
 from dataflex.train.selector.base_selector import Selector
-from dataflex.train.selector.embeddings import Embeddings
+from dataflex.train.selector.embeddings import Embedded, Embeddings, check_how
 from dataflex.utils.errors import UserError
 from dataflex.utils.logging import logger
 
@@ -33,7 +33,7 @@ class TsdsSelector(Selector):
     pooling, layer, embedding_model, refresh, open_embedder: see `Embeddings`. passes: keeps the pool's embeddings.
     """
 
-    limit, draws = "max_k", True
+    limit, draws, embeds = "max_k", True, True
 
     def __init__(
         self,
@@ -60,13 +60,7 @@ class TsdsSelector(Selector):
         super().__init__(dataset, accelerator, data_collator, cache_dir)
         if eval_dataset is None or len(eval_dataset) == 0:
             raise UserError("tsds: eval_dataset: the target is empty; set eval_dataset or val_size")
-        for key, count, least in (("max_k", max_k, LEAST), ("kde_k", kde_k, 1)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise UserError(f"tsds: {key}: expected a whole number >= {least}, got {count}")
-        if not (0 <= alpha <= 1 and sigma >= 0 and c > 0):
-            raise UserError(
-                f"tsds: expected alpha from 0 to 1, sigma >= 0 and c > 0, got alpha {alpha}, sigma {sigma}, c {c}"
-            )
+        _check_numbers(max_k, kde_k, sigma, alpha, c)
         how: dict[str, Any] = {"pooling": pooling, "layer": layer, "refresh": refresh}
         self.embeddings = Embeddings(
             "tsds", dataset, eval_dataset, scorer, passes, open_embedder, embedding_model=embedding_model, **how
@@ -80,9 +74,16 @@ class TsdsSelector(Selector):
             )
         if self.max_k < max_k:
             self.limit_advice = "a tenth of the pool is the most: set replacement: true, or lower update_step"
+        self.neighbours = self.max_k
         self.sigma, self.alpha, self.c = sigma, alpha, c
         self.replacement, self.seed = replacement, seed
         self.most_picks = self.max_k * len(eval_dataset)
+
+    @classmethod
+    def check_values(cls, params: Mapping[str, Any]) -> None:
+        """UserError for values that cannot be."""
+        _check_numbers(*(params[key] for key in ("max_k", "kde_k", "sigma", "alpha", "c")))
+        check_how("tsds", params["pooling"], params["refresh"])
 
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> list[int]:
         shares = self.once(step_id, self.probabilities)
@@ -98,8 +99,10 @@ class TsdsSelector(Selector):
     def probabilities(self) -> Wide:
         """The same in float64, of sum 1; a collective. Zeros where a pass only tries what it takes."""
         found = self.embeddings.embed()
-        if found is None:
-            return np.zeros(len(self.dataset))
+        return np.zeros(len(self.dataset)) if found is None else self.probabilities_of(found)
+
+    def probabilities_of(self, found: Embedded) -> Wide:
+        """`probabilities` of vectors at hand; a collective."""
         how: dict[str, Any] = {"sigma": self.sigma, "alpha": self.alpha, "c": self.c}
         device = self.embeddings.scorer.device
         return pool_probabilities(*found, device, max_k=self.max_k, kde_k=self.kde_k, **how)
@@ -109,3 +112,13 @@ class TsdsSelector(Selector):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.embeddings.load_state_dict(state)
+
+
+def _check_numbers(max_k: Any, kde_k: Any, sigma: Any, alpha: Any, c: Any) -> None:
+    for key, count, least in (("max_k", max_k, LEAST), ("kde_k", kde_k, 1)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+            raise UserError(f"tsds: {key}: expected a whole number >= {least}, got {count}")
+    if not (0 <= alpha <= 1 and sigma >= 0 and c > 0):
+        raise UserError(
+            f"tsds: expected alpha from 0 to 1, sigma >= 0 and c > 0, got alpha {alpha}, sigma {sigma}, c {c}"
+        )

@@ -78,8 +78,8 @@ def attach(
     if isinstance(pool, Pool):
         check_model(engine, collator([sample]))
     check_packing(engine, collator, sample)
-    run = _make_run(engine, cfg, pool, packing)
-    budget, longest = _batch_tokens(cfg, run)
+    run = make_run(engine, cfg, pool, packing)
+    budget, longest = batch_tokens(cfg, run)
     head_of = partial(_open_head, cfg.train.fused_head, engine, collator([sample]), longest)
     fused = head_of(engine.module, release=partial(release_gathered, engine))
     scoring = Forward(fused, keeps_logits=False)
@@ -89,7 +89,7 @@ def attach(
     weights = static_weights(cfg.weighting, pool, tokenizer, _vocabulary(engine.module), device)
     builder = HookBuilder(run, cfg, weights, collator, tokenizer)
     builder.runtime |= {"eval_dataset": eval_pool, "mixer_eval_dataset": mixer_eval_pool, "scorer": scorer}
-    builder.runtime["passes"] = _passes(run, cfg, engine)
+    builder.runtime["passes"] = passes_of(run, cfg, engine)
     builder.runtime["reference_model_path"] = cfg.flex.reference_model_path
     builder.runtime["open_reference"] = partial(
         open_reference, engine=engine, pool=pool, model=cfg.model, open_head=head_of
@@ -109,7 +109,7 @@ def attach(
     return wrapped
 
 
-def _batch_tokens(cfg: Config, run: Run) -> tuple[int, int]:
+def batch_tokens(cfg: Config, run: Run) -> tuple[int, int]:
     """Tokens that a scoring batch may have, and those of the longest batch of any kind."""
     trained = run.micro_batch * (run.pool.longest if run.packing is None else run.packing.capacity)
     budget = cfg.flex.scoring_batch_tokens or trained
@@ -154,7 +154,7 @@ def _check_limits(engine: Any, cfg: Config, train: Any, target: Any, mixers: Any
     check_limits(engine.module, pools, advice, cfg.model.train_from_scratch, partial(refusal, engine))
 
 
-def _passes(run: Run, cfg: Config, engine: Any) -> ScoringPasses:
+def passes_of(run: Run, cfg: Config, engine: Any) -> ScoringPasses:
     """How the selector's passes over the pool are cut into shards, and where they are kept."""
     base = f"{cfg.model.model_name_or_path} {cfg.model.adapter_name_or_path or ''}".strip()
     component = ""
@@ -253,7 +253,7 @@ def make_schedule(
     return schedule
 
 
-def _make_run(engine: Any, cfg: Config, pool: TrainingPool, packing: Packing | None) -> Run:
+def make_run(engine: Any, cfg: Config, pool: TrainingPool, packing: Packing | None) -> Run:
     micro = engine.train_micro_batch_size_per_gpu()
     accumulation = engine.gradient_accumulation_steps()
     world_size = engine.dp_world_size
