@@ -52,9 +52,13 @@ def formula(net: torch.nn.Module, samples: list[dict[str, Any]], loss: str) -> t
     return total / {"static": tokens, "tokens": tokens, "mean": len(samples), "sum_weights": weights}[loss]
 
 
+def net_of(kind: str) -> Any:
+    return tiny.model(kind, targets=tiny.FEW_TARGETS, num_hidden_layers=1)
+
+
 def gradient_of_formula(kind: str, loss: str) -> tuple[torch.Tensor, float]:
     """Gradient of all trained parameters in one vector, and the loss; float64."""
-    net = tiny.model(kind).double()
+    net = net_of(kind).double()
     value = formula(net, pool(loss), loss)
     trained = [p for p in net.parameters() if p.requires_grad]
     return torch.cat([g.flatten() for g in torch.autograd.grad(value, trained)]), float(value.detach())
@@ -73,7 +77,7 @@ def trained(engine: Any) -> torch.Tensor:
 def gradient_of_engine(kind: str, stage: int, loss: str, micro: int, accumulation: int) -> tuple[torch.Tensor, float]:
     """What one step of plain SGD moves the parameters by, over its rate; and the step's loss."""
     engine = dataflex.initialize(
-        model=tiny.model(kind),
+        model=net_of(kind),
         config=tiny.ds_config(
             stage,
             micro_batch=micro,
