@@ -12,12 +12,12 @@ halves: the selectors see one (target_loss), nobody the other (held_out_loss).
 
 A run has one process (ZeRO-0), some random steps, and one decision that picks 2% or 10% of the pool. It goes over the
 picks until its steps are done, at a learning rate that stays the same, so that its curve can be read at any step: it
-counts where the half that the selectors see is best, since few picks are soon learnt by heart. Of a
-seed all runs begin with the same weights and the same random steps. Equal minutes are those that less needs for its
-selection and its steps; how many steps another method makes in them follows from `calibrate`, which times each
-selection and the steps (these by the tokens of the picks). So the runs themselves may share a busy machine. What is
-random is a control and costs nothing: random samples, random ones with the lengths of a method's picks, random ones of
-the target's domain, and the full pool.
+counts where the half that the selectors see is best, since few picks are soon learnt by heart, and ends where that
+half's loss is a tenth above its lowest. Of a seed all runs begin with the same weights and the same random steps.
+Equal minutes are those that less needs for its selection and its steps; how many steps another method makes in them
+follows from `calibrate`, which times each selection and the steps (these by the tokens of the picks). So the runs
+themselves may share a busy machine. What is random is a control and costs nothing: random samples, random ones with
+the lengths of a method's picks, random ones of the target's domain, and the full pool.
 
 Each finished run is a line of RUNS.csv and is not run again; selections are kept in --work.
 """

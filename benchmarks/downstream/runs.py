@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from downstream.picks import Picker, named
 from downstream.suites import DEAREST, FULL_POOL, HELD_OUT, SELECTORS, TARGET, training
 
 Curve = dict[int, tuple[float, float]]
+PAST = 1.1  # times the lowest loss: picks gone over again and again never came back from there
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,10 @@ class Runs:
         folder = self.folder / name
         base = self.folder / f"{name}.yaml"
         base.write_text(yaml.safe_dump(config | {"output_dir": str(folder.resolve())}), encoding="utf-8")
-        processes.train(base, self.picker.threads)
-        return read_curve(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        warm = self.picker.suite.warm
+        processes.train(base, self.picker.threads, lambda: is_past(read_curve(folder), warm))
+        return until_past(read_curve(folder), warm)
 
 
 def best_within(curve: Curve, warm: int, steps: int) -> int:
@@ -120,8 +124,28 @@ def best_within(curve: Curve, warm: int, steps: int) -> int:
     return min(allowed, key=lambda step: (curve[step][0], step))
 
 
+def until_past(curve: Curve, warm: int) -> Curve:
+    """The curve to the first evaluation after the warm-up whose seen half is `PAST` times its lowest or more."""
+    kept, lowest = {}, math.inf
+    for step, losses in sorted(curve.items()):
+        kept[step] = losses
+        if losses[0] >= PAST * lowest:
+            break
+        lowest = min(lowest, losses[0] if step > warm else math.inf)
+    return kept
+
+
+def is_past(curve: Curve, warm: int) -> bool:
+    """Whether more steps cannot be the best ones."""
+    after = {step: losses for step, losses in until_past(curve, warm).items() if step > warm}
+    return bool(after) and after[max(after)][0] >= PAST * min(seen for seen, _ in after.values())
+
+
 def read_curve(folder: Path) -> Curve:
-    """{optimizer steps: (target, held out)} of a run's evaluations."""
-    lines = (folder / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
+    """{optimizer steps: (target, held out)} of a run's evaluations so far; a line that is being written waits."""
+    if not (folder / "trainer_log.jsonl").exists():
+        return {}
+    lines = (folder / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = [line for line in lines if line.endswith("\n")]
     entries = [entry for entry in map(json.loads, lines) if "eval_loss" in entry]
     return {e["current_steps"]: (e[f"eval_{TARGET}_loss"], e[f"eval_{HELD_OUT}_loss"]) for e in entries}

@@ -9,6 +9,7 @@ import io
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,20 @@ def test_a_run_is_stopped_where_the_half_that_is_seen_is_best() -> None:
     assert [best(curve, 40, steps) for steps in (0, 10, 20, 30, 40)] == [40, 50, 60, 60, 80]
 
 
+def test_a_run_ends_where_the_loss_is_a_tenth_above_its_lowest(tmp_path: Path) -> None:
+    runs = module("runs")
+    seen = {0: 9.0, 40: 1.0, 50: 3.0, 60: 2.0, 70: 2.19, 80: 2.21, 90: 1.5}
+    curve = {step: (loss, 5.0) for step, loss in seen.items()}
+    assert list(runs.until_past(curve, warm=40)) == [0, 40, 50, 60, 70, 80]
+    parts = [{step: curve[step] for step in list(curve)[:count]} for count in range(len(curve) + 1)]
+    assert [runs.is_past(part, warm=40) for part in parts] == [False] * 6 + [True, True]
+    assert runs.read_curve(tmp_path) == {}
+    line = {"current_steps": 7, "eval_loss": 1, "eval_target_loss": 2.5, "eval_held_out_loss": 3.5}
+    whole = json.dumps(line) + "\n" + json.dumps({"current_steps": 8, "loss": 1}) + "\n"
+    (tmp_path / "trainer_log.jsonl").write_text(whole + json.dumps(line | {"current_steps": 9})[:-4])
+    assert runs.read_curve(tmp_path) == {7: (2.5, 3.5)}
+
+
 def row(method: str, seed: int, held: float, timed: float, **more: str) -> dict[str, str]:
     losses = {"target_loss": "1", "held_out_loss": str(held), "held_out_loss_minutes": str(timed)}
     return {"suite": "s", "budget": "0.1", "method": method, "seed": str(seed), **losses, "picks_by_domain": ""} | more
@@ -138,7 +153,7 @@ def smoke(folder: str, name: str, methods: list[str]) -> dict[str, Any]:
         asked = json.loads(job.read_text())
         Path(asked["answer"]).write_text(json.dumps({"job": asked, **one_selection.select(asked)}))
 
-    def train_here(config: Path, threads: int) -> None:
+    def train_here(config: Path, threads: int, is_over: Callable[[], bool]) -> None:
         trained.append(config.stem)
         train(load_config(config, quiet=True))
 
