@@ -282,10 +282,8 @@ def pool_rows(bench: Bench) -> Iterator[Row]:
         ids = np.arange(size)
         pool = Pool(Repeated(samples, size), ids * 0, ["a"], lengths[ids % len(lengths)], "repeated")
         selector = LessSelector(pool, None, None, "", engine.scorer, engine.eval_pool, proj_dim=512, seed=SEED)
-        peak = bench.peak_mib(selector.scores)
-        ms = (
-            min(bench.times({"pool": selector.scores}, slow=("pool",))["pool"]) if size < sizes[-1] else timed(selector)
-        )
+        peak = bench.peak_mib(selector.each)
+        ms = min(bench.times({"pool": selector.each}, slow=("pool",))["pool"]) if size < sizes[-1] else timed(selector)
         yield {
             "what": f"less over {size:,} samples, tiny model",
             "samples_per_s": round(1e3 * size / ms, 1),

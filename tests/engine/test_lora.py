@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from dataflex.config import load_config
-from dataflex.engine.models.lora import _trained_whole, with_lora
+from dataflex.engine.models.lora import _trained_whole, check_ahead, with_lora
 from dataflex.utils.errors import UserError
 from tests import families
+from tests import tiny_engine as tiny
 
 
 def config(**keys: Any) -> Any:
@@ -98,3 +99,16 @@ def test_only_lora_adapters_are_trained_on(tmp_path: Path) -> None:
         with_lora(families.model("llama"), config(adapter_name_or_path=str(tmp_path)))
     with pytest.raises(UserError, match="adapter_name_or_path: no fitting adapter at 'nowhere'"):
         with_lora(families.model("llama"), config(adapter_name_or_path="nowhere"))
+
+
+def test_wrong_names_are_told_before_the_weights_are_there_whatever_zero3_partitions() -> None:
+    """As where the caller's own program has a DeepSpeed config of stage 3 alive for transformers."""
+    from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+    alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    model = tiny.model("full").config
+    with pytest.raises(UserError, match=r"lora_target: .*'q_prj'.*q_proj"):
+        check_ahead(config(lora_target=["q_prj"]), model)
+    check_ahead(config(lora_target=["q_proj"]), model)
+    assert is_deepspeed_zero3_enabled()
+    del alive

@@ -88,12 +88,17 @@ def project(case: Case, dtype: torch.dtype = torch.float32) -> Results:
     return results
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    """Largest distance of a sample's row from the truth, relative to the largest row."""
+def error(got: Tensor, want: Tensor, size: float = 0.0) -> float:
+    """Largest distance of a sample's row from the truth, relative to the largest one, or to ``size`` if more."""
     if not want.numel():
         return 0.0
     got, want = got.double().reshape(len(want), -1), want.reshape(len(want), -1)
-    return float((got - want).norm(dim=1).max() / want.norm(dim=1).max().clamp(min=1e-30))
+    return float((got - want).norm(dim=1).max() / want.norm(dim=1).max().clamp(min=max(size, 1e-30)))
+
+
+def dots_error(got: Tensor, want: Tensor, sqnorm: Tensor) -> float:
+    """`error` relative to no less than their deviation over directions of variance 1: a single dot may be near 0."""
+    return error(got, want, float(sqnorm.max()) ** 0.5)
 
 
 def gradients(case: Case) -> Tensor:

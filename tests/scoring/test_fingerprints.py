@@ -25,7 +25,7 @@ from dataflex.engine.folder import identity
 from dataflex.ops import Transform
 from dataflex.scoring.kept import sharded, token_losses
 from dataflex.scoring.kept.store import read_manifest
-from dataflex.train.trainer.build import _passes
+from dataflex.train.trainer.build import passes_of
 from dataflex.train.trainer.components import RUNTIME, load_components
 from dataflex.utils.stopping import Stop
 from tests import tiny_engine as tiny
@@ -96,7 +96,7 @@ def passed(folder: Path, world: World, ask: Callable[[Any], Any] = lambda select
         patch.setattr(sharded, "__version__", world.version)
         patch.setattr(data, "run_backward", counted)
         run: Any = SimpleNamespace(output_dir=folder, step=3, stop=Stop())
-        passes = _passes(run, config, engine)
+        passes = passes_of(run, config, engine)
         runtime = dict.fromkeys(RUNTIME) | {"dataset": pool, "eval_dataset": target, "scorer": data, "passes": passes}
         name, params = component_params(config.flex, "select")
         ask(REGISTRY.build("selector", name, runtime=runtime, cfg=params))

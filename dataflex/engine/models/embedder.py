@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from dataflex.config.paths import resolve
 from dataflex.data.encoding.collate import Collator
 from dataflex.data.encoding.encode import IGNORE_INDEX, tokenizer_identity
 from dataflex.engine.folder.identity import bits_digest, settings_digest
+from dataflex.engine.models.unpartitioned import whole, without_values
 from dataflex.scoring.batches import Ids
 from dataflex.scoring.passes.embed_pass import embeddings
 from dataflex.scoring.passes.hidden_states import check_layer
@@ -78,7 +78,7 @@ class Embedder:
                 f"{source}: pooling: which tokens are trained is not known to '{self.source}', whose tokenizer is "
                 "another; valid: weighted, mean, last"
             )
-        with torch.device("meta"):
+        with without_values():
             remote = self._options["trust_remote_code"]
             make = lambda: AutoModel.from_config(self.config, trust_remote_code=remote)  # noqa: E731
             check_layer(self._read("model", make), layer, source)
@@ -115,7 +115,7 @@ class Embedder:
         from transformers import AutoModel
 
         dtype = self._dtype or next(self._run.engine.module.parameters()).dtype
-        with _whole():
+        with whole():
             load = lambda: AutoModel.from_pretrained(self.source, dtype=dtype, **self._options)  # noqa: E731
             model: Any = dist.together(lambda: self._read("fitting weights", load))
         model.requires_grad_(False).eval()
@@ -172,16 +172,3 @@ class _Frozen:
 
 def _no_moments(names: Any) -> Any:
     raise AssertionError("a frozen model has no optimizer")
-
-
-@contextmanager
-def _whole() -> Iterator[None]:
-    """Inside, transformers partitions no model that it loads."""
-    from transformers.integrations import deepspeed as hf
-
-    alive = hf._hf_deepspeed_config_weak_ref
-    hf.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf._hf_deepspeed_config_weak_ref = alive

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dataflex.engine.models.adapter import read_adapter_config
+from dataflex.engine.models.unpartitioned import without_values
 from dataflex.forward.head import is_plain_linear
 from dataflex.scoring.gradients.coverage import kind_of, reads_parameter
 from dataflex.utils.errors import UserError, brief, nearest
@@ -71,7 +72,7 @@ def check_ahead(cfg: Config, model_config: Any) -> None:
     named = method.lora_target != ("all",) or method.additional_target
     if method.finetuning_type != "lora" or cfg.model.adapter_name_or_path is not None or not named:
         return
-    with torch.device("meta"):
+    with without_values():
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=cfg.model.trust_remote_code)
     check_named(model, cfg, unfit_linears(model))
 

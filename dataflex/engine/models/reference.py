@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dataflex.engine.ds_config import given_config
+from dataflex.engine.models.unpartitioned import whole
 from dataflex.forward.counted import Counted
 from dataflex.forward.losses import Forward
 from dataflex.scoring.checks.head_check import OpenHead
@@ -71,7 +72,7 @@ class FrozenReference:
         own = engine.module
         stage3 = engine.zero_optimization_stage() == 3
         dtype = next(own.parameters()).dtype
-        with _partitioning(_stage3_config(engine)) if stage3 else _whole():
+        with _partitioning(_stage3_config(engine)) if stage3 else whole():
             model = dist.together(lambda: _load(folder, dtype, trust_remote_code))
         known, asked = model.config.vocab_size, own.config.vocab_size
         if known < asked:
@@ -136,8 +137,3 @@ def _partitioning(config: dict[str, Any]) -> Iterator[None]:
     alive = HfDeepSpeedConfig(config)
     yield
     del alive
-
-
-@contextmanager
-def _whole() -> Iterator[None]:
-    yield
