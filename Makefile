@@ -28,7 +28,7 @@ test: lint
 	@$(PYTEST)
 
 check: lint
-	@$(PYTEST) -m "$(EVERYTHING)"
+	@$(PYTEST) -m "$(EVERYTHING)" --hypothesis-profile drawn
 	@benchmarks/gpu/run.sh --device cpu --smoke
 	@$(CAMPAIGN) --random 12 --anew --trusted
 

@@ -12,8 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from dataflex.utils.logging import logger
+
+# `make test` draws the same cases every time; `make check` draws new ones (--hypothesis-profile drawn).
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("drawn", derandomize=False)
+settings.load_profile("fixed")
 
 gc.disable()  # what is imported and collected stays: a quarter of that time would go into looking for what does not
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

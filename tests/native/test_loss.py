@@ -18,7 +18,7 @@ from dataflex.ops.losses import loss_native as native
 from dataflex.ops.losses.loss_options import LossOptions
 from dataflex.ops.native import _ext
 from tests.native.emulation import ORDERS, emulated
-from tests.ops.loss_cases import DTYPES, Case, by_hand, cases, within_budget
+from tests.ops.loss_cases import DTYPES, Case, by_hand, cases, luck, within_budget
 from tests.processes import PATIENCE_S
 
 
@@ -162,7 +162,7 @@ def check_emulated(case: Case, k1: int) -> None:
     leaf = case.logits.detach().requires_grad_()
     result = per_sample_loss(leaf, case.labels, case.cu_seqlens, **case.options)
     result.loss.sum().backward()
-    within_budget(result.loss, loss, plain[0])
+    within_budget(result.loss, loss, plain[0], luck(case))
     within_budget(leaf.grad, gradient, plain[1])
     kept = case.labels != -100
     assert (leaf.grad[~kept] == 0).all() and (result.token_loss[~kept] == 0).all()

@@ -17,7 +17,7 @@ from dataflex.ops import (
     per_sample_loss,
 )
 from dataflex.ops.losses.loss_reference import fold
-from tests.ops.loss_cases import DTYPES, Case, by_hand, cases, plain_token_losses, within_budget
+from tests.ops.loss_cases import DTYPES, Case, by_hand, cases, luck, plain_token_losses, within_budget
 
 
 @pytest.fixture(params=["native", "portable"], scope="module", autouse=True)
@@ -41,7 +41,7 @@ def test_losses_and_gradients_stay_within_twice_plain_pytorchs_error(case: Case)
     exact_loss, exact_gradient = by_hand(case)
     plain_loss, plain_gradient = by_hand(case, case.logits.dtype)
     result, gradient = run(case)
-    within_budget(result.loss, exact_loss, plain_loss)
+    within_budget(result.loss, exact_loss, plain_loss, luck(case))
     within_budget(gradient, exact_gradient, plain_gradient)
     assert gradient.dtype is case.logits.dtype
     kept = case.labels != -100
