@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -129,9 +130,10 @@ def test_a_column_whose_best_is_a_duplicate_takes_its_next_best(
     table = (draw.normal(size=(40, 3))[family] + 0.01 * draw.normal(size=(120, 3))).astype(np.float32)
     ones, order = np.zeros(120, dtype=np.int64), np.array([2, 0, 1, 0])
     how: dict[str, Any] = {"rule": rule, "columns": order if rule == "round_robin" else None}
-    for count in (1, 18, 90):
-        right = in_turn(table, rows, count, rule, order.tolist())
-        got = choosing.choose(ArrayTable(table), ones, count, None, lambda i: rows[i], ALIKE, **how)
+    contested = (draw.normal(size=(40, 1))[family] + 0.01 * draw.normal(size=(120, 3))).astype(np.float32)
+    for wanted, count in itertools.product((table, contested), (1, 18, 90)):
+        right = in_turn(wanted, rows, count, rule, order.tolist())
+        got = choosing.choose(ArrayTable(wanted), ones, count, None, lambda i: rows[i], ALIKE, **how)
         assert list(zip(got.picks.tolist(), got.column.tolist(), strict=True)) == right
         assert len(right) == min(count, len(set(family)))
     if rule == "round_robin":
