@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,23 @@ def test_a_merged_run_is_the_trained_model_in_files_with_all_that_its_export_has
     assert tokenizer.eos_token == "<|im_end|>"
     card = (merged / "README.md").read_text()
     assert f"with the LoRA adapter `{adapter}` merged into it; weights in float32." in card
+
+
+def test_an_adapter_from_elsewhere_brings_its_tokenizer(run: Path, tmp_path: Path) -> None:
+    """Its folder has no config of ours that would name the new tokens."""
+    from transformers import AutoTokenizer
+
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    adapter.mkdir()
+    for file in (*run.parent.glob("adapter_*"), *run.parent.glob("tokenizer*"), run.parent / "chat_template.jinja"):
+        shutil.copy(file, adapter)
+    keys = {"model_name_or_path": str(run.parent.parent / "bare"), "adapter_name_or_path": str(adapter)}
+    keys |= {"finetuning_type": "lora", "export_dir": str(merged)}
+    (tmp_path / "export.yaml").write_text(yaml.safe_dump(keys))
+    assert main(["export", str(tmp_path / "export.yaml")]) == 0
+    found, own = (AutoTokenizer.from_pretrained(folder) for folder in (merged, adapter))
+    assert found.get_vocab() == own.get_vocab() and set(CHATML) < set(own.get_vocab())
+    assert found.chat_template == own.chat_template
 
 
 def test_half_precision_rounds_once(run: Path, tmp_path: Path) -> None:
